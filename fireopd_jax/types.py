@@ -1,0 +1,116 @@
+"""The few pytrees that the stages pass to one another.
+
+    prompts -> roll out -> Rollout -> score -> Scores -> filter, reweight -> Batch -> update
+
+Every `[B, T]` array speaks of the response token at the same index. `mask` is true on the tokens that
+the sampler drew, the end-of-sequence token included, and false after it.
+
+B rows, P and Q prompt tokens, T response tokens, R reference tokens.
+"""
+
+import dataclasses
+from typing import TypeVar, dataclass_transform
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
+
+Array = jax.Array | np.ndarray
+Class = TypeVar("Class")
+
+
+@dataclass_transform(frozen_default=True)
+def pytree(cls: type[Class]) -> type[Class]:
+    """Make `cls` a frozen dataclass and a JAX pytree whose every field is a child.
+
+    Rebuilding skips `__init__`: JAX puts tracers, shapes and sentinels into the leaves, which a
+    checked constructor would refuse.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    names = tuple(field.name for field in dataclasses.fields(cls))  # pyright: ignore[reportArgumentType]
+    keys = tuple(jax.tree_util.GetAttrKey(name) for name in names)
+
+    def flatten(value: Class):
+        return tuple(getattr(value, name) for name in names), None
+
+    def flatten_with_keys(value: Class):
+        children, _ = flatten(value)
+        return tuple(zip(keys, children, strict=True)), None
+
+    def unflatten(_: None, children) -> Class:
+        value = object.__new__(cls)
+        for name, child in zip(names, children, strict=True):
+            object.__setattr__(value, name, child)
+        return value
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+@pytree
+class Prompts:
+    """What the students and the teachers are asked. A row of length 0 is padding: it is never ranked."""
+
+    tokens: Int32[Array, "B P"]
+    """Prompt ids of the student, right-padded."""
+    length: Int32[Array, " B"]
+    teacher_tokens: Int32[Array, "B Q"]
+    """The same prompt in the template of the row's own teacher, right-padded."""
+    teacher_length: Int32[Array, " B"]
+    teacher: Int32[Array, " B"]
+    """Route: index of the teacher that scores the row."""
+    row: Int32[Array, " B"]
+    """Index into the data set, for answers and reports."""
+    sample_id: Int32[Array, " B"]
+    """Identity of the row's random stream."""
+    group: Int32[Array, " B"]
+    """Rows of one prompt share their group."""
+    reference: Int32[Array, "B R"] | None = None
+    """A reference response, right-padded, its end-of-sequence token included."""
+    reference_length: Int32[Array, " B"] | None = None
+
+
+@pytree
+class Rollout:
+    """Responses, and what the sampler knew of them."""
+
+    prompts: Prompts
+    tokens: Int32[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    logprob: Float32[Array, "B T"]
+    """Of the distribution really sampled: after temperature and filters."""
+    model_logprob: Float32[Array, "B T"]
+    """Of the raw model at temperature 1."""
+    finished: Bool[Array, " B"]
+    """The response ended with a stop token (not by its length limit)."""
+    version: Int32[Array, "B T"]
+    """Update count of the parameters that drew each token."""
+
+
+@pytree
+class TokenStats:
+    """A model's view of `rollout.tokens`."""
+
+    logprob: Float32[Array, "B T"]
+    entropy: Float32[Array, "B T"]
+    """Nats over the whole vocabulary."""
+
+
+@pytree
+class Scores:
+    """What the models say of a rollout, each at the rollout's temperature; no gradient."""
+
+    student: TokenStats
+    teacher: TokenStats
+
+
+@pytree
+class Batch:
+    """A rollout ready for the update; its sums over any micro-batches are the global loss."""
+
+    rollout: Rollout
+    scores: Scores
+    weight: Float32[Array, "B T"]
+    """The method's weight of each token, mean 1 over a trajectory."""
+    coefficient: Float32[Array, "B T"]
+    """Each token's share of the loss: 0 where dropped or masked, sums to 1."""
