@@ -1,0 +1,64 @@
+# Every target builds what it needs from a bare Python: `make test PYTHON=python3.12` has its own
+# environment, `PARITY=1` adds PyTorch for the parity tests, `ARGS=...` is passed on.
+PYTHON ?= python3
+VENV := $(if $(filter-out python3,$(PYTHON)),.venv-$(notdir $(PYTHON)),.venv)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q
+
+# A stamp is touched after its install has ended, so an interrupted one leaves none.
+CREATED := $(VENV)/.created
+RUNTIME := $(VENV)/.installed
+TEST := $(VENV)/.installed-test
+DEV := $(VENV)/.installed-dev
+PARITY_STAMP := $(if $(filter-out 0,$(PARITY)),$(VENV)/.installed-parity)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two installs into one environment must not meet.
+.NOTPARALLEL:
+.PHONY: help quickstart quickstart_multi smoke test test-all lint format clean
+
+help: ## List the targets
+	@grep -E '^[a-z_-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 20
+
+quickstart: $(RUNTIME) ## Distil a small model on this machine
+	$(BIN)/fireopd train configs/quickstart.yaml $(ARGS)
+
+quickstart_multi: $(RUNTIME) ## The same with several teachers
+	$(BIN)/fireopd train configs/quickstart_multi.yaml $(ARGS)
+
+smoke: $(RUNTIME) ## Two steps of the quickstart: does anything run at all
+	$(BIN)/fireopd train configs/quickstart.yaml run.name=smoke run.steps=2 $(ARGS)
+
+test: $(TEST) $(PARITY_STAMP) ## Run the tests, without the slow ones
+	@$(BIN)/python -m pytest -n 2 -m "not slow and not aot and not browser" $(ARGS)
+
+test-all: $(TEST) $(PARITY_STAMP) ## Run every test
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(DEV) ## Check style, format, types and layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: $(DEV) ## Format the code and mend what ruff can mend
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean: ## Remove the environments and what was built; never runs/
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .import_linter_cache
+	find fireopd_jax tests configs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(CREATED):
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(RUNTIME): pyproject.toml | $(CREATED)
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml | $(CREATED)
+	$(PIP) -e ".[$*]"
+	@touch $@

@@ -1,0 +1,65 @@
+"""The only place where keep, weight and mask meet.
+
+    rollout, scores -> filter -> reweight -> coefficients -> Batch -> total_loss
+
+Denominators are counted here, once, over the global batch. The loss is then a plain sum, so any
+split of the rows into micro-batches adds up to the same loss and gradient.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float32, Int32
+
+from fireopd_jax.types import Array, Batch, Rollout, Scores
+
+Keep = Bool[Array, " B"] | Bool[Array, "B T"]
+Filter = Callable[[Scores, Bool[Array, "B T"], Int32[Array, " B"], int], Keep]
+Reweight = Callable[
+    [Scores, Bool[Array, "B T"], Keep, Int32[Array, " B"], int], Float32[Array, "B T"]
+]
+
+
+def assemble(
+    rollout: Rollout,
+    scores: Scores,
+    filter: Filter,
+    reweight: Reweight,
+    aggregate: Literal["seq", "token"],
+    num_teachers: int,
+) -> tuple[Batch, Keep]:
+    """Return the batch of the update and what the filter kept; no gradient passes."""
+    rollout, scores = jax.lax.stop_gradient((rollout, scores))
+    teacher, mask = rollout.prompts.teacher, rollout.mask
+    keep = filter(scores, mask, teacher, num_teachers)
+    weight = jax.lax.stop_gradient(reweight(scores, mask, keep, teacher, num_teachers))
+    return Batch(rollout, scores, weight, coefficients(mask, keep, aggregate)), keep
+
+
+def coefficients(
+    mask: Bool[Array, "B T"], keep: Keep, aggregate: Literal["seq", "token"]
+) -> Float32[Array, "B T"]:
+    """Return each token's share of the loss; they sum to 1, or are all 0 when nothing is kept.
+
+    "seq": keep mask / (L_i N_keep), each kept trajectory counts once, L_i its kept tokens.
+    "token": keep mask / N_tokens, each kept token counts once.
+    """
+    kept = jnp.asarray(mask & (keep if keep.ndim == 2 else keep[:, None]))
+    length = jnp.sum(kept, axis=1, keepdims=True)
+    if aggregate == "seq":
+        size = jnp.maximum(length, 1).astype(jnp.float32) * jnp.maximum(jnp.sum(length > 0), 1)
+    elif aggregate == "token":
+        size = jnp.maximum(jnp.sum(length), 1).astype(jnp.float32)
+    else:
+        raise ValueError(f"unknown aggregate {aggregate!r}; known: seq, token")
+    return jnp.where(kept, 1.0 / size, 0.0)
+
+
+def total_loss(per_token: Float32[Array, "B T"], batch: Batch) -> Float32[Array, ""]:
+    """Return the sum of coefficient * weight * per_token over tokens that have a coefficient."""
+    # Both factors are guarded: a NaN in a dropped row must reach neither value nor gradient.
+    live = batch.coefficient != 0
+    share = jnp.where(live, batch.coefficient * batch.weight, 0.0)
+    return jnp.sum(jax.lax.stop_gradient(share) * jnp.where(live, per_token, 0.0))

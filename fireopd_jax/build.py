@@ -1,0 +1,225 @@
+"""From a configuration to what a run works with: texts as tokens, models, and three jitted programs.
+
+    Config -> Setup (rows, tokenizers, models, mesh)      Setup, method -> generate, score, update
+
+Nothing here trains or writes.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from transformers import PreTrainedTokenizerBase
+
+from fireopd_jax import diagnostics
+from fireopd_jax.batch import assemble
+from fireopd_jax.config import UserError
+from fireopd_jax.data.pipeline import Encoded, encode, split
+from fireopd_jax.data.sources import Row, read_rows, route
+from fireopd_jax.models.decoder import DecoderConfig
+from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.recipe import Config, MethodConfig, StudentConfig
+from fireopd_jax.rollout.engine import generate
+from fireopd_jax.rollout.sampling import Sampling, stream
+from fireopd_jax.sharding import Mesh, by_rows, make_mesh, replicated
+from fireopd_jax.text.chat import stop_ids
+from fireopd_jax.text.tokenizer import load_tokenizer
+from fireopd_jax.types import Batch, Prompts, Rollout
+from fireopd_jax.update import Metrics, OptimConfig, TrainState, make_optimizer, make_update
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model without parameters, and the tokenizer it speaks."""
+
+    name: str
+    model: LanguageModel
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_name: str
+    config: StudentConfig
+
+    @property
+    def slug(self) -> str:
+        """The name as a file name."""
+        return self.name.replace(" ", "_")
+
+    def description(self) -> dict[str, Any]:
+        """Say all that is needed to load the parameters again."""
+        return {
+            "architecture": dataclasses.asdict(self.model.config),
+            "vocab_size": self.model.vocab_size,
+            "tokenizer": self.tokenizer_name,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the stages of a run share."""
+
+    config: Config
+    mesh: Mesh
+    student: ModelSpec
+    teachers: tuple[ModelSpec, ...]
+    rows: Sequence[Row]
+    encoded: Encoded
+    train: np.ndarray
+    held_out: np.ndarray
+
+    def sampling(self, purpose: str, *, temperature: float, **filters: float) -> Sampling:
+        """Give the sampler's knobs with the seed of one purpose."""
+        return Sampling.of(
+            stop_ids(self.student.tokenizer),
+            self.config.rollout.max_tokens,
+            stream(self.config.run.seed, purpose),
+            temperature=temperature,
+            top_p=filters.get("top_p", 1.0),
+            top_k=int(filters.get("top_k", 0)),
+            min_p=filters.get("min_p", 0.0),
+        )
+
+
+def make_spec(name: str, config: StudentConfig) -> ModelSpec:
+    """Describe an embedded model, or one that a run has saved."""
+    if config.path is not None:
+        return load_spec(name, Path(config.path), config)
+    tokenizer = load_tokenizer(config.tokenizer)
+    size = config.architecture.vocab_size or len(tokenizer)
+    if size < len(tokenizer):
+        raise UserError(
+            f"{name}: vocab_size={size} is less than the {len(tokenizer)} ids of its tokenizer"
+        )
+    model = LanguageModel(config.architecture, size)
+    return ModelSpec(name, model, tokenizer, config.tokenizer, config)
+
+
+def load_spec(name: str, folder: Path, config: StudentConfig) -> ModelSpec:
+    """Read the description of a saved model."""
+    file = folder / "model.json"
+    if not file.is_file():
+        raise UserError(
+            f"{name}: {folder} holds no model.json; expected a model that a run has saved, such as "
+            "runs/NAME/models/student"
+        )
+    described = json.loads(file.read_text(encoding="utf-8"))
+    model = LanguageModel(DecoderConfig(**described["architecture"]), described["vocab_size"])
+    tokenizer = load_tokenizer(described["tokenizer"])
+    return ModelSpec(name, model, tokenizer, described["tokenizer"], config)
+
+
+def set_up(config: Config) -> Setup:
+    """Read the data and describe the models."""
+    mesh = make_mesh(config.mesh)
+    check_mesh(config, mesh)
+    student = make_spec("student", config.student)
+    teachers = tuple(make_spec(f"teacher {n}", teacher) for n, teacher in config.teachers.items())
+    for teacher in teachers:
+        check_vocabulary(student, teacher)
+    rows = read_rows(config.data)
+    encoded = encode(
+        rows,
+        tokenizer=student.tokenizer,
+        teacher_tokenizers=[teacher.tokenizer for teacher in teachers],
+        teacher_template_kwargs=[t.chat_template_kwargs for t in config.teachers.values()],
+        route=route(rows, list(config.teachers), config.data.teacher_column),
+        config=config.data,
+        max_reference_tokens=config.rollout.max_tokens,
+    )
+    train, held_out = split(rows, config.eval.problems)
+    for index in held_out if config.eval.problems else ():
+        if rows[index].answer is None:
+            raise UserError(
+                f"{rows[index].origin}: no answer to grade by; name its column as "
+                "data.answer_column, or set eval.problems=0"
+            )
+    return Setup(config, mesh, student, teachers, rows, encoded, train, held_out)
+
+
+def check_mesh(config: Config, mesh: Mesh) -> None:
+    """Refuse batches that the devices cannot share evenly."""
+    devices = mesh.shape["data"]
+    sizes = {
+        "rollout.batch_size": config.rollout.batch_size,
+        "optim.micro_batch_size": config.optim.micro_batch_size,
+        "eval.batch_size": config.eval.batch_size,
+        "student.sft.batch_size": config.student.sft and config.student.sft.batch_size,
+    }
+    for name, teacher in config.teachers.items():
+        sizes[f"teachers.{name}.sft.batch_size"] = teacher.sft and teacher.sft.batch_size
+    for key, size in sizes.items():
+        if size is not None and size % devices:
+            raise UserError(
+                f"{key}={size} is not divisible by the {devices} devices of the data axis "
+                "(mesh.data)"
+            )
+
+
+def check_vocabulary(student: ModelSpec, teacher: ModelSpec) -> None:
+    """Refuse a teacher whose tokens are not the student's: its scores would mean other words."""
+    ours, theirs = student.tokenizer, teacher.tokenizer
+    if ours is not theirs and ours.get_vocab() != theirs.get_vocab():
+        raise UserError(
+            f"{teacher.name}: its tokenizer ({teacher.tokenizer_name}) differs from the student's "
+            f"({student.tokenizer_name}); teachers that score tokens need the same vocabulary"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The jitted programs of a method; shapes are fixed, so each compiles once."""
+
+    score: Callable[[Params, list[Params], Rollout, jax.Array], tuple[Batch, jax.Array, Metrics]]
+    update: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
+    copy: Callable[[Any], Any]
+    """Buffers of one's own: `update` gives those of its input away."""
+    optimizer: optax.GradientTransformation
+
+
+def make_generate(setup: Setup, spec: ModelSpec) -> Callable[..., Rollout]:
+    """Jit the sampler of one model."""
+    room = setup.config.rollout.max_tokens
+
+    def run(params: Params, prompts: Prompts, sampling: Sampling, version: jax.Array) -> Rollout:
+        return generate(spec.model, params, prompts, sampling, version, max_tokens=room)
+
+    return jax.jit(run, out_shardings=by_rows(setup.mesh))
+
+
+def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Programs:
+    """Wire the six choices of a method."""
+    config, student = setup.config, setup.student.model
+    teachers = [teacher.model for teacher in setup.teachers]
+    rows, whole = by_rows(setup.mesh), replicated(setup.mesh)
+    updates = config.run.steps * config.run.updates_per_rollout
+    optimizer = make_optimizer(optim, updates)
+
+    def score(params, teacher_params, rollout, temperature):
+        scores = method.score(
+            (student, params),
+            list(zip(teachers, teacher_params, strict=True)),
+            rollout,
+            temperature,
+        )
+        batch, keep = assemble(
+            rollout, scores, method.filter, method.reweight, method.aggregate, len(teachers)
+        )
+        return batch, keep, diagnostics.of_batch(batch, keep, config.rollout.max_tokens)
+
+    update = make_update(
+        student,
+        method.loss,
+        optimizer,
+        micro_batch_size=optim.micro_batch_size,
+        head=method.score.head,
+    )
+    return Programs(
+        score=jax.jit(score, out_shardings=(rows, rows, whole)),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(whole, whole)),
+        copy=jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=whole),
+        optimizer=optimizer,
+    )

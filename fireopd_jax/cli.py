@@ -1,0 +1,244 @@
+"""The command line: `fireopd train | sft | eval | generate | env`.
+
+Nothing heavy is imported before a command needs it, so that `--help` answers at once. The keys it lists
+come from `configs/schema.json`, which `fireopd schema` writes from the config classes.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# The models are ours; the library is here for tokenizers and misses no PyTorch.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+app = typer.Typer(
+    name="fireopd",
+    help="On-policy distillation of language models, native to JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class KeysCommand(TyperCommand):
+    """A command whose help ends with every key of the configuration."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the usual help, then the keys."""
+        super().format_help(ctx, formatter)
+        formatter.write("\nKeys, with type and default:\n")
+        for line in key_lines():
+            formatter.write(line + "\n")
+
+
+def schema_file() -> Path:
+    """Find the schema that was written beside the shipped configurations."""
+    here = Path(__file__).parent
+    places = [here / "configs" / "schema.json", here.parent / "configs" / "schema.json"]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def key_lines() -> Iterator[str]:
+    """Lay out every key: a heading a section, a line a key, its documentation below."""
+    schema = json.loads(schema_file().read_text(encoding="utf-8"))
+    yield from _section(schema, schema, "")
+
+
+def _section(schema: dict[str, Any], node: dict[str, Any], prefix: str) -> Iterator[str]:
+    later: list[tuple[str, dict[str, Any]]] = []
+    for name, field in node.get("properties", {}).items():
+        if sections := list(_sections(schema, field)):
+            several = len(sections) > 1
+            for label, section in sections:
+                kind = section["properties"].get("kind", {}).get("const")
+                head = f"{prefix}{name}{label}" + (f" (kind: {kind})" if several else "")
+                later.append((head, section))
+            continue
+        default = json.dumps(field["default"]) if "default" in field else "-"
+        yield f"  {prefix}{name}: {_type(field)} = {default}"
+        if text := " ".join(field.get("description", "").split()):
+            yield f"      {text}"
+    for head, section in later:
+        yield ""
+        yield f"{head}: {' '.join(section.get('description', '').split())}"
+        yield from _section(schema, section, head.partition(" ")[0] + ".")
+
+
+def _sections(schema: dict[str, Any], field: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Find the config classes behind a field: itself, its alternatives, or those it names."""
+    if "$ref" in field:
+        yield "", schema["$defs"][field["$ref"].rpartition("/")[2]]
+    for alternative in field.get("anyOf", field.get("oneOf", field.get("allOf", []))):
+        yield from _sections(schema, alternative)
+    if isinstance(extra := field.get("additionalProperties"), dict):
+        for _, section in _sections(schema, extra):
+            yield ".NAME", section
+
+
+def _type(field: dict[str, Any]) -> str:
+    if "enum" in field:
+        return " | ".join(field["enum"])
+    if "const" in field:
+        return json.dumps(field["const"])
+    if "anyOf" in field:
+        return " | ".join(_type(part) for part in field["anyOf"])
+    if field.get("type") == "array" and "items" in field:
+        return f"list of {_type(field['items'])}"
+    bounds = {
+        "minimum": "≥ {}",
+        "exclusiveMinimum": "> {}",
+        "maximum": "≤ {}",
+        "exclusiveMaximum": "< {}",
+    }
+    limits = [text.format(field[key]) for key, text in bounds.items() if key in field]
+    return " ".join([field.get("type", "any"), *limits])
+
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml | key=value]...",
+        help="Files laid left to right, then overrides such as optim.learning_rate=1e-6.",
+    ),
+]
+
+
+@app.command(cls=KeysCommand)
+def train(
+    settings: Settings = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Resolve and check the configuration, print it, stop.")
+    ] = False,
+) -> None:
+    """Distil: make or read the models, train the student, evaluate it before and after."""
+    from fireopd_jax.recipe import load_config
+
+    config = load_config(settings or [])
+    if dry_run:
+        print_config(config)
+        return
+    from fireopd_jax.train import train as run
+
+    run(config)
+
+
+@app.command(cls=KeysCommand)
+def sft(
+    settings: Settings = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Resolve and check the configuration, print it, stop.")
+    ] = False,
+) -> None:
+    """Do the supervised part alone: the embedded teachers and the student's cold start."""
+    from fireopd_jax.recipe import load_config
+
+    config = load_config(settings or [])
+    if dry_run:
+        print_config(config)
+        return
+    from fireopd_jax.train import sft as run
+
+    run(config)
+
+
+def print_config(config: Any) -> None:
+    """Print a resolved configuration as YAML."""
+    import yaml
+
+    from fireopd_jax.recipe import as_tree
+
+    print(yaml.safe_dump(as_tree(config), sort_keys=False), end="")
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    model: Annotated[
+        str, typer.Option(help="Which of its models/: student, student_start, teacher_NAME ...")
+    ] = "student",
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[eval.key=value]...", help="Overrides.")
+    ] = None,
+) -> None:
+    """Grade a model of a run on its held-out problems; prints avg@k with its interval as JSON."""
+    from fireopd_jax.inference import evaluate_model
+
+    print(json.dumps(evaluate_model(run, model, settings or []), indent=2))
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    prompts: Annotated[Path, typer.Option(help="JSON lines with a `prompt` (text or messages).")],
+    out: Annotated[Path, typer.Option(help="File to write; it must not exist.")],
+    model: Annotated[str, typer.Option(help="Which of its models/.")] = "student",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 256,
+    samples: Annotated[int, typer.Option(min=1, help="Responses a prompt.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Responses drawn at a time.")] = 64,
+) -> None:
+    """Draw responses from a model of a run."""
+    from fireopd_jax.inference import generate_to_file
+
+    generate_to_file(
+        run,
+        model,
+        prompts,
+        out,
+        max_tokens=max_tokens,
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        batch_size=batch_size,
+    )
+
+
+@app.command()
+def env() -> None:
+    """Print what a bug report needs: versions, machine, devices."""
+    import jax
+
+    from fireopd_jax.runs import environment
+
+    print(json.dumps(environment([str(device) for device in jax.devices()]), indent=2))
+
+
+@app.command(hidden=True)
+def schema(out: Annotated[Path, typer.Argument()]) -> None:
+    """Write the JSON schema of the configuration, for --help and for editors."""
+    from pydantic import TypeAdapter
+
+    from fireopd_jax.recipe import Config
+
+    text = json.dumps(TypeAdapter(Config).json_schema(), indent=1, ensure_ascii=False)
+    out.write_text(text + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit status 2."""
+    from fireopd_jax.config import UserError
+
+    try:
+        app()
+    except UserError as error:
+        print(f"fireopd: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fireopd: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        print(f"fireopd: {error}; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)

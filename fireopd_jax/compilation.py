@@ -1,0 +1,68 @@
+"""What XLA compiles: kept on disk between runs, and counted within one.
+
+    jit -> compile, or read from the cache -> CompileCounter.count
+
+A compile that the disk cache answers counts too: the program was new to this process all the same.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+# Recorded around every backend compile, also when the persistent cache answers it.
+BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
+
+
+def cache_folder() -> Path:
+    """`$FIREOPD_CACHE_DIR`, else `fireopd_jax` in the user's cache folder."""
+    if folder := os.environ.get("FIREOPD_CACHE_DIR"):
+        return Path(folder).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "fireopd_jax"
+
+
+def compile_cache(enabled: bool = True, folder: Path | None = None) -> Path | None:
+    """Turn JAX's persistent compilation cache on or off; return the folder it uses."""
+    where = (folder or cache_folder() / "xla") if enabled else None
+    if where is not None:
+        where.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    jax.config.update("jax_compilation_cache_dir", None if where is None else str(where))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # JAX opens its cache at the first compile and ignores these options after it, unless reset.
+    reset_cache()
+    return where
+
+
+class _Total:
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == BACKEND_COMPILE:
+            self.count += 1
+
+
+@functools.cache
+def _total() -> _Total:
+    """The process's one listener: JAX keeps every listener that it is given."""
+    total = _Total()
+    jax.monitoring.register_event_duration_secs_listener(total)
+    return total
+
+
+class CompileCounter:
+    """Backend compilations since this counter was made."""
+
+    def __init__(self):
+        self._total = _total()
+        self._start = self._total.count
+
+    @property
+    def count(self) -> int:
+        """How many programs were compiled, or read from the cache, so far."""
+        return self._total.count - self._start

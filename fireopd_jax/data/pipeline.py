@@ -1,0 +1,326 @@
+"""From rows to the batches of prompts that a run draws, and to those that it is evaluated on.
+
+    rows -> split -> encode -> PromptLoader (endless, shuffled, its position saved) -> Prompts
+                            -> eval_prompts (fixed)                                 -> Prompts
+
+All arrays are NumPy and of one static shape, so nothing downstream compiles twice. Which prompt
+comes n-th is a function of (data, seed, n) alone: the position in that stream is all there is to
+save.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Int32, Integer
+from transformers import PreTrainedTokenizerBase
+
+from fireopd_jax.config import UserError
+from fireopd_jax.data.sources import DataConfig, Row
+from fireopd_jax.text.chat import prompt_ids, response_ids
+from fireopd_jax.types import Prompts
+
+SAMPLE_IDS = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Token ids of all rows, by row index; rows outside `kept` are never drawn."""
+
+    prompts: list[Int32[np.ndarray, " _"]]
+    teacher_prompts: list[Int32[np.ndarray, " _"]]
+    """The same prompts in the template of each row's own teacher."""
+    references: list[Int32[np.ndarray, " _"] | None]
+    route: Int32[np.ndarray, " N"]
+    kept: Integer[np.ndarray, " M"]
+    """Indices of the rows whose prompts fit."""
+    max_prompt_tokens: int
+    max_reference_tokens: int
+    pad: int
+    teacher_pads: tuple[int, ...]
+    dropped_prompts: int
+    dropped_references: int
+    """References too long for `max_reference_tokens`: their rows stay, without a reference."""
+
+
+def split(
+    rows: Sequence[Row], held_out: int
+) -> tuple[Integer[np.ndarray, " M"], Integer[np.ndarray, " K"]]:
+    """Set `held_out` distinct prompts aside: indices of the rows to train on, and of the others.
+
+    The prompts with the smallest SHA-256 are held out, so the choice does not depend on the order
+    of the rows, and rows of equal prompts fall on one side.
+    """
+    digests = [prompt_digest(row) for row in rows]
+    distinct = sorted(set(digests))
+    if held_out >= len(distinct):
+        raise UserError(
+            f"nothing is left to train on: {held_out} prompts are to be held out of "
+            f"{len(distinct)} distinct ones"
+        )
+    chosen = set(distinct[:held_out])
+    held = np.asarray([digest in chosen for digest in digests])
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def prompt_digest(row: Row) -> bytes:
+    """Hash what a prompt says."""
+    turns = [[message["role"], message["content"]] for message in row.prompt]
+    return hashlib.sha256(json.dumps(turns).encode()).digest()
+
+
+def encode(
+    rows: Sequence[Row],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizers: Sequence[PreTrainedTokenizerBase],
+    teacher_template_kwargs: Sequence[Mapping[str, Any]],
+    route: Int32[np.ndarray, " N"],
+    config: DataConfig,
+    max_reference_tokens: int,
+) -> Encoded:
+    """Tokenize all rows for the student and for each row's own teacher.
+
+    The teachers' tokenizers and template arguments are listed by route.
+    """
+    prompts = render(tokenizer, rows, config.chat_template_kwargs)
+    teacher_prompts = list(prompts)
+    routes = zip(teacher_tokenizers, teacher_template_kwargs, strict=True)
+    for teacher, (teacher_tokenizer, kwargs) in enumerate(routes):
+        if teacher_tokenizer is tokenizer and kwargs == config.chat_template_kwargs:
+            continue
+        own = np.flatnonzero(route == teacher)
+        rendered = render(teacher_tokenizer, [rows[int(index)] for index in own], kwargs)
+        for index, ids in zip(own, rendered, strict=True):
+            teacher_prompts[index] = ids
+    longest = np.asarray(
+        [max(len(p), len(q)) for p, q in zip(prompts, teacher_prompts, strict=True)], np.int64
+    )
+    kept = fitting(rows, longest, config)
+    references, dropped_references = encode_references(tokenizer, rows, max_reference_tokens)
+    return Encoded(
+        prompts=prompts,
+        teacher_prompts=teacher_prompts,
+        references=references,
+        route=route,
+        kept=kept,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_reference_tokens=max_reference_tokens,
+        pad=pad_id(tokenizer),
+        teacher_pads=tuple(pad_id(teacher) for teacher in teacher_tokenizers),
+        dropped_prompts=len(rows) - len(kept),
+        dropped_references=dropped_references,
+    )
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Choose what fills a row up: any id of the model's vocabulary does, for lengths tell."""
+    pad = tokenizer.pad_token_id
+    return pad if isinstance(pad, int) else 0
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], kwargs: Mapping[str, Any]
+) -> list[Int32[np.ndarray, " _"]]:
+    """Tokenize the rows' prompts in one template."""
+    ids = prompt_ids(tokenizer, [row.prompt for row in rows], kwargs)
+    return [np.asarray(row, np.int32) for row in ids]
+
+
+def fitting(
+    rows: Sequence[Row], longest: Integer[np.ndarray, " N"], config: DataConfig
+) -> Integer[np.ndarray, " M"]:
+    """Choose the rows whose prompts fit, or refuse the first that does not."""
+    limit = config.max_prompt_tokens
+    over = np.flatnonzero(longest > limit)
+    if len(over) and config.overlong == "error":
+        raise UserError(
+            f"{rows[over[0]].origin}: the prompt has {longest[over[0]]} tokens, over "
+            f"data.max_prompt_tokens={limit}; raise it, or set data.overlong=drop"
+        )
+    if len(over) == len(rows):
+        shortest = f", the shortest has {longest.min()}" if len(rows) else ""
+        raise UserError(
+            f"data.max_prompt_tokens: none of {len(rows)} prompts fits into "
+            f"{limit} tokens{shortest}"
+        )
+    return np.flatnonzero(longest <= limit)
+
+
+def encode_references(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], limit: int
+) -> tuple[list[Int32[np.ndarray, " _"] | None], int]:
+    """Tokenize the references that fit; also count those that do not."""
+    references: list[Int32[np.ndarray, " _"] | None] = [None] * len(rows)
+    having = [(index, row.reference) for index, row in enumerate(rows) if row.reference is not None]
+    dropped = 0
+    ids = response_ids(tokenizer, [text for _, text in having]) if having else []
+    for (index, _), row in zip(having, ids, strict=True):
+        if len(row) <= limit:
+            references[index] = np.asarray(row, np.int32)
+        else:
+            dropped += 1
+    return references, dropped
+
+
+class PromptLoader:
+    """Draw batches of training prompts without end, the rows of a group side by side.
+
+    Each epoch has its own order. Batches run over the end of an epoch, so no row is left out.
+    """
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        indices: Integer[np.ndarray, " M"],
+        *,
+        prompts_per_step: int,
+        group_size: int,
+        seed: int,
+        references: bool = False,
+    ):
+        """Draw from those of `indices` that were kept and, if asked, that have a reference."""
+        drawn = [
+            int(index)
+            for index in np.intersect1d(indices, encoded.kept)
+            if not references or encoded.references[index] is not None
+        ]
+        if not drawn:
+            lack = "a prompt that fits" + (" and a reference that fits" if references else "")
+            raise UserError(f"data: none of the {len(indices)} rows to train on has {lack}")
+        self.encoded = encoded
+        self.prompts_per_step = prompts_per_step
+        self.group_size = group_size
+        self.references = references
+        self.stream = grain.MapDataset.source(drawn).seed(seed).shuffle().repeat()
+        self.position = 0
+        self.identity = {"data": data_digest(encoded, drawn), "seed": seed}
+
+    def __iter__(self) -> Iterator[Prompts]:
+        """Return the loader: it has one position."""
+        return self
+
+    def __next__(self) -> Prompts:
+        """Draw the next batch."""
+        positions = self.position + np.arange(self.prompts_per_step, dtype=np.int64)
+        rows = np.asarray([self.stream[int(position)] for position in positions], np.int32)
+        self.position += self.prompts_per_step
+        members = np.arange(self.group_size)
+        sample_id = (positions[:, None] * self.group_size + members[None]) % SAMPLE_IDS
+        return collate(
+            self.encoded,
+            np.repeat(rows, self.group_size),
+            sample_id=sample_id.reshape(-1).astype(np.int32),
+            group=np.repeat(np.arange(self.prompts_per_step, dtype=np.int32), self.group_size),
+            references=self.references,
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        """Say, in JSON's types, where the stream stands and of what it is."""
+        return {"position": self.position, **self.identity}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position of the same stream."""
+        for key, value in self.identity.items():
+            if state[key] != value:
+                raise UserError(
+                    f"data: the saved position belongs to another stream of prompts: its {key} "
+                    f"is {state[key]}, here it is {value}; resume with the same data, tokenizer "
+                    "and seed"
+                )
+        self.position = int(state["position"])
+
+
+def data_digest(encoded: Encoded, indices: Sequence[int]) -> str:
+    """Hash the prompts that a stream is made of, so that a position is not used on another one."""
+    digest = hashlib.sha256()
+    for index in indices:
+        ids = encoded.prompts[index]
+        digest.update(np.asarray([index, len(ids), *ids], "<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def eval_prompts(
+    encoded: Encoded,
+    indices: Integer[np.ndarray, " M"],
+    samples_per_prompt: int,
+    batch_size: int,
+) -> list[Prompts]:
+    """Lay the kept rows of `indices` out in batches of one shape, each prompt several times.
+
+    `sample_id` is row * samples_per_prompt + s, whatever the batch size. The last batch is filled
+    up with rows of length 0, of `row` and `sample_id` -1 and a group of their own.
+    """
+    rows = indices[np.isin(indices, encoded.kept)].astype(np.int64)
+    samples = np.arange(samples_per_prompt)
+    sample_id = (rows[:, None] * samples_per_prompt + samples[None]) % SAMPLE_IDS
+    padding = -len(rows) * samples_per_prompt % batch_size
+
+    def fill(values: Integer[np.ndarray, " A"], value: int) -> Int32[np.ndarray, " B"]:
+        return np.pad(values, (0, padding), constant_values=value).astype(np.int32)
+
+    row = fill(np.repeat(rows, samples_per_prompt), -1)
+    ids = fill(sample_id.reshape(-1), -1)
+    group = fill(np.repeat(np.arange(len(rows)), samples_per_prompt), len(rows))
+    return [
+        collate(encoded, row[at], sample_id=ids[at], group=group[at], references=False)
+        for at in (slice(start, start + batch_size) for start in range(0, len(row), batch_size))
+    ]
+
+
+def collate(
+    encoded: Encoded,
+    rows: Int32[np.ndarray, " B"],
+    *,
+    sample_id: Int32[np.ndarray, " B"],
+    group: Int32[np.ndarray, " B"],
+    references: bool,
+) -> Prompts:
+    """Pad the named rows to their static widths; row -1 is padding."""
+    width = encoded.max_prompt_tokens
+    teacher = np.asarray([encoded.route[row] if row >= 0 else 0 for row in rows], np.int32)
+    pads = [encoded.teacher_pads[route] for route in teacher]
+    tokens, length = padded(
+        [encoded.prompts[row] if row >= 0 else None for row in rows],
+        width,
+        [encoded.pad] * len(rows),
+    )
+    teacher_tokens, teacher_length = padded(
+        [encoded.teacher_prompts[row] if row >= 0 else None for row in rows], width, pads
+    )
+    reference = reference_length = None
+    if references:
+        reference, reference_length = padded(
+            [encoded.references[row] for row in rows],
+            encoded.max_reference_tokens,
+            [encoded.pad] * len(rows),
+        )
+    return Prompts(
+        tokens=tokens,
+        length=length,
+        teacher_tokens=teacher_tokens,
+        teacher_length=teacher_length,
+        teacher=teacher,
+        row=rows,
+        sample_id=sample_id,
+        group=group,
+        reference=reference,
+        reference_length=reference_length,
+    )
+
+
+def padded(
+    sequences: Sequence[Int32[np.ndarray, " _"] | None], width: int, pads: Sequence[int]
+) -> tuple[Int32[np.ndarray, "B W"], Int32[np.ndarray, " B"]]:
+    """Right-pad each sequence with its own pad id; None is a row of length 0."""
+    tokens = np.repeat(np.asarray(pads, np.int32)[:, None], width, axis=1)
+    length = np.zeros(len(sequences), np.int32)
+    for index, sequence in enumerate(sequences):
+        if sequence is not None:
+            tokens[index, : len(sequence)] = sequence
+            length[index] = len(sequence)
+    return tokens, length

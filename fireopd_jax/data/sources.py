@@ -1,0 +1,243 @@
+"""From files and built-in tasks to rows, every mistake named by file, line and column.
+
+    .jsonl, .parquet, builtin:task -> records (origin, columns) -> Row -> route
+
+A row holds text only; `pipeline.py` turns it to tokens. Of a message only its role and content are
+read. A source is read whole, in order, and several sources are joined end to end.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from jaxtyping import Int32
+from pydantic import Field
+
+from fireopd_jax.config import UserError, config
+from fireopd_jax.data.tasks import nearest, task_names, task_rows
+from fireopd_jax.text.chat import Message
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@config
+class DataConfig:
+    """Where the prompts come from."""
+
+    path: str | tuple[str, ...] = "builtin:addition-2"
+    """A .jsonl, .json (one object a line) or .parquet file, or a built-in task
+    (`builtin:addition-D`, `builtin:subtraction-D`); or a list of them, joined."""
+    prompt_column: str = "prompt"
+    """Column of the prompt: a text, or a list of messages with `role` and `content`."""
+    answer_column: str | None = None
+    """Column of the answer that grades a response. null takes `answer` where a row has it."""
+    reference_column: str | None = None
+    """Column of a reference response. null takes `reference` where a row has it."""
+    privileged_column: str | None = None
+    """Column of what only a teacher may see. null takes `privileged` where a row has it."""
+    teacher_column: str | None = None
+    """Column that names each row's teacher. null is for a single teacher."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] = 512
+    """Longest prompt, in tokens of the student and of the row's teacher; prompts pad to it."""
+    overlong: Literal["drop", "error"] = "drop"
+    """What happens to a row whose prompt is longer: dropped and counted, or an error."""
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of the student's chat template, such as `enable_thinking: false`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """One prompt, and what is known of it."""
+
+    prompt: tuple[Message, ...]
+    answer: str | None
+    reference: str | None
+    privileged: str | None
+    teacher: str | None
+    origin: str
+    """File and line, for error messages."""
+
+
+def read_rows(config: DataConfig) -> list[Row]:
+    """Read every row of every source."""
+    paths = (config.path,) if isinstance(config.path, str) else config.path
+    if not paths:
+        raise UserError("data.path: the list is empty; expected a file or a built-in task")
+    return [parse_row(record, origin, config) for path in paths for origin, record in records(path)]
+
+
+def route(
+    rows: Sequence[Row], teachers: Sequence[str], column: str | None
+) -> Int32[np.ndarray, " N"]:
+    """Give each row the index of its teacher."""
+    if column is None:
+        if len(teachers) != 1:
+            raise UserError(
+                f"data.teacher_column: {len(teachers)} teachers ({', '.join(teachers)}) need a "
+                "column that names each row's teacher"
+            )
+        return np.zeros(len(rows), np.int32)
+    index = {name: position for position, name in enumerate(teachers)}
+    for row in rows:
+        if row.teacher not in index:
+            name = "null" if row.teacher is None else repr(row.teacher)
+            raise UserError(
+                f"{row.origin}: column {column!r} names no known teacher: {name}; "
+                f"known are {', '.join(teachers)}{nearest(row.teacher or '', teachers)}"
+            )
+    return np.asarray([index[row.teacher or ""] for row in rows], np.int32)
+
+
+def records(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the origin and the columns of each row of one source; an empty source is an error."""
+    if path.startswith("builtin:"):
+        for number, record in enumerate(task_rows(path), start=1):
+            yield f"{path}:{number}", record
+        return
+    file = Path(path).expanduser()
+    if file.suffix not in SUFFIXES:
+        raise UserError(
+            f"data.path: {path!r} is of no known kind; expected {', '.join(SUFFIXES)} "
+            f"or builtin:TASK{nearest(path, task_names())}"
+        )
+    if not file.is_file():
+        beside = sorted(entry.name for entry in file.parent.glob("*")) if not file.exists() else []
+        raise UserError(f"data.path: no file {path!r}{nearest(file.name, beside)}")
+    number = 0
+    lines = parquet_records(file) if file.suffix == ".parquet" else json_records(file)
+    for number, record in lines:
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: expected an object of columns, found {kind(record)}")
+        yield f"{path}:{number}", record
+    if number == 0:
+        raise UserError(f"{path}: the file holds no rows")
+
+
+def json_records(file: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each line that is not blank."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if text:
+                    yield number, json.loads(text)
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{file}:{number}: not valid UTF-8 at byte {error.start} of the line"
+                ) from error
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{file}:{number}: malformed JSON at column {error.colno}: {error.msg}; "
+                    "expected one object a line"
+                ) from error
+            except (RecursionError, ValueError) as error:  # Nesting and digits have limits.
+                raise UserError(f"{file}:{number}: malformed JSON: {error}") from error
+
+
+def parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the columns of each row, block by block."""
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for block in table.iter_batches():
+                for record in block.to_pylist():
+                    number += 1
+                    yield number, record
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: cannot be read as Parquet: {reason}") from error
+
+
+def parse_row(record: Mapping[str, Any], origin: str, config: DataConfig) -> Row:
+    """Check one record and keep what the configuration names."""
+    prompt = column_value(record, config.prompt_column, "prompt_column", origin)
+    return Row(
+        prompt=parse_prompt(prompt, config.prompt_column, origin),
+        answer=optional_text(record, "answer", config.answer_column, origin),
+        reference=optional_text(record, "reference", config.reference_column, origin),
+        privileged=optional_text(record, "privileged", config.privileged_column, origin),
+        # No column is a teacher's by its name alone: routing is asked for.
+        teacher=config.teacher_column
+        and optional_text(record, "teacher", config.teacher_column, origin),
+        origin=origin,
+    )
+
+
+def optional_text(
+    record: Mapping[str, Any], field: str, column: str | None, origin: str
+) -> str | None:
+    """Read the named column, which must exist, or the one of the field's name, which may not."""
+    if column is None and field not in record:
+        return None
+    value = column_value(record, column or field, f"{field}_column", origin)
+    return plain_text(value, column or field, origin)
+
+
+def column_value(record: Mapping[str, Any], column: str, key: str, origin: str) -> Any:
+    """Look a column up, or say which columns there are."""
+    if column not in record:
+        raise UserError(
+            f"{origin}: no column {column!r} (data.{key}); the row has "
+            f"{', '.join(map(repr, record)) or 'none'}{nearest(column, record)}"
+        )
+    return record[column]
+
+
+def parse_prompt(value: Any, column: str, origin: str) -> tuple[Message, ...]:
+    """Make a conversation of a prompt, its trailing assistant message dropped."""
+    where = f"{origin}: column {column!r}"
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list):
+        raise UserError(f"{where}: expected a text or a list of messages, found {kind(value)}")
+    messages = []
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, dict):
+            raise UserError(f"{where}: message {number}: expected an object, found {kind(message)}")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                found = kind(message[key]) if key in message else "none"
+                raise UserError(f"{where}: message {number}: expected a text {key}, found {found}")
+            check_unicode(message[key], where)
+        messages.append(Message(role=message["role"], content=message["content"]))
+    if messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not any(message["content"].strip() for message in messages):
+        raise UserError(f"{where}: the prompt is empty")
+    return tuple(messages)
+
+
+def plain_text(value: Any, column: str, origin: str) -> str | None:
+    """Write a text or a number as text: 18.0, as tables with gaps store it, is `18`."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(
+            f"{origin}: column {column!r}: expected a text or a number, found {kind(value)}"
+        )
+    text = str(value)
+    check_unicode(text, f"{origin}: column {column!r}")
+    return text
+
+
+def check_unicode(text: str, where: str) -> None:
+    r"""Refuse half a character: JSON's \ud800 alone is no text that a tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: character {error.start} is an unpaired surrogate") from error
+
+
+def kind(value: Any) -> str:
+    """Name a value's type as JSON does."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    numbers = {int: "a number", float: "a number", type(None): "null"}
+    return {**names, **numbers}.get(type(value), type(value).__name__)

@@ -1,0 +1,220 @@
+"""The loop of on-policy distillation.
+
+    prompts -> generate -> score, filter, reweight -> update        three jitted programs a step
+
+The host reports step t - 1 while the device works on step t. After the first step nothing compiles: each
+step's count of compilations is among its metrics.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fireopd_jax.build import Programs, make_programs
+from fireopd_jax.checkpoint import Checkpoints
+from fireopd_jax.compilation import CompileCounter
+from fireopd_jax.completions import write_completions
+from fireopd_jax.data.pipeline import PromptLoader
+from fireopd_jax.loop import run_steps
+from fireopd_jax.metrics import merge, results
+from fireopd_jax.models.language_model import Params
+from fireopd_jax.recipe import MethodConfig
+from fireopd_jax.rollout.sampling import stream
+from fireopd_jax.session import Session
+from fireopd_jax.sharding import place_whole
+from fireopd_jax.tracking import Tracker
+from fireopd_jax.types import Batch
+from fireopd_jax.update import Metrics, TrainState, init_state, learning_rate
+
+CAUSES = {
+    "nonfinite/teacher_logprob": "the teacher's log-probs",
+    "nonfinite/scored_student_logprob": "the student's log-probs when scored",
+    "nonfinite/token_weight": "the token weights",
+    "nonfinite/student_logprob": "the student's log-probs in the update",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one step leaves on the device for the report."""
+
+    metrics: Metrics
+    batch: Batch
+    keep: jax.Array
+    compilations: int
+
+
+class Distillation:
+    """One student learning by one method, its record under `home`."""
+
+    def __init__(
+        self,
+        session: Session,
+        method: MethodConfig,
+        teachers: Sequence[Params],
+        start: Params,
+        home: Path,
+        name: str,
+    ):
+        config = session.setup.config
+        self.session, self.config, self.home, self.name = session, config, home, name
+        self.teachers = list(teachers)
+        self.programs: Programs = make_programs(session.setup, method, config.optim)
+        updates = config.run.steps * config.run.updates_per_rollout
+        self.learning_rate = learning_rate(config.optim, updates)
+        self.sampling = session.setup.sampling(
+            "rollout",
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            min_p=config.rollout.min_p,
+        )
+        self.temperature = jnp.float32(config.rollout.temperature)
+        self.loader = PromptLoader(
+            session.setup.encoded,
+            session.setup.train,
+            prompts_per_step=config.rollout.batch_size // config.rollout.group_size,
+            group_size=config.rollout.group_size,
+            seed=stream(config.run.seed, "prompts"),
+        )
+        self.start = start
+        self.counter = CompileCounter()
+        self.reported = time.monotonic()
+
+    def run(self) -> Params:
+        """Train to the end, from the newest checkpoint if there is one."""
+        run = self.config.run
+        self.home.mkdir(parents=True, exist_ok=True)
+        state = init_state(self.programs.copy(self.start), self.programs.optimizer)
+        state = place_whole(self.session.setup.mesh, state)
+        self.checkpoints = Checkpoints(
+            self.home / "checkpoints", keep=run.keep, keep_best=run.keep_best
+        )
+        done = 0
+        if self.checkpoints.latest() is not None:
+            done, state, position = self.checkpoints.restore(state)
+            self.loader.set_state(position)
+            self.session.log(f"{self.name}: goes on from step {done} of {run.steps}")
+        with Tracker(self.home) as self.tracker:
+            self.tracker.truncate(done + 1 if done else 0)
+            if done == 0:
+                self._evaluate(0, state)
+            state = run_steps(
+                f"distil {self.name}",
+                state,
+                done,
+                run.steps,
+                self.advance,
+                self.report,
+                self.after,
+                self.session.stop,
+            )
+        self.checkpoints.close()
+        if skipped := int(state.skipped):
+            self.session.log(f"{self.name}: {skipped} of {int(state.updates)} updates were skipped")
+        return state.params
+
+    def advance(self, state: TrainState, step: int) -> tuple[TrainState, Step]:
+        """Dispatch one step; nothing is waited for."""
+        before = self.counter.count
+        prompts = next(self.loader)
+        rollout = self.session.generate(
+            self.session.setup.student, state.params, prompts, self.sampling, state.updates
+        )
+        batch, keep, metrics = self.programs.score(
+            state.params, self.teachers, rollout, self.temperature
+        )
+        updates = []
+        for _ in range(self.config.run.updates_per_rollout):
+            state, update = self.programs.update(state, batch, self.temperature)
+            updates.append(update)
+        return state, Step(
+            metrics=metrics | _joined(updates),
+            batch=batch,
+            keep=keep,
+            compilations=self.counter.count - before,
+        )
+
+    def report(self, done: int, step: Step) -> dict[str, object]:
+        """Write a finished step's metrics and samples; tell what to show."""
+        run = self.config.run
+        values = results(step.metrics)
+        values.update(self._derived(done, values, step))
+        if values["skipped"]:
+            self.session.log(f"{self.name}: step {done} skipped: {_cause(values)}")
+        if done % run.log_every == 0 or done == run.steps:
+            self.tracker.log(done, values)
+        if run.completions_every and (done % run.completions_every == 0 or done == run.steps):
+            file = self.home / "completions" / f"step_{done:06d}.parquet"
+            write_completions(file, self.session.setup, step.batch, step.keep)
+        return {
+            "kl": values["distill/reverse_kl"],
+            "length": values["completions/mean_length"],
+            "tok/s": values["perf/tokens_per_s"],
+        }
+
+    def _derived(self, done: int, values: dict[str, float], step: Step) -> dict[str, float]:
+        now = time.monotonic()
+        seconds, self.reported = now - self.reported, now
+        update = done * self.config.run.updates_per_rollout - 1
+        square = values.pop("fire/token_weight_square")
+        mean = values["fire/token_weight_mean"]
+        return {
+            "learning_rate": float(self.learning_rate(np.int32(update))),
+            "fire/token_weight_ess": mean**2 / square if square else float("nan"),
+            "timing_s/step": seconds,
+            "perf/tokens_per_s": values["num_tokens"] / max(seconds, 1e-9),
+            "perf/compilations": step.compilations,
+        }
+
+    def after(self, done: int, state: TrainState, stopping: bool) -> None:
+        """Evaluate and save where it is time."""
+        run = self.config.run
+        score = self._evaluate(done, state)
+        if stopping or done % run.save_every == 0 or done == run.steps or score is not None:
+            metrics = None if score is None else {"score": score}
+            state = self.programs.copy(state)
+            self.checkpoints.save(done, state, self.loader.get_state(), metrics)
+        if stopping:
+            self.checkpoints.close()
+
+    def _evaluate(self, done: int, state: TrainState) -> float | None:
+        """Grade the student now and then, one response a problem."""
+        config, run = self.config.eval, self.config.run
+        if not (config.every and config.problems):
+            return None
+        if done % config.every and done != run.steps:
+            return None
+        setup = self.session.setup
+        result = self.session.evaluate(
+            setup.student,
+            state.params,
+            f"{self.name}_step_{done:06d}",
+            indices=setup.held_out[: config.every_problems],
+            samples=1,
+            quiet=True,
+        )
+        self.tracker.log(done, {"eval/held_out/avg@1": result.mean})
+        return result.mean
+
+
+def _joined(updates: Sequence[Metrics]) -> Metrics:
+    joined = updates[0]
+    for update in updates[1:]:
+        joined = merge(joined, update)
+    return joined
+
+
+def _cause(values: dict[str, float]) -> str:
+    """Name what made a step unusable."""
+    if not values["fire/kept_tokens"]:
+        return "no valid row is left in the batch"
+    causes = [f"{text} ({values[key]:.0f} tokens)" for key, text in CAUSES.items() if values[key]]
+    return f"not finite: {', '.join(causes) or 'the gradient'}"

@@ -1,0 +1,1 @@
+"""Responses to marks: exact graders of final answers."""

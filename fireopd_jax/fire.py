@@ -1,0 +1,52 @@
+"""FiRe-OPD in one call, for a training loop of one's own.
+
+log-probabilities and entropies of the whole rollout batch -> weight f32[B, T], keep bool[B]
+"""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int32
+
+from fireopd_jax.filtering import TeacherQuantile
+from fireopd_jax.reweighting import ConfidenceConfusion
+from fireopd_jax.types import Array, Scores, TokenStats
+
+
+def fire_weights(
+    teacher_logprob: Float[Array, "B T"],
+    teacher_entropy: Float[Array, "B T"],
+    student_entropy: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    drop_fraction: float = 0.2,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    filter_scope: Literal["batch", "teacher"] = "batch",
+    max_scope: Literal["batch", "kept", "teacher", "row"] = "batch",
+    teacher: Int32[Array, " B"] | None = None,
+    num_teachers: int = 1,
+) -> tuple[Float32[Array, "B T"], Bool[Array, " B"]]:
+    """Return w~ and which trajectories to keep.
+
+    Give the global batch, never a micro-batch. Use both results: dropped rows are weighted, too.
+    Without `teacher` all rows have the same one.
+
+    References: arXiv 2606.02684, Eq. 4-8.
+    """
+    logprob, of_teacher, of_student = (
+        jnp.asarray(value, jnp.float32)
+        for value in (teacher_logprob, teacher_entropy, student_entropy)
+    )
+    if teacher is None:
+        teacher = jnp.zeros(mask.shape[0], jnp.int32)
+    # Neither stage reads the student's log-probability.
+    scores = Scores(
+        student=TokenStats(logprob=jnp.zeros_like(logprob), entropy=of_student),
+        teacher=TokenStats(logprob=logprob, entropy=of_teacher),
+    )
+    keep = TeacherQuantile(drop_fraction=drop_fraction, scope=filter_scope)(
+        scores, mask, teacher, num_teachers
+    )
+    reweight = ConfidenceConfusion(alpha=alpha, beta=beta, max_scope=max_scope)
+    return reweight(scores, mask, keep, teacher, num_teachers), keep

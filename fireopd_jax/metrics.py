@@ -1,0 +1,86 @@
+"""Sums that merge exactly: over rows, micro-batches and devices, with one division at the end.
+
+    values, mask -> Mean(total, count) -> merge -> results: {name: float}
+
+A mean of means is never taken, so no split of the batch changes a number. Sums are float32; counts
+are exact up to 2^24.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float32, Shaped
+
+from fireopd_jax.types import Array, pytree
+
+
+@pytree
+class Mean:
+    """A mean before its division."""
+
+    total: Float32[Array, "*stack"]
+    count: Float32[Array, "*stack"]
+
+    @staticmethod
+    def of(values: Shaped[Array, "*shape"], where: Bool[Array, "*shape"] | None = None) -> "Mean":
+        """Sum the values where `where` is true; what stands elsewhere, even NaN, does not count."""
+        total = jnp.sum(values, where=where, dtype=jnp.float32)
+        if where is None:
+            return Mean(total, jnp.asarray(values.size, jnp.float32))
+        return Mean(total, jnp.sum(where, dtype=jnp.float32))
+
+    def merge(self, other: "Mean") -> "Mean":
+        """Join with the sums of other values."""
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def result(self) -> Float32[Array, ""] | np.float32:
+        """Return total / count; NaN of nothing."""
+        return self.total / self.count
+
+
+@pytree
+class Max:
+    """A largest value, and of how many."""
+
+    value: Float32[Array, "*stack"]
+    count: Float32[Array, "*stack"]
+
+    @staticmethod
+    def of(values: Shaped[Array, "*shape"], where: Bool[Array, "*shape"] | None = None) -> "Max":
+        """Take the largest of the values where `where` is true."""
+        value = jnp.max(jnp.asarray(values, jnp.float32), where=where, initial=-jnp.inf)
+        if where is None:
+            return Max(value, jnp.asarray(values.size, jnp.float32))
+        return Max(value, jnp.sum(where, dtype=jnp.float32))
+
+    def merge(self, other: "Max") -> "Max":
+        """Join with the largest of other values."""
+        return Max(jnp.maximum(self.value, other.value), self.count + other.count)
+
+    def fold(self) -> "Max":
+        """Join along the leading axis that a scan has stacked."""
+        return Max(self.value.max(0), self.count.sum(0))
+
+    def result(self) -> Float32[Array, ""] | np.float32:
+        """Return the largest value; NaN of nothing."""
+        # count / count is 1, or NaN at 0: the same expression serves device and host arrays.
+        return self.value * (self.count / self.count)
+
+
+Metric = Mean | Max
+
+
+def merge(one, other):
+    """Merge two pytrees of metrics of the same structure."""
+    return jax.tree.map(
+        lambda a, b: a.merge(b), one, other, is_leaf=lambda node: isinstance(node, Mean | Max)
+    )
+
+
+def results(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Fetch every sum in one transfer, then divide on the host."""
+    fetched: dict[str, Metric] = jax.device_get(dict(metrics))
+    with np.errstate(all="ignore"):
+        return {name: float(metric.result()) for name, metric in fetched.items()}

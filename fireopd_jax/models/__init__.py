@@ -1,0 +1,1 @@
+"""Decoder language models that return hidden states and a head, never logits."""

@@ -1,0 +1,110 @@
+"""A model as pure functions of its parameters, and the one place where tokens and predictions align.
+
+    params, prompts, responses -> hidden states that predict each response token -> log-prob, entropy
+
+A sequence is laid as [prompt padded to P | response padded to T]: positions count only real tokens, and
+padding is invisible. The hidden state that predicts response token 0 is the prompt's last; the one that
+predicts token t is that of token t - 1.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Bool, Float, Int32
+
+from fireopd_jax.models.decoder import Decoder, DecoderConfig
+from fireopd_jax.ops.head import head_stats
+from fireopd_jax.types import Array, TokenStats
+
+Params = dict[str, Any]
+"""Nested dict of arrays."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A decoder without its parameters: hashable, so that jitted functions may close over it."""
+
+    config: DecoderConfig
+    vocab_size: int
+
+    def _module(self, rngs: nnx.Rngs) -> Decoder:
+        return Decoder(self.config, self.vocab_size, rngs=rngs)
+
+    def init(self, key: Array) -> Params:
+        """Draw fresh float32 parameters."""
+        return nnx.to_pure_dict(nnx.state(self._module(nnx.Rngs(key)), nnx.Param))
+
+    def bind(self, params: Params) -> Decoder:
+        """Put the parameters into the module."""
+        graph, _ = nnx.split(nnx.eval_shape(lambda: self._module(nnx.Rngs(0))))
+        return nnx.merge(graph, params)
+
+    def response_stats(
+        self,
+        params: Params,
+        prompt: Int32[Array, "B P"],
+        prompt_length: Int32[Array, " B"],
+        tokens: Int32[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        temperature: Float[Array, ""] | float = 1.0,
+        implementation: str | None = None,
+    ) -> TokenStats:
+        """Score given responses: log-prob of each token and entropy of its distribution, f32[B, T].
+
+        Differentiable in `params`. Values where `mask` is false mean nothing.
+        """
+        decoder = self.bind(params)
+        sequence, positions, visible = lay(prompt, prompt_length, tokens, mask)
+        hidden = decoder(sequence, positions, visible)
+        stats = head_stats(
+            predicting(hidden, prompt_length, prompt.shape[1]),
+            decoder.head,
+            tokens,
+            logit_scale=1.0 / temperature,
+            implementation=implementation,
+        )
+        return TokenStats(logprob=stats.logprob, entropy=stats.entropy)
+
+
+def lay(
+    prompt: Int32[Array, "B P"],
+    prompt_length: Int32[Array, " B"],
+    tokens: Int32[Array, "B T"],
+    mask: Bool[Array, "B T"],
+) -> tuple[Int32[Array, "B S"], Int32[Array, "B S"], Bool[Array, "B S"]]:
+    """Lay prompts and responses side by side: tokens, positions, visibility, with S = P + T."""
+    (rows, width), response = prompt.shape, tokens.shape[1]
+    slots = jnp.broadcast_to(jnp.arange(width), (rows, width))
+    after = prompt_length[:, None] + jnp.arange(response)[None]
+    sequence = jnp.concatenate([prompt, tokens], axis=1)
+    positions = jnp.concatenate([slots, after], axis=1)
+    visible = jnp.concatenate([slots < prompt_length[:, None], mask], axis=1)
+    return sequence, positions, visible
+
+
+def last_of_prompt(
+    hidden: Float[Array, "B S D"], prompt_length: Int32[Array, " B"]
+) -> Float[Array, "B D"]:
+    """Pick the hidden state of each prompt's last token."""
+    last = jnp.maximum(prompt_length - 1, 0)[:, None, None]
+    return jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+
+
+def predicting(
+    hidden: Float[Array, "B S D"], prompt_length: Int32[Array, " B"], prompt_width: int
+) -> Float[Array, "B T D"]:
+    """Align: at index t stands the hidden state that predicts response token t."""
+    first = last_of_prompt(hidden, prompt_length)
+    return jnp.concatenate([first[:, None], hidden[:, prompt_width:-1]], axis=1)
+
+
+def same_structure(params: Params, model: LanguageModel) -> bool:
+    """Tell whether `params` have the names and shapes of `model`."""
+    expected = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.structure(params) == jax.tree.structure(expected) and all(
+        a.shape == b.shape
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True)
+    )

@@ -1,0 +1,123 @@
+"""The models that a run begins with: read, or drawn at random and trained on given responses.
+
+    models/NAME of this run, if whole -> read back
+    else path, or random parameters   -> supervised training, if any -> models/NAME
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from fireopd_jax.build import ModelSpec
+from fireopd_jax.checkpoint import restore_params, save_model
+from fireopd_jax.data.pipeline import Encoded, PromptLoader, eval_prompts
+from fireopd_jax.models.language_model import Params
+from fireopd_jax.rollout.sampling import stream
+from fireopd_jax.session import Session, as_teacher
+from fireopd_jax.sft import SftConfig, supervise
+from fireopd_jax.sharding import place_whole
+from fireopd_jax.tracking import progress
+
+Make = Callable[[Path], Params]
+
+
+def once(session: Session, spec: ModelSpec, name: str, make: Make) -> Params:
+    """Read the finished model `name` of this run, or make it and write it down."""
+    home = session.folder.path / "models" / name
+    if (home / "model.json").is_file():
+        return restore_params(home, random_params(session, spec))
+    home.mkdir(parents=True, exist_ok=True)
+    params = make(home)
+    save_model(home, params, spec.description())
+    return params
+
+
+def random_params(session: Session, spec: ModelSpec) -> Params:
+    """Draw parameters from the run's seed and the model's name."""
+    seed = stream(session.setup.config.run.seed, f"init {spec.name}")
+    key = jax.random.key(seed, impl="threefry2x32")
+    return place_whole(session.setup.mesh, jax.jit(spec.model.init)(key))
+
+
+def make_teacher(session: Session, index: int) -> Params:
+    """Make or read one teacher; its supervised training sees the rows routed to it."""
+    spec = session.setup.teachers[index]
+    if spec.config.path is None and spec.config.sft is None:
+        session.log(f"{spec.name}: neither path nor sft is given, its parameters are random")
+    rows = session.own_rows(session.setup.train, index)
+    return once(session, spec, spec.slug, _maker(session, spec, rows, ()))
+
+
+def make_student(session: Session, teachers: Sequence[Params]) -> Params:
+    """Make or read the student as distillation will find it."""
+    spec = session.setup.student
+    return once(session, spec, "student_start", _maker(session, spec, session.setup.train, teachers))
+
+
+def _maker(
+    session: Session, spec: ModelSpec, rows: np.ndarray, teachers: Sequence[Params]
+) -> Make:
+    def make(home: Path) -> Params:
+        params = random_params(session, spec)
+        if spec.config.path is not None:
+            params = restore_params(Path(spec.config.path), params)
+        if spec.config.sft is None:
+            return params
+        loader = _loader(session, spec, spec.config.sft, rows, teachers)
+        return supervise(
+            spec.slug,
+            spec.model,
+            params,
+            loader,
+            spec.config.sft,
+            mesh=session.setup.mesh,
+            home=home,
+            stop=session.stop,
+            log=session.log,
+        )
+
+    return make
+
+
+def _loader(
+    session: Session,
+    spec: ModelSpec,
+    config: SftConfig,
+    rows: np.ndarray,
+    teachers: Sequence[Params],
+) -> PromptLoader:
+    encoded = session.setup.encoded
+    if config.source == "teacher":
+        encoded = _answered_by_teachers(session, teachers, rows, config.teacher_rows)
+    return PromptLoader(
+        encoded,
+        rows,
+        prompts_per_step=config.batch_size,
+        group_size=1,
+        seed=stream(session.setup.config.run.seed, f"sft {spec.name}"),
+        references=True,
+    )
+
+
+def _answered_by_teachers(
+    session: Session, teachers: Sequence[Params], rows: np.ndarray, limit: int
+) -> Encoded:
+    """Take as references what each row's own teacher answers, where it comes to an end."""
+    setup = session.setup
+    sampling = setup.sampling("teacher references", temperature=1.0)
+    references: list[np.ndarray | None] = [None] * len(setup.rows)
+    chosen = rows[np.isin(rows, setup.encoded.kept)][:limit]
+    for index, (spec, params) in enumerate(zip(setup.teachers, teachers, strict=True)):
+        own = session.own_rows(chosen, index)
+        batches = eval_prompts(setup.encoded, own, 1, setup.config.eval.batch_size)
+        with progress(f"answers of {spec.name}", len(batches)) as bar:
+            for prompts in batches:
+                rollout = session.generate(spec, params, as_teacher(prompts), sampling)
+                rollout = jax.device_get(rollout)
+                for i in np.flatnonzero(rollout.finished):
+                    references[int(prompts.row[i])] = rollout.tokens[i][rollout.mask[i]]
+                bar(1)
+    return dataclasses.replace(setup.encoded, references=references)

@@ -1,0 +1,236 @@
+"""The whole configuration, and what must hold between its sections.
+
+    run data student teachers method rollout optim eval mesh -> Config -> check
+
+Each section stands beside what it configures; here they only meet.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+from fireopd_jax.config import Origins, UserError, config, find_config, lay, read_yaml, resolve
+from fireopd_jax.config import validate as validate_tree
+from fireopd_jax.data.sources import DataConfig
+from fireopd_jax.evaluation.evaluator import EvalConfig
+from fireopd_jax.filtering import KeepAll, TeacherQuantile
+from fireopd_jax.losses.sampled_token import SampledReverseKL
+from fireopd_jax.models.decoder import DecoderConfig
+from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
+from fireopd_jax.rollout.sampling import RolloutConfig
+from fireopd_jax.runs import RunConfig
+from fireopd_jax.scoring import SampledToken
+from fireopd_jax.sft import SftConfig
+from fireopd_jax.sharding import MeshConfig
+from fireopd_jax.update import OptimConfig
+
+
+@config
+class StudentConfig:
+    """A model: embedded, or read from a folder; with or without supervised training first."""
+
+    path: str | None = None
+    """Folder of a model that a run has saved, such as `runs/x/models/student`."""
+    architecture: DecoderConfig = DecoderConfig()
+    """Architecture of an embedded model, which starts from random parameters."""
+    tokenizer: str = "builtin:bytes"
+    """Tokenizer of an embedded model: `builtin:bytes`, or a Hugging Face folder."""
+    sft: SftConfig | None = None
+    """Supervised training before distillation; null is none."""
+
+
+@config
+class TeacherConfig(StudentConfig):
+    """A teacher: frozen while the student learns."""
+
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of this teacher's chat template."""
+
+
+@config
+class MethodConfig:
+    """A method: who scores, what is kept, how tokens are weighed, and the loss. FiRe-OPD by default."""
+
+    score: SampledToken = SampledToken()
+    """What student and teachers say of a rollout."""
+    filter: Annotated[KeepAll | TeacherQuantile, Field(discriminator="kind")] = TeacherQuantile()
+    """Which trajectories the student learns from."""
+    reweight: Annotated[Uniform | ConfidenceConfusion, Field(discriminator="kind")] = (
+        ConfidenceConfusion()
+    )
+    """How much each token counts."""
+    loss: SampledReverseKL = SampledReverseKL()
+    """Per-token loss."""
+    aggregate: Literal["seq", "token"] = "seq"
+    """Each kept trajectory counts once (`seq`), or each kept token (`token`)."""
+
+
+@config
+class Config:
+    """Everything that a run is a function of."""
+
+    run: RunConfig = RunConfig()
+    """Name, length, seed and record of the run."""
+    data: DataConfig = DataConfig()
+    """Where the prompts come from."""
+    student: StudentConfig = StudentConfig()
+    """The model that learns."""
+    teachers: dict[str, TeacherConfig] = dataclasses.field(default_factory=dict)
+    """The models that score, by name; `teacher.x` is short for `teachers.default.x`."""
+    method: MethodConfig = MethodConfig()
+    """How the student learns."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How responses are drawn."""
+    optim: OptimConfig = OptimConfig()
+    """The student's optimizer."""
+    eval: EvalConfig = EvalConfig()
+    """How models are evaluated."""
+    mesh: MeshConfig = MeshConfig()
+    """How devices are used."""
+
+
+ALIASES = {
+    # TRL
+    "model_name_or_path": "student.path",
+    "teacher_model_name_or_path": "teacher.path",
+    "dataset_name": "data.path",
+    "output_dir": "run.dir",
+    "per_device_train_batch_size": "optim.micro_batch_size",
+    "gradient_accumulation_steps": "optim.micro_batch_size",
+    "max_steps": "run.steps",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_completion_length": "rollout.max_tokens",
+    "num_generations": "rollout.group_size",
+    "max_grad_norm": "optim.clip_norm",
+    "lr_scheduler_type": "optim.schedule",
+    "logging_steps": "run.log_every",
+    "eval_steps": "eval.every",
+    "save_steps": "run.save_every",
+    "save_total_limit": "run.keep",
+    "resume_from_checkpoint": "run.resume",
+    "chat_template_kwargs": "data.chat_template_kwargs",
+    # verl and the FiRe-OPD scripts
+    "max_response_length": "rollout.max_tokens",
+    "train_batch_size": "rollout.batch_size",
+    "ppo_micro_batch_size_per_gpu": "optim.micro_batch_size",
+    "lr": "optim.learning_rate",
+    "clip_ratio": "method.loss.clip",
+    "test_freq": "eval.every",
+    "save_freq": "run.save_every",
+    "resume_mode": "run.resume",
+    "traj_skip_percentile": "method.filter.drop_fraction",
+    "entropy_alpha": "method.reweight.alpha",
+    "entropy_beta": "method.reweight.beta",
+    "opd_teacher": "data.teacher_column",
+    "rollout_is_threshold": "method.loss.importance_cap",
+}
+
+
+def load_config(arguments: Sequence[str]) -> Config:
+    """Read files and overrides, lay them over the defaults, and check the whole."""
+    config, origins = resolve(Config, arguments, ALIASES)
+    check(config, origins)
+    return config
+
+
+def with_method(config: Config, name: str) -> Config:
+    """Lay the method file `name` over a configuration, as a control of the same run."""
+    layer, origins = read_yaml(find_config(f"method/{name}"))
+    return validate_tree(Config, lay(as_tree(config), layer), origins)
+
+
+def as_tree(config: Config) -> dict[str, Any]:
+    """Give the configuration as plain data, every default written out."""
+    return TypeAdapter(Config).dump_python(config, mode="json")
+
+
+def check(config: Config, origins: Origins) -> None:
+    """Refuse sections that do not fit together, and keys that would have no effect."""
+    for problem in _conflicts(config):
+        raise UserError(problem)
+    for key, reason in _ineffective(config):
+        if key in origins:
+            raise UserError(f"{origins[key]}: {key} has no effect {reason}")
+
+
+def _conflicts(config: Config) -> Iterator[str]:
+    method, rollout = config.method, config.rollout
+    if not config.teachers:
+        yield "teachers: none is given; expected `teacher: ...` or `teachers: {NAME: ...}`"
+    for stage in (method.filter, method.reweight, method.loss):
+        if missing := sorted(stage.needs - method.score.gives):
+            yield (
+                f"method: {stage.kind} needs {', '.join(missing)}, which "
+                f"method.score ({method.score.kind}) does not give"
+            )
+    for key, size, divisor in _divisions(config):
+        if size % divisor:
+            yield f"{key}={divisor} does not divide the {size} rows of a batch"
+    if rollout.temperature == 0:
+        yield "rollout.temperature=0: greedy rollouts have no gradient; expected a positive value"
+    filtered = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
+    if filtered and method.loss.importance_cap is None:
+        yield (
+            f"{method.loss.kind} is exact only for unfiltered rollouts: with rollout.top_p, top_k or"
+            " min_p set, give method.loss.importance_cap too"
+        )
+    if len(config.teachers) > 1 and config.data.teacher_column is None:
+        yield (
+            f"data.teacher_column: with {len(config.teachers)} teachers, expected the column that "
+            "names each row's teacher"
+        )
+    for name, teacher in config.teachers.items():
+        if teacher.sft is not None and teacher.sft.source == "teacher":
+            yield f"teachers.{name}.sft.source: a teacher learns from rows; expected 'rows'"
+
+
+def _divisions(config: Config) -> Iterator[tuple[str, int, int]]:
+    rows = config.rollout.batch_size
+    yield "rollout.group_size", rows, config.rollout.group_size
+    yield "optim.micro_batch_size", rows, config.optim.micro_batch_size or 1
+    yield "method.score.micro_batch_size", rows, config.method.score.micro_batch_size or 1
+    for key, model in _models(config):
+        if model.sft is not None:
+            micro = model.sft.optim.micro_batch_size or 1
+            yield f"{key}.sft.optim.micro_batch_size", model.sft.batch_size, micro
+
+
+def _models(config: Config) -> Iterator[tuple[str, StudentConfig]]:
+    yield "student", config.student
+    for name, teacher in config.teachers.items():
+        yield f"teachers.{name}", teacher
+
+
+def _ineffective(config: Config) -> Iterator[tuple[str, str]]:
+    """List keys that this configuration never reads, with the reason."""
+    if config.run.updates_per_rollout == 1:
+        yield "method.loss.clip", "with run.updates_per_rollout=1: the ratio is 1"
+    if len(config.teachers) == 1:
+        for key, value in (
+            ("method.filter.scope", getattr(config.method.filter, "scope", None)),
+            ("method.reweight.max_scope", getattr(config.method.reweight, "max_scope", None)),
+        ):
+            if value == "teacher":
+                yield key, "as 'teacher' with a single teacher"
+    optimizers = [("optim", config.optim)]
+    for key, model in _models(config):
+        if model.sft is not None:
+            optimizers.append((f"{key}.sft.optim", model.sft.optim))
+            if model.sft.source == "rows":
+                yield f"{key}.sft.teacher_rows", "with source: rows"
+        if model.path is not None:
+            yield f"{key}.tokenizer", f"beside {key}.path: the folder names its tokenizer"
+            for field in dataclasses.fields(DecoderConfig):
+                reason = f"beside {key}.path: the folder holds the architecture"
+                yield f"{key}.architecture.{field.name}", reason
+    for key, optim in optimizers:
+        if optim.schedule == "constant":
+            yield f"{key}.final_fraction", "with schedule: constant"
+    if not config.eval.every:
+        yield "eval.every_problems", "with eval.every=0"
+    if not config.eval.problems:
+        for field in dataclasses.fields(EvalConfig):
+            if field.name != "problems":
+                yield f"eval.{field.name}", "with eval.problems=0"

@@ -1,0 +1,104 @@
+"""How much each token of a trajectory counts.
+
+    scores, mask, keep, teacher -> weight f32[B, T]
+
+Weights have mean 1 over their own trajectory's tokens, are 0 where masked, and carry no gradient.
+Dropped rows are weighted like the others; `batch.py` leaves them out. Maxima are over the global
+batch: they must see it at once, never a micro-batch.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float32, Int32
+from pydantic import Field
+
+from fireopd_jax.config import config
+from fireopd_jax.types import Array, Scores
+
+
+@config
+class Uniform:
+    """Weigh every token 1."""
+
+    kind: Literal["uniform"] = "uniform"
+    """Name of this weighting."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(
+        self,
+        scores: Scores,
+        mask: Bool[Array, "B T"],
+        keep: Bool[Array, " B"] | Bool[Array, "B T"],
+        teacher: Int32[Array, " B"],
+        num_teachers: int,
+    ) -> Float32[Array, "B T"]:
+        """Return 1 on each response token."""
+        return jnp.asarray(mask).astype(jnp.float32)
+
+
+@config
+class ConfidenceConfusion:
+    """Favour tokens where the teacher is sure and the student is not.
+
+    c^T = 1 - H^T / max H^T, c^S = H^S / max H^S, w = (1 + alpha c^T)(1 + beta c^S), and
+    w~ = w / (the mean of w over the trajectory).
+
+    References: arXiv 2606.02684, Eq. 5-8.
+    """
+
+    kind: Literal["confidence_confusion"] = "confidence_confusion"
+    """Name of this weighting."""
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Strength of the teacher's confidence c^T; 0 ignores it."""
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Strength of the student's confusion c^S; 0 ignores it."""
+    max_scope: Literal["batch", "kept", "teacher", "row"] = "batch"
+    """Tokens the entropy maxima are taken over: all, those of kept rows, of the rows of the same
+    teacher, or of the row itself: what the authors' code does at the settings it ships."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher.entropy", "student.entropy"})
+
+    def __call__(
+        self,
+        scores: Scores,
+        mask: Bool[Array, "B T"],
+        keep: Bool[Array, " B"] | Bool[Array, "B T"],
+        teacher: Int32[Array, " B"],
+        num_teachers: int,
+    ) -> Float32[Array, "B T"]:
+        """Return w~, 0 where masked."""
+
+        def share(entropy: Array) -> Array:
+            top = self._maximum(entropy, mask, keep, teacher, num_teachers)
+            return jnp.clip(entropy / jnp.maximum(top, 1e-6), 0.0, 1.0)
+
+        confidence = 1.0 - share(scores.teacher.entropy)
+        confusion = share(scores.student.entropy)
+        weight = (1.0 + self.alpha * confidence) * (1.0 + self.beta * confusion)
+        weight = jnp.where(mask, weight, 0.0)
+        length = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+        mean = jnp.sum(weight, axis=1, keepdims=True) / length
+        return jax.lax.stop_gradient(weight / jnp.where(mean == 0.0, 1.0, mean))
+
+    def _maximum(
+        self, entropy: Array, mask: Array, keep: Array, teacher: Array, num_teachers: int
+    ) -> Float32[Array, "B 1"] | Float32[Array, "1 1"]:
+        """Return the largest finite entropy of the tokens in scope.
+
+        A row that went wrong must not reach the others through the maximum.
+        """
+        inside = mask & jnp.isfinite(entropy)
+        if self.max_scope == "kept":
+            inside = inside & (keep if keep.ndim == 2 else keep[:, None])
+        entropy = jnp.where(inside, entropy, 0.0)
+        row = jnp.max(entropy, axis=1, initial=0.0)
+        if self.max_scope == "row":
+            return row[:, None]
+        if self.max_scope == "teacher":
+            own = jnp.asarray(teacher)[:, None] == jnp.arange(num_teachers)[None, :]
+            by_teacher = jnp.max(jnp.where(own, row[:, None], 0.0), axis=0, initial=0.0)
+            return by_teacher[jnp.asarray(teacher)][:, None]
+        return jnp.max(row, initial=0.0)[None, None]

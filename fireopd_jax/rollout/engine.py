@@ -1,0 +1,111 @@
+"""Generate a batch of responses in one jitted program: prefill, then decode until every row has ended.
+
+Prompt tokens take the cache slots 0..P-1 and response token t the slot P + t of every row, whatever the
+prompt's length: a write is one slice. The engine does not know what the responses are for.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float32, Int32
+
+from fireopd_jax.models.decoder import Cache
+from fireopd_jax.models.language_model import LanguageModel, Params, last_of_prompt
+from fireopd_jax.rollout.sampling import Sampling, draw, row_keys
+from fireopd_jax.types import Array, Prompts, Rollout, pytree
+
+
+@pytree
+class _State:
+    step: Int32[Array, ""]
+    hidden: Float32[Array, "B D"]
+    cache: Cache
+    active: Bool[Array, " B"]
+    finished: Bool[Array, " B"]
+    tokens: Int32[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    logprob: Float32[Array, "B T"]
+    model_logprob: Float32[Array, "B T"]
+
+
+def generate(
+    model: LanguageModel,
+    params: Params,
+    prompts: Prompts,
+    sampling: Sampling,
+    version: Int32[Array, ""],
+    *,
+    max_tokens: int,
+) -> Rollout:
+    """Draw one response to each prompt.
+
+    `max_tokens` is the room, static; `sampling.max_tokens` the limit, traced, at most the room. A row of
+    length 0 draws nothing. Rows end on a stop token, which is part of the response, or at the limit.
+    """
+    decoder = model.bind(params)
+    layers = decoder.unstacked()
+    head = decoder.head
+    rows, width = prompts.tokens.shape
+    slots = jnp.arange(width + max_tokens)[None]
+    in_prompt = slots < prompts.length[:, None]
+
+    visible = in_prompt | (slots >= width)  # later response slots are hidden by causality
+    positions = jnp.broadcast_to(jnp.arange(width)[None], (rows, width))
+    cache = decoder.empty_cache(rows, width + max_tokens)
+    hidden, cache = decoder.extend(layers, prompts.tokens, positions, visible, cache, 0)
+
+    def alive(state: _State) -> Bool[Array, ""]:
+        return (state.step < jnp.minimum(sampling.max_tokens, max_tokens)) & state.active.any()
+
+    def decode(state: _State) -> _State:
+        logits = jnp.einsum("bd,vd->bv", state.hidden.astype(head.dtype), head,
+                            preferred_element_type=jnp.float32)  # fmt: skip
+        keys = row_keys(sampling.seed, prompts.sample_id, state.step)
+        drawn = draw(logits, keys, sampling)
+
+        def write(buffer: Array, value: Array) -> Array:
+            column = jnp.where(state.active, value, jnp.zeros_like(value))[:, None]
+            return jax.lax.dynamic_update_slice_in_dim(buffer, column, state.step, axis=1)
+
+        stopped = state.active & jnp.isin(drawn.token, sampling.stop)
+        hidden, cache = decoder.extend(
+            layers,
+            drawn.token[:, None],
+            (prompts.length + state.step)[:, None],
+            visible,
+            state.cache,
+            width + state.step,
+        )
+        return _State(
+            step=state.step + 1,
+            hidden=hidden[:, 0].astype(jnp.float32),
+            cache=cache,
+            active=state.active & ~stopped,
+            finished=state.finished | stopped,
+            tokens=write(state.tokens, drawn.token),
+            mask=write(state.mask, jnp.ones_like(state.active)),
+            logprob=write(state.logprob, drawn.logprob),
+            model_logprob=write(state.model_logprob, drawn.model_logprob),
+        )
+
+    zeros = jnp.zeros((rows, max_tokens), jnp.float32)
+    start = _State(
+        step=jnp.int32(0),
+        hidden=last_of_prompt(hidden, prompts.length).astype(jnp.float32),
+        cache=cache,
+        active=prompts.length > 0,
+        finished=jnp.zeros(rows, bool),
+        tokens=zeros.astype(jnp.int32),
+        mask=zeros.astype(bool),
+        logprob=zeros,
+        model_logprob=zeros,
+    )
+    end = jax.lax.while_loop(alive, decode, start)
+    return Rollout(
+        prompts=prompts,
+        tokens=end.tokens,
+        mask=end.mask,
+        logprob=end.logprob,
+        model_logprob=end.model_logprob,
+        finished=end.finished,
+        version=jnp.where(end.mask, version, -1),
+    )

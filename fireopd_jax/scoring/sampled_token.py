@@ -1,0 +1,95 @@
+"""Score the sampled tokens by the student and by each row's own teacher.
+
+    rollout -> student: every row, in the student's prompt
+            -> teachers: rows sorted by route; each teacher runs over its own rows only, in its own prompt
+
+Both score at the rollout's temperature, and no gradient passes.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int32
+from pydantic import PositiveInt
+
+from fireopd_jax.config import config
+from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.sharding import join_micro_batches, micro_batches
+from fireopd_jax.types import Array, Rollout, Scores, TokenStats
+
+
+@config
+class SampledToken:
+    """Log-prob of each sampled token and entropy of its distribution, by student and teacher."""
+
+    kind: Literal["sampled_token"] = "sampled_token"
+    micro_batch_size: PositiveInt | None = None
+    """Rows scored at a time; by default all, or an eighth when several teachers share the batch."""
+    head: Literal["reference", "chunked"] | None = None
+    """Implementation of the head statistics; by default the best for the platform."""
+
+    gives: ClassVar[frozenset[str]] = frozenset(
+        {"student.logprob", "student.entropy", "teacher.logprob", "teacher.entropy"}
+    )
+
+    def __call__(
+        self,
+        student: tuple[LanguageModel, Params],
+        teachers: Sequence[tuple[LanguageModel, Params]],
+        rollout: Rollout,
+        temperature: Float[Array, ""] | float,
+    ) -> Scores:
+        """Score a batch of rollouts."""
+        rows = rollout.tokens.shape[0]
+        prompts = rollout.prompts
+        own = (prompts.tokens, prompts.length)
+        theirs = (prompts.teacher_tokens, prompts.teacher_length)
+
+        def stats(model: tuple[LanguageModel, Params], context, tokens, mask) -> TokenStats:
+            decoder, params = model
+            return decoder.response_stats(params, *context, tokens, mask, temperature, self.head)
+
+        inputs = (own, rollout.tokens, rollout.mask)
+        size = self.micro_batch_size or rows
+        scores = Scores(
+            student=_in_micro_batches(lambda x: stats(student, *x), inputs, rows // size),
+            teacher=_routed(
+                [lambda x, teacher=teacher: stats(teacher, *x) for teacher in teachers],
+                (theirs, rollout.tokens, rollout.mask),
+                prompts.teacher,
+                size if self.micro_batch_size or len(teachers) == 1 else -(-rows // 8),
+            ),
+        )
+        return jax.lax.stop_gradient(scores)
+
+
+def _in_micro_batches(score, inputs, count: int) -> TokenStats:
+    if count == 1:
+        return score(inputs)
+    return join_micro_batches(jax.lax.map(score, micro_batches(inputs, count)))
+
+
+def _routed(scorers, inputs, route: Int32[Array, " B"], size: int) -> TokenStats:
+    """Let each scorer run over its own rows in blocks of `size`; how many blocks is traced."""
+    rows = route.shape[0]
+    if len(scorers) == 1:
+        return _in_micro_batches(scorers[0], inputs, rows // size)
+    order = jnp.argsort(route, stable=True)
+    zeros = jnp.zeros_like(inputs[1], jnp.float32)
+    out = TokenStats(logprob=zeros, entropy=zeros)
+    start = jnp.int32(0)
+    for teacher, score in enumerate(scorers):
+        end = start + (route == teacher).sum()
+
+        def block(i, out, score=score, start=start, end=end):
+            at = start + i * size + jnp.arange(size)
+            mine = order[jnp.minimum(at, rows - 1)]
+            part = score(jax.tree.map(lambda x: x[mine], inputs))
+            target = jnp.where(at < end, mine, rows)
+            return jax.tree.map(lambda o, p: o.at[target].set(p, mode="drop"), out, part)
+
+        out = jax.lax.fori_loop(0, -(-(end - start) // size), block, out)
+        start = end
+    return out

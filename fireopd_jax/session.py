@@ -1,0 +1,106 @@
+"""An open run: its setup, its folder, its log, and how its models answer and are graded."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fireopd_jax.build import ModelSpec, Setup, make_generate
+from fireopd_jax.data.pipeline import eval_prompts
+from fireopd_jax.evaluation.evaluator import EvalResult, evaluate
+from fireopd_jax.loop import StopFlag
+from fireopd_jax.models.language_model import Params
+from fireopd_jax.rollout.sampling import Sampling
+from fireopd_jax.runs import RunFolder
+from fireopd_jax.sharding import place_rows
+from fireopd_jax.text.chat import decode
+from fireopd_jax.tracking import Log, progress
+from fireopd_jax.types import Prompts, Rollout
+
+
+@dataclasses.dataclass
+class Session:
+    """What the stages of a run share."""
+
+    setup: Setup
+    folder: RunFolder
+    stop: StopFlag
+    log: Log
+    generators: dict[str, Callable[..., Rollout]] = dataclasses.field(default_factory=dict)
+
+    def generate(
+        self,
+        spec: ModelSpec,
+        params: Params,
+        prompts: Prompts,
+        sampling: Sampling,
+        version: jax.Array | None = None,
+    ) -> Rollout:
+        """Draw responses from any model of the run; models of one architecture share the program."""
+        key = repr(spec.model)
+        if key not in self.generators:
+            self.generators[key] = make_generate(self.setup, spec)
+        version = jnp.int32(0) if version is None else version
+        return self.generators[key](
+            params, place_rows(self.setup.mesh, prompts), sampling, version
+        )
+
+    def evaluate(
+        self,
+        spec: ModelSpec,
+        params: Params,
+        label: str,
+        *,
+        indices: np.ndarray | None = None,
+        samples: int | None = None,
+        quiet: bool = False,
+    ) -> EvalResult:
+        """Grade a model on the held-out problems, or on those named; each model in its template."""
+        setup, config = self.setup, self.setup.config.eval
+        samples = samples or config.samples
+        indices = setup.held_out if indices is None else indices
+        batches = eval_prompts(setup.encoded, indices, samples, config.batch_size)
+        sampling = setup.sampling("eval", temperature=config.temperature, top_p=config.top_p)
+
+        def answer(prompts: Prompts) -> Rollout:
+            prompts = prompts if spec is setup.student else as_teacher(prompts)
+            return self.generate(spec, params, prompts, sampling)
+
+        def grade(advance: Callable[[int], None]) -> EvalResult:
+            return evaluate(
+                answer,
+                batches,
+                lambda ids: decode(spec.tokenizer, ids.tolist()),
+                lambda row: setup.rows[row].answer or "",
+                samples,
+                advance=advance,
+                out=self.folder.evaluation / f"{label}.jsonl",
+            )
+
+        if quiet:
+            return grade(lambda rows: None)
+        with progress(f"eval {label}", len(batches)) as bar:
+            return grade(bar)
+
+    def own_rows(self, indices: np.ndarray, teacher: int) -> np.ndarray:
+        """Pick the rows that are routed to one teacher."""
+        return indices[self.setup.encoded.route[indices] == teacher]
+
+    def evaluate_teachers(self, teachers: Sequence[Params]) -> list[EvalResult]:
+        """Grade each teacher on its own problems."""
+        specs = self.setup.teachers
+        return [
+            self.evaluate(
+                spec, params, spec.slug, indices=self.own_rows(self.setup.held_out, index)
+            )
+            for index, (spec, params) in enumerate(zip(specs, teachers, strict=True))
+        ]
+
+
+def as_teacher(prompts: Prompts) -> Prompts:
+    """Give the prompts as each row's own teacher reads them."""
+    return dataclasses.replace(
+        prompts, tokens=prompts.teacher_tokens, length=prompts.teacher_length
+    )

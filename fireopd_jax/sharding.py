@@ -1,0 +1,73 @@
+"""The mesh, and what lies on which of its axes.
+
+Rows of a batch lie over `data`; parameters and optimizer state lie whole on every device. The axes are
+Auto: the compiler inserts the collectives, so statistics over the row axis are global by construction.
+"""
+
+from typing import TypeVar
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from pydantic import PositiveInt
+
+from fireopd_jax.config import UserError, config
+
+Tree = TypeVar("Tree")
+
+
+@config
+class MeshConfig:
+    """How the devices are laid."""
+
+    data: PositiveInt | None = None
+    """Devices over which the rows of a batch are split; by default all of them."""
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Lay the devices as the configuration says."""
+    devices = devices if devices is not None else jax.devices()
+    size = config.data or len(devices)
+    if size > len(devices):
+        raise UserError(f"mesh.data: {size} devices asked for, {len(devices)} found")
+    return jax.make_mesh((size,), ("data",), (AxisType.Auto,), devices=devices[:size])
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays whose leading axis is the batch."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place_rows(mesh: Mesh, tree: Tree) -> Tree:
+    """Put the arrays of a batch onto the mesh, split by rows."""
+    return jax.device_put(tree, by_rows(mesh))
+
+
+def place_whole(mesh: Mesh, tree: Tree) -> Tree:
+    """Put arrays onto every device of the mesh."""
+    return jax.device_put(tree, replicated(mesh))
+
+
+def micro_batches(tree: Tree, count: int) -> Tree:
+    """Split the rows into `count` micro-batches by stride: [B, ...] -> [count, B / count, ...].
+
+    A stride leaves every device its own rows; contiguous blocks would be gathered.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def join_micro_batches(tree: Tree) -> Tree:
+    """Undo `micro_batches`."""
+
+    def join(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+    return jax.tree.map(join, tree)

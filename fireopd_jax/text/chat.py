@@ -1,0 +1,96 @@
+"""Between conversations and token ids, in the tokenizer's own chat template.
+
+    conversation -> prompt_ids -> [sampler] -> decode -> text
+    reference text -> response_ids
+
+A prompt ends where the assistant begins to speak. A response holds no special of the template but
+its end-of-sequence token.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from fireopd_jax.config import UserError
+
+FIXED_ARGUMENTS = ("conversation", "add_generation_prompt", "tokenize", "return_dict", "padding")
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    template_kwargs: Mapping[str, Any],
+) -> list[list[int]]:
+    """Render conversations up to the first token of the answer."""
+    check_template(tokenizer, template_kwargs)
+    if not conversations:
+        return []
+    try:
+        ids = tokenizer.apply_chat_template(
+            [
+                [{"role": turn["role"], "content": turn["content"]} for turn in conversation]
+                for conversation in conversations
+            ],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            padding=False,
+            **template_kwargs,
+        )
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses a prompt: {error}") from error
+    return [list(row) for row in ids]  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> None:
+    """Refuse a missing template, and an argument that the template would silently ignore."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path!r} has no chat template: "
+            "expected a chat_template.jinja beside its tokenizer.json"
+        )
+    template = tokenizer.get_chat_template()
+    for name in template_kwargs:
+        if name in FIXED_ARGUMENTS:
+            raise UserError(f"chat_template_kwargs: {name!r} is set by fireopd and cannot be given")
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise UserError(
+                f"chat_template_kwargs: the chat template of {tokenizer.name_or_path!r} "
+                f"does not use {name!r}"
+            )
+
+
+def response_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Encode responses as a model would write them, the end-of-sequence token last."""
+    (end,) = stop_ids(tokenizer)
+    if not texts:
+        return []
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [[*row, end] for row in ids]  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Turn ids to text, special tokens left out."""
+    text = tokenizer.decode(
+        [int(token) for token in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """List the ids that end a response."""
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token")
+    return (end,)

@@ -1,0 +1,78 @@
+"""From a name to a tokenizer: a local Hugging Face folder, or the built-in byte-level one.
+
+The built-in tokenizer has one id per byte, so it needs no file and no download, and every text
+survives the round trip. Nothing here reaches for the network, and no code of a folder is run.
+"""
+
+import functools
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fireopd_jax.config import UserError
+
+BUILTIN = "builtin:bytes"
+SPECIALS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
+    "{{- raise_exception('the role ' ~ message['role'] ~ ' is none of system, user, assistant') -}}"
+    "{%- endif -%}"
+    "{{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+
+
+@functools.cache
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a local folder, or `builtin:bytes`. One name gives one object."""
+    if name == BUILTIN:
+        return byte_tokenizer()
+    if name.startswith("builtin:"):
+        raise UserError(f"tokenizer {name!r}: no such built-in; did you mean {BUILTIN!r}?")
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(
+            f"tokenizer {name!r}: no such folder; expected a local folder that holds "
+            f"tokenizer.json, or {BUILTIN!r}"
+        )
+    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        raise UserError(f"tokenizer {name!r}: the folder holds no tokenizer.json")
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # The library raises a bare Exception for a broken file.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"tokenizer {name!r}: cannot be loaded: {reason[:300]}") from error
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the byte-level tokenizer: ids 0 to 255 are the bytes, the specials follow."""
+    vocabulary = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    backend.add_special_tokens(
+        [AddedToken(special, special=True, normalized=False) for special in SPECIALS]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=SPECIALS[0],
+        eos_token=SPECIALS[1],
+        extra_special_tokens=list(SPECIALS[2:]),
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def byte_symbols() -> list[str]:
+    """Name each byte by one visible character, as byte-level BPE files do.
+
+    A printable Latin-1 byte is its own character. The others, in order, are those from 256.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte if byte in printable else 256 + hidden.index(byte)) for byte in range(256)]

@@ -1,0 +1,153 @@
+"""A whole run: make or read the models, distil, evaluate before and after, sum up.
+
+    Config -> run folder -> teachers, student -> distil (and each control) -> summary.json
+
+Every finished model is written to `models/`, so an interrupted run repeats no finished work.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fireopd_jax import runs
+from fireopd_jax.build import set_up
+from fireopd_jax.compilation import compile_cache
+from fireopd_jax.distill import Distillation
+from fireopd_jax.evaluation.evaluator import EvalResult
+from fireopd_jax.loop import stop_on_signal
+from fireopd_jax.models.decoder import parameter_count
+from fireopd_jax.models.language_model import Params
+from fireopd_jax.prepare import make_student, make_teacher, once
+from fireopd_jax.recipe import Config, MethodConfig, as_tree, with_method
+from fireopd_jax.report import print_curve, print_results, write_card
+from fireopd_jax.session import Session
+from fireopd_jax.tracking import Log
+
+Summary = dict[str, Any]
+
+
+def train(config: Config) -> Summary:
+    """Do the run that `config` describes, or go on with it; return its summary.
+
+    Raises `UserError` for a mistake in the configuration or the data, and `Interrupted` when a signal
+    stopped the run after a save.
+    """
+    return _in_folder(config, _train)
+
+
+def sft(config: Config) -> Summary:
+    """Do the supervised part alone: make the teachers and the student's cold start."""
+    return _in_folder(config, _sft)
+
+
+def _in_folder(config: Config, work: Callable[[Session], Summary]) -> Summary:
+    start = time.monotonic()
+    compile_cache(config.run.compilation_cache)
+    with runs.open_run(config.run, as_tree(config)) as folder:
+        if folder.state == "complete":
+            print(f"{folder.path}: this run is complete, nothing is left to do")
+            return json.loads(folder.summary.read_text(encoding="utf-8"))
+        with stop_on_signal() as stop, Log(folder.logs) as log:
+            log(f"{'resuming' if folder.state == 'resume' else 'writing'} {folder.path}")
+            folder.write_json("env.json", runs.environment([str(d) for d in jax.devices()]))
+            session = Session(set_up(config), folder, stop, log)
+            introduce(session)
+            summary = work(session) | {"seconds": round(time.monotonic() - start, 1)}
+            folder.finish(summary)
+            log(f"done in {summary['seconds']:.0f} s: {folder.summary}")
+    return summary
+
+
+def introduce(session: Session) -> None:
+    """Say what goes in: models, rows, what was dropped, one prompt as the models see it."""
+    setup, log = session.setup, session.log
+    for spec in (setup.student, *setup.teachers):
+        shapes = jax.eval_shape(spec.model.init, jax.random.key(0))
+        log(f"{spec.name}: {parameter_count(shapes):,} parameters, tokenizer {spec.tokenizer_name}")
+    encoded = setup.encoded
+    log(
+        f"data: {len(setup.rows)} rows, {len(setup.train)} to train on, {len(setup.held_out)} held"
+        f" out; {encoded.dropped_prompts} prompts longer than {encoded.max_prompt_tokens} tokens"
+        f" dropped; {encoded.dropped_references} references longer than"
+        f" {encoded.max_reference_tokens} not used"
+    )
+    first = int(encoded.kept[0])
+    for spec, ids in (
+        (setup.student, encoded.prompts[first]),
+        (setup.teachers[encoded.route[first]], encoded.teacher_prompts[first]),
+    ):
+        log(f"{spec.name} reads {spec.tokenizer.decode(ids)!r}: {ids.tolist()}")
+
+
+def _prepare(session: Session) -> tuple[list[Params], Params, Summary]:
+    """Make the models and grade them before distillation."""
+    setup = session.setup
+    teachers = [make_teacher(session, index) for index in range(len(setup.teachers))]
+    student = make_student(session, teachers)
+    if not setup.config.eval.problems:
+        return teachers, student, {}
+    summary = {
+        "teacher": by_teacher(session, session.evaluate_teachers(teachers)),
+        "student_before": session.evaluate(setup.student, student, "student_before").summary(),
+    }
+    return teachers, student, summary
+
+
+def _sft(session: Session) -> Summary:
+    _, student, summary = _prepare(session)
+    print_results(session, summary)
+    return summary | {"params_sha256": params_sha256(student)}
+
+
+def _train(session: Session) -> Summary:
+    config = session.setup.config
+    teachers, start, summary = _prepare(session)
+
+    def distil(method: MethodConfig, home: Any, name: str) -> Params:
+        return once(
+            session,
+            session.setup.student,
+            name,
+            lambda _: Distillation(session, method, teachers, start, home, name).run(),
+        )
+
+    student = distil(config.method, session.folder.path, "student")
+    others = {
+        name: distil(with_method(config, name).method, session.folder.path / "controls" / name, name)
+        for name in config.run.compare
+    }
+    if config.eval.problems:
+        spec = session.setup.student
+        summary["student_after"] = session.evaluate(spec, student, "student_after").summary()
+        summary["controls"] = {
+            name: session.evaluate(spec, params, f"control_{name}").summary()
+            for name, params in others.items()
+        }
+    summary |= {"steps": config.run.steps, "params_sha256": params_sha256(student)}
+    print_results(session, summary)
+    print_curve(session)
+    write_card(session, summary)
+    return summary
+
+
+def by_teacher(session: Session, results: Sequence[EvalResult]) -> Mapping[str, Any]:
+    """Give one teacher's figures, or those of several by name."""
+    if len(results) == 1:
+        return results[0].summary()
+    names = session.setup.config.teachers
+    return {name: result.summary() for name, result in zip(names, results, strict=True)}
+
+
+def params_sha256(params: Params) -> str:
+    """Hash all parameters: names, shapes, types and bits, in the order of their names."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,201 @@
+"""One optimizer step over a batch, in strided micro-batches.
+
+    loss = sum over the global batch of coefficient * weight * per-token loss
+
+Coefficients already hold the global denominators, so the gradients of any micro-batches simply add up. A
+step without a usable gradient changes nothing but the counters, and its metrics say what was not finite.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Float, Float32, Int32
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from fireopd_jax.batch import total_loss
+from fireopd_jax.config import UnitInterval, config
+from fireopd_jax.metrics import Max, Mean, merge
+from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.sharding import micro_batches
+from fireopd_jax.types import Array, Batch, TokenStats, pytree
+
+Metrics = dict[str, Mean | Max]
+
+
+@config
+class OptimConfig:
+    """AdamW, its schedule, and how a batch is cut."""
+
+    learning_rate: PositiveFloat = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Updates of linear rise from 0."""
+    final_fraction: UnitInterval = 0.1
+    """Learning rate at the end over its peak; has no meaning for `constant`."""
+    beta1: UnitInterval = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: UnitInterval = 0.999
+    """Decay of AdamW's second moment."""
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW's decoupled weight decay, on every parameter."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest global norm of the gradient; null is no clipping."""
+    micro_batch_size: PositiveInt | None = None
+    """Rows of one forward and backward pass: a matter of memory only; by default all."""
+
+
+class Loss(Protocol):
+    """Per-token loss of the stats that carry the gradient."""
+
+    def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]: ...
+
+
+@pytree
+class TrainState:
+    """All that an update changes."""
+
+    params: Params
+    opt_state: Any
+    updates: Int32[Array, ""]
+    """Updates tried; those skipped are counted in both."""
+    skipped: Int32[Array, ""]
+
+
+def learning_rate(config: OptimConfig, updates: int) -> optax.Schedule:
+    """Build the schedule over `updates` optimizer steps."""
+    peak, end = config.learning_rate, config.learning_rate * config.final_fraction
+    rest = max(updates - config.warmup_steps, 1)
+    courses = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, end, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.final_fraction),
+    }
+    course = courses[config.schedule]()
+    if not config.warmup_steps:
+        return course
+    rise = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    return optax.join_schedules([rise, course], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation:
+    """Build AdamW with its schedule and clipping."""
+    adamw = optax.adamw(
+        learning_rate(config, updates),
+        b1=config.beta1,
+        b2=config.beta2,
+        weight_decay=config.weight_decay,
+    )
+    if config.clip_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Begin training from `params`."""
+    return TrainState(
+        params=params,
+        opt_state=optimizer.init(params),
+        updates=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+    )
+
+
+def gradients(
+    model: LanguageModel,
+    loss: Loss,
+    params: Params,
+    batch: Batch,
+    temperature: Float[Array, ""] | float = 1.0,
+    *,
+    micro_batch_size: int | None = None,
+    head: str | None = None,
+) -> tuple[Params, Metrics]:
+    """Give the gradient of the batch's loss and its metrics, summed over micro-batches in float32."""
+
+    def loss_of(params: Params, part: Batch) -> tuple[Array, Metrics]:
+        rollout = part.rollout
+        student = model.response_stats(
+            params,
+            rollout.prompts.tokens,
+            rollout.prompts.length,
+            rollout.tokens,
+            rollout.mask,
+            temperature,
+            head,
+        )
+        total = total_loss(loss(student, part), part)
+        return total, _update_metrics(total, student, part)
+
+    differentiate = jax.grad(loss_of, has_aux=True)
+
+    def add(sums: Params, part: Batch) -> tuple[Params, Metrics]:
+        grads, metrics = differentiate(params, part)
+        return jax.tree.map(jnp.add, sums, grads), metrics
+
+    rows = batch.coefficient.shape[0]
+    if micro_batch_size in (None, rows):
+        return differentiate(params, batch)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, metrics = jax.lax.scan(add, zeros, micro_batches(batch, rows // micro_batch_size))
+    return grads, {name: metric.fold() for name, metric in metrics.items()}
+
+
+def _update_metrics(total: Array, student: TokenStats, part: Batch) -> Metrics:
+    counted = part.coefficient > 0
+    gap = student.logprob - part.scores.student.logprob
+
+    def bad(x: Array) -> Mean:
+        return Mean(total=(counted & ~jnp.isfinite(x)).sum().astype(jnp.float32), count=jnp.float32(1))
+
+    return {
+        "loss": Mean(total=total, count=jnp.float32(0)),
+        "policy/log_ratio_max": Max.of(jnp.abs(gap), counted),
+        "entropy": Mean.of(student.entropy, counted),
+        "nonfinite/student_logprob": bad(student.logprob),
+        "nonfinite/scored_student_logprob": bad(part.scores.student.logprob),
+        "nonfinite/teacher_logprob": bad(part.scores.teacher.logprob),
+        "nonfinite/token_weight": bad(part.weight),
+    }
+
+
+def make_update(
+    model: LanguageModel,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batch_size: int | None = None,
+    head: str | None = None,
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
+    """Close over what is static; the result is pure and ready to be jitted."""
+
+    def update(state: TrainState, batch: Batch, temperature: Array):
+        grads, metrics = gradients(
+            model, loss, state.params, batch, temperature,
+            micro_batch_size=micro_batch_size, head=head,
+        )  # fmt: skip
+        norm = optax.global_norm(grads)
+        usable = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
+        usable &= (batch.coefficient > 0).any()
+
+        steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        moved = (optax.apply_updates(state.params, steps), opt_state)
+        kept = (state.params, state.opt_state)
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(usable, new, old), moved, kept)
+        state = TrainState(
+            params=params,
+            opt_state=opt_state,
+            updates=state.updates + 1,
+            skipped=state.skipped + ~usable,
+        )
+        one = jnp.float32(1)
+        metrics["loss"] = Mean(total=metrics["loss"].total, count=one)
+        metrics["grad_norm"] = Mean(total=norm, count=one)
+        metrics["skipped"] = Mean(total=1 - usable.astype(jnp.float32), count=one)
+        return state, metrics
+
+    return update

@@ -1,0 +1,30 @@
+"""Strict by default: eight virtual CPU devices, no silent broadcasting, one temporary cache.
+
+The settings stand in the environment: before JAX is imported, and for the processes that tests
+start.
+"""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+
+assert "jax" not in sys.modules, "JAX was imported before its settings"
+
+DEVICES = "--xla_force_host_platform_device_count=8"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_THREEFRY_PARTITIONABLE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# One folder for the whole session: workers inherit it, so that one process's compilations serve
+# the others.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="fireopd-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["FIREOPD_CACHE_DIR"] = folder
+    os.environ["HF_HOME"] = os.path.join(folder, "huggingface")

@@ -1,0 +1,113 @@
+"""The trajectory filter against the oracle, its ties, empty rows and scopes."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from pydantic import ValidationError
+
+from fireopd_jax.filtering import KeepAll, TeacherQuantile
+from tests import cases, oracle
+
+
+def keep_of(logprob, mask, num_teachers=1, teacher=None, **options):
+    logprob, mask = np.asarray(logprob, np.float32), np.asarray(mask)
+    teacher = np.zeros(len(mask), np.int32) if teacher is None else np.asarray(teacher, np.int32)
+    scores = cases.make_scores(logprob, logprob, logprob, logprob)
+    return np.asarray(TeacherQuantile(**options)(scores, mask, teacher, num_teachers))
+
+
+@pytest.mark.parametrize("scope", ["batch", "teacher"])
+@pytest.mark.parametrize("drop_fraction", [0.0, 0.2, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_oracle(seed, drop_fraction, scope):
+    scores, mask, teacher = cases.random_case(seed, rows=13, num_teachers=3)
+    keep = TeacherQuantile(drop_fraction=drop_fraction, scope=scope)(scores, mask, teacher, 3)
+    groups = teacher if scope == "teacher" else None
+    expected = oracle.keep_rows(scores.teacher.logprob, mask, drop_fraction, groups)
+    np.testing.assert_array_equal(keep, expected)
+
+
+@pytest.mark.parametrize("drop_fraction", [0.1, 0.2, 0.29, 0.3, 0.7])
+@pytest.mark.parametrize("rows", [1, 4, 5, 10, 100])
+def test_drops_the_floor_of_the_fraction(drop_fraction, rows):
+    logprob = -np.random.default_rng(0).permutation(rows)[:, None].astype(np.float32)
+    keep = keep_of(logprob, np.ones((rows, 1), bool), drop_fraction=drop_fraction)
+    # 29 of 100: binary 0.29 * 100 lies below 29.
+    assert rows - keep.sum() == round(drop_fraction * 100) * rows // 100
+
+
+def test_score_is_the_mean_over_the_row():
+    mask = np.array([[True, True, True], [True, False, False]])
+    keep = keep_of([[-1.0, -1.0, -1.0], [-2.0, 0.0, 0.0]], mask, drop_fraction=0.5)
+    np.testing.assert_array_equal(keep, [True, False])
+
+
+def test_ties_drop_the_earlier_row():
+    keep = keep_of([[-1.0], [-2.0], [-2.0], [-2.0]], np.ones((4, 1), bool), drop_fraction=0.5)
+    np.testing.assert_array_equal(keep, [True, False, False, True])
+
+
+def test_one_row_stays_until_everything_goes():
+    mask = np.ones((1, 2), bool)
+    assert keep_of([[-1.0, -1.0]], mask, drop_fraction=0.99).all()
+    assert not keep_of([[-1.0, -1.0]], mask, drop_fraction=1.0).any()
+
+
+def test_empty_rows_are_neither_ranked_nor_kept():
+    mask = np.array([[True], [False], [True], [False], [True]])
+    keep = keep_of([[-1.0], [-9.0], [-3.0], [-9.0], [-2.0]], mask, drop_fraction=0.4)
+    np.testing.assert_array_equal(keep, [True, False, False, False, True])
+    assert not keep_of(np.zeros((2, 3)), np.zeros((2, 3), bool), drop_fraction=0.5).any()
+
+
+def test_a_nan_row_ranks_lowest():
+    logprob = [[-1.0], [-50.0], [np.nan], [-2.0]]
+    keep = keep_of(logprob, np.ones((4, 1), bool), drop_fraction=0.25)
+    np.testing.assert_array_equal(keep, [True, True, False, True])
+
+
+def test_each_teacher_drops_its_own():
+    logprob, teacher = [[-1.0], [-2.0], [-10.0], [-20.0]], [0, 0, 1, 1]
+    mask = np.ones((4, 1), bool)
+    options = {"drop_fraction": 0.5, "teacher": teacher, "num_teachers": 2}
+    np.testing.assert_array_equal(keep_of(logprob, mask, **options), [True, True, False, False])
+    own = keep_of(logprob, mask, scope="teacher", **options)
+    np.testing.assert_array_equal(own, [True, False, True, False])
+
+
+def test_row_order_and_padding_do_not_matter():
+    scores, mask, teacher = cases.random_case(3, rows=11)
+    stage = TeacherQuantile(drop_fraction=0.3, scope="teacher")
+    keep = np.asarray(stage(scores, mask, teacher, 2))
+    order = np.random.default_rng(1).permutation(11)
+    shuffled = jax.tree.map(lambda x: x[order], (scores, mask, teacher))
+    np.testing.assert_array_equal(stage(*shuffled, 2), keep[order])
+    wide = jax.tree.map(lambda x: np.pad(x, ((0, 5), (0, 3))), (scores, mask))
+    padded = stage(*wide, np.pad(teacher, (0, 5)), 2)
+    np.testing.assert_array_equal(padded, np.pad(keep, (0, 5)))
+
+
+def test_sharded_rows_equal_one_device():
+    scores, mask, teacher = cases.random_case(4, rows=16)
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",), axis_types=(AxisType.Auto,))
+    stage = TeacherQuantile(drop_fraction=0.4, scope="teacher")
+    compiled = jax.jit(stage, static_argnums=3)
+    spread = jax.device_put((scores, mask, teacher), NamedSharding(mesh, P("data")))
+    np.testing.assert_array_equal(compiled(*spread, 2), stage(scores, mask, teacher, 2))
+
+
+def test_keep_all_keeps_what_holds_a_token():
+    scores, mask, teacher = cases.random_case(0)
+    keep = KeepAll()(scores, mask, teacher, 2)
+    np.testing.assert_array_equal(keep, mask.any(axis=1))
+    assert not keep[1]
+    nothing = TeacherQuantile(drop_fraction=0.0)(scores, mask, teacher, 2)
+    np.testing.assert_array_equal(keep, nothing)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
+def test_fraction_outside_the_unit_interval_is_refused(fraction):
+    with pytest.raises(ValidationError):
+        TeacherQuantile(drop_fraction=fraction)

@@ -1,0 +1,131 @@
+"""Token weights against the oracle, in every scope, and what must never move them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from pydantic import ValidationError
+
+from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
+from tests import cases, oracle
+
+SCOPES = pytest.mark.parametrize("scope", ["batch", "kept", "teacher", "row"])
+
+
+@SCOPES
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.5, 3.0), (0.0, 1.0)])
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_oracle(seed, alpha, beta, scope):
+    scores, mask, teacher = cases.random_case(seed, rows=9, num_teachers=3)
+    keep = np.arange(9) % 3 != 0
+    stage = ConfidenceConfusion(alpha=alpha, beta=beta, max_scope=scope)
+    ours = stage(scores, mask, keep, teacher, 3)
+    entropies = scores.teacher.entropy, scores.student.entropy
+    expected = oracle.weights(*entropies, mask, keep, alpha, beta, scope, teacher)
+    np.testing.assert_allclose(ours, expected, rtol=2e-6)
+    assert ours.dtype == jnp.float32
+
+
+@SCOPES
+def test_mean_is_one_on_every_trajectory_and_zero_is_masked(scope):
+    scores, mask, teacher = cases.random_case(5)
+    weight = ConfidenceConfusion(max_scope=scope)(scores, mask, np.zeros(7, bool), teacher, 2)
+    filled = mask.any(axis=1)
+    mean = np.sum(weight, axis=1)[filled] / mask.sum(axis=1)[filled]
+    np.testing.assert_allclose(mean, 1.0, rtol=1e-6)
+    assert not np.any(np.asarray(weight)[~mask])
+
+
+def test_the_largest_entropy_in_a_dropped_row():
+    entropy = np.array([[1.0, 0.5], [4.0, 2.0]], np.float32)
+    scores = cases.make_scores(-entropy, -entropy, entropy, entropy)
+    mask, keep, teacher = np.ones((2, 2), bool), np.array([True, False]), np.zeros(2, np.int32)
+    by_scope = {
+        scope: np.asarray(ConfidenceConfusion(max_scope=scope)(scores, mask, keep, teacher, 1))
+        for scope in ("batch", "kept", "row")
+    }
+    # Row 0 by hand, maximum 4: (1.75 * 1.25, 1.875 * 1.125); maximum 1: (1 * 2, 1.5 * 1.5).
+    batch, kept = np.array([2.1875, 2.109375]), np.array([2.0, 2.25])
+    np.testing.assert_allclose(by_scope["batch"][0], batch / batch.mean(), rtol=1e-6)
+    np.testing.assert_allclose(by_scope["kept"][0], kept / kept.mean(), rtol=1e-6)
+    np.testing.assert_allclose(by_scope["row"][0], kept / kept.mean(), rtol=1e-6)
+    assert np.all(by_scope["kept"][1] > 0), "dropped rows are weighted, too"
+
+
+@SCOPES
+def test_no_strength_is_exactly_uniform(scope):
+    scores, mask, teacher = cases.random_case(6, tokens=13)
+    keep = mask.any(axis=1)
+    ours = ConfidenceConfusion(alpha=0, beta=0, max_scope=scope)(scores, mask, keep, teacher, 2)
+    np.testing.assert_array_equal(ours, Uniform()(scores, mask, keep, teacher, 2))
+    np.testing.assert_array_equal(ours, mask.astype(np.float32))
+
+
+@SCOPES
+def test_certain_models_divide_by_no_zero(scope):
+    zero = np.zeros((2, 3), np.float32)
+    scores = cases.make_scores(zero, zero, zero, zero)
+    mask = np.array([[True, True, False], [False, False, False]])
+    nobody = np.zeros(2, bool)
+    weight = ConfidenceConfusion(max_scope=scope)(scores, mask, nobody, nobody.astype(np.int32), 1)
+    np.testing.assert_array_equal(weight, mask.astype(np.float32))
+
+
+@pytest.mark.parametrize("scope", ["batch", "kept", "teacher"])
+def test_a_broken_row_does_not_reach_the_others(scope):
+    scores, mask, teacher = cases.random_case(7)
+    broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan), scores)
+    empty = mask.copy()
+    empty[0] = False
+    keep = np.ones(7, bool)
+    stage = ConfidenceConfusion(max_scope=scope)
+    ours = stage(broken, mask, keep, teacher, 2)
+    np.testing.assert_array_equal(ours[1:], stage(scores, empty, keep, teacher, 2)[1:])
+    assert np.isnan(ours[0]).all()
+
+
+@SCOPES
+def test_row_order_padding_and_devices_do_not_matter(scope):
+    scores, mask, teacher = cases.random_case(8, rows=8)
+    keep = np.arange(8) != 2
+    stage = ConfidenceConfusion(max_scope=scope)
+    weight = np.asarray(stage(scores, mask, keep, teacher, 2))
+    order = np.random.default_rng(1).permutation(8)
+    shuffled = jax.tree.map(lambda x: x[order], (scores, mask, keep, teacher))
+    np.testing.assert_allclose(stage(*shuffled, 2), weight[order], rtol=1e-6)
+    wide = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 3))), (scores, mask))
+    expected = np.pad(weight, ((0, 0), (0, 3)))
+    np.testing.assert_allclose(stage(*wide, keep, teacher, 2), expected, rtol=1e-6)
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",), axis_types=(AxisType.Auto,))
+    spread = jax.device_put((scores, mask, keep, teacher), NamedSharding(mesh, P("data")))
+    sharded = jax.jit(stage, static_argnums=4)(*spread, 2)
+    np.testing.assert_allclose(sharded, weight, rtol=1e-6)
+
+
+def test_prefix_keep_limits_the_kept_maximum():
+    entropy = np.array([[1.0, 0.5, 8.0]], np.float32)
+    scores = cases.make_scores(-entropy, -entropy, entropy, entropy)
+    mask, teacher = np.ones((1, 3), bool), np.zeros(1, np.int32)
+    prefix = np.array([[True, True, False]])
+    ours = ConfidenceConfusion(max_scope="kept")(scores, mask, prefix, teacher, 1)
+    # Maximum 1: the last token is clamped to c^T = 0, c^S = 1, hence equal to the first.
+    raw = np.array([[2.0, 2.25, 2.0]])
+    np.testing.assert_allclose(ours, raw / raw.mean(), rtol=1e-6)
+
+
+def test_no_gradient_passes():
+    scores, mask, teacher = cases.random_case(9)
+    scores = jax.tree.map(lambda x: jnp.where(mask, x, 0.5), scores)
+    keep = mask.any(axis=1)
+
+    def total(scores):
+        return (ConfidenceConfusion()(scores, mask, keep, teacher, 2) ** 2).sum()
+
+    assert not any(np.any(g) for g in jax.tree.leaves(jax.grad(total)(scores)))
+
+
+def test_negative_strength_is_refused():
+    with pytest.raises(ValidationError):
+        ConfidenceConfusion(alpha=-1.0)
