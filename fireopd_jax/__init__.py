@@ -1,1 +1,84 @@
-"""On-policy distillation of language models, native to JAX."""
+"""On-policy distillation of language models, native to JAX.
+
+The names below are imported when they are first used, so that `import fireopd_jax` loads no JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fireopd_jax.batch import assemble, coefficients, total_loss
+    from fireopd_jax.config import UserError
+    from fireopd_jax.filtering import KeepAll, TeacherQuantile
+    from fireopd_jax.fire import fire_weights
+    from fireopd_jax.losses.sampled_token import SampledReverseKL, sampled_reverse_kl
+    from fireopd_jax.losses.supervised import NegativeLogLikelihood
+    from fireopd_jax.models.decoder import DecoderConfig
+    from fireopd_jax.models.language_model import LanguageModel
+    from fireopd_jax.ops.head import head_stats
+    from fireopd_jax.recipe import Config, load_config
+    from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
+    from fireopd_jax.rollout.engine import generate
+    from fireopd_jax.rollout.sampling import Sampling
+    from fireopd_jax.train import sft, train
+    from fireopd_jax.types import Batch, Prompts, Rollout, Scores, TokenStats
+
+_HOME = {
+    "batch": ("assemble", "coefficients", "total_loss"),
+    "config": ("UserError",),
+    "filtering": ("KeepAll", "TeacherQuantile"),
+    "fire": ("fire_weights",),
+    "losses.sampled_token": ("SampledReverseKL", "sampled_reverse_kl"),
+    "losses.supervised": ("NegativeLogLikelihood",),
+    "models.decoder": ("DecoderConfig",),
+    "models.language_model": ("LanguageModel",),
+    "ops.head": ("head_stats",),
+    "recipe": ("Config", "load_config"),
+    "reweighting": ("ConfidenceConfusion", "Uniform"),
+    "rollout.engine": ("generate",),
+    "rollout.sampling": ("Sampling",),
+    "train": ("sft", "train"),
+    "types": ("Batch", "Prompts", "Rollout", "Scores", "TokenStats"),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Batch",
+    "ConfidenceConfusion",
+    "Config",
+    "DecoderConfig",
+    "KeepAll",
+    "LanguageModel",
+    "NegativeLogLikelihood",
+    "Prompts",
+    "Rollout",
+    "SampledReverseKL",
+    "Sampling",
+    "Scores",
+    "TeacherQuantile",
+    "TokenStats",
+    "Uniform",
+    "UserError",
+    "assemble",
+    "coefficients",
+    "fire_weights",
+    "generate",
+    "head_stats",
+    "load_config",
+    "sampled_reverse_kl",
+    "sft",
+    "total_loss",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from where it lives."""
+    if name not in _MODULE:
+        raise AttributeError(f"module 'fireopd_jax' has no attribute {name!r}")
+    return getattr(import_module(f"fireopd_jax.{_MODULE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

@@ -1,4 +1,4 @@
-"""From a configuration to what a run works with: texts as tokens, models, and three jitted programs.
+"""From a configuration to what a run works with: tokens, models, and three jitted programs.
 
     Config -> Setup (rows, tokenizers, models, mesh)      Setup, method -> generate, score, update
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from fireopd_jax import diagnostics
@@ -27,7 +28,7 @@ from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.recipe import Config, MethodConfig, StudentConfig
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling, stream
-from fireopd_jax.sharding import Mesh, by_rows, make_mesh, replicated
+from fireopd_jax.sharding import by_rows, make_mesh, replicated
 from fireopd_jax.text.chat import stop_ids
 from fireopd_jax.text.tokenizer import load_tokenizer
 from fireopd_jax.types import Batch, Prompts, Rollout

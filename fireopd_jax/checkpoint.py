@@ -17,7 +17,7 @@ Tree = TypeVar("Tree")
 
 
 class Checkpoints:
-    """The checkpoints of one run. `keep` newest and, by the metric given, `keep_best` best ones stay."""
+    """The checkpoints of one run: the `keep` newest and, by a metric, the `keep_best` best stay."""
 
     def __init__(self, folder: Path, *, keep: int, keep_best: int = 0, metric: str = "score"):
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]

@@ -1,7 +1,7 @@
 """The command line: `fireopd train | sft | eval | generate | env`.
 
-Nothing heavy is imported before a command needs it, so that `--help` answers at once. The keys it lists
-come from `configs/schema.json`, which `fireopd schema` writes from the config classes.
+Nothing heavy is imported before a command needs it, so that `--help` answers at once. The keys it
+lists come from `configs/schema.json`, which `fireopd schema` writes from the config classes.
 """
 
 import json
@@ -72,7 +72,9 @@ def _section(schema: dict[str, Any], node: dict[str, Any], prefix: str) -> Itera
         yield from _section(schema, section, head.partition(" ")[0] + ".")
 
 
-def _sections(schema: dict[str, Any], field: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _sections(
+    schema: dict[str, Any], field: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Find the config classes behind a field: itself, its alternatives, or those it names."""
     if "$ref" in field:
         yield "", schema["$defs"][field["$ref"].rpartition("/")[2]]

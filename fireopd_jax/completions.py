@@ -1,6 +1,6 @@
 """Samples of a step for people and notebooks: prompt, response, and what the method made of it.
 
-    Batch, keep -> completions/step_000050.parquet, a row a trajectory
+Batch, keep -> completions/step_000050.parquet, a row a trajectory
 """
 
 from pathlib import Path

@@ -2,9 +2,9 @@
 
     defaults <- a.yaml <- b.yaml <- key=value ...   laid as plain dicts, then validated once
 
-Overriding one field therefore never resets its siblings. Where each value came from is remembered, so
-that an error can name file and line. This module knows nothing of any section: those stand beside what
-they configure and are composed in `recipe.py`.
+Overriding one field therefore never resets its siblings. Where each value came from is
+remembered, so that an error can name file and line. This module knows nothing of any section:
+those stand beside what they configure and are composed in `recipe.py`.
 """
 
 import dataclasses
@@ -26,19 +26,21 @@ Origins = dict[str, str]
 
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
+KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+
 SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 """Where the configurations lie in an installed wheel, and in a checkout."""
 
 
 class UserError(Exception):
-    """A mistake of the user's. Its text is one clear line; the command line prints it and exits 2."""
+    """A mistake of the user's, in one clear line; the command line prints it and exits 2."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: type[Class]) -> type[Class]:
     """Make `cls` a frozen, validated dataclass; the string below a field is its documentation."""
     settings = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    return dataclass(frozen=True, kw_only=True, config=settings)(cls)
+    return dataclass(frozen=True, kw_only=True, config=settings)(cls)  # pyright: ignore[reportReturnType]
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -67,7 +69,8 @@ def find_config(name: str) -> Path:
 def read_yaml(path: Path) -> tuple[Tree, Origins]:
     """Read one file into a dict, and note the line of each key."""
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+        text = path.read_text(encoding="utf-8")
+        node, tree = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if node is None:
@@ -83,6 +86,8 @@ def read_yaml(path: Path) -> tuple[Tree, Origins]:
         for key, value in node.value:
             dotted = f"{prefix}{key.value}"
             where = f"{path}:{key.start_mark.line + 1}"
+            if key.tag not in KEY_TAGS:
+                raise UserError(f"{where}: expected a name as key, found {key.value!r}")
             if dotted in seen:
                 raise UserError(f"{where}: {dotted} is set twice")
             seen.add(dotted)
@@ -90,7 +95,7 @@ def read_yaml(path: Path) -> tuple[Tree, Origins]:
             visit(value, f"{dotted}.")
 
     visit(node, "")
-    return yaml.safe_load(path.read_text(encoding="utf-8")), origins
+    return tree, origins
 
 
 def read_override(text: str) -> tuple[Tree, Origins]:
@@ -100,10 +105,11 @@ def read_override(text: str) -> tuple[Tree, Origins]:
     if not all(parts):
         raise UserError(f"{text!r}: expected key=value with a dotted key")
     try:
-        tree = yaml.safe_load(value)
+        inner = yaml.safe_load(value)
     except yaml.YAMLError:
-        tree = value
-    for part in reversed(parts):
+        inner = value
+    tree: Tree = {parts[-1]: inner}
+    for part in reversed(parts[:-1]):
         tree = {part: tree}
     return tree, {".".join(parts): "command line"}
 
@@ -111,8 +117,8 @@ def read_override(text: str) -> tuple[Tree, Origins]:
 def lay(base: Tree, layer: Mapping[str, Any]) -> Tree:
     """Lay one tree over another.
 
-    Sections merge; a section that names another `kind` replaces, and so does one that names a `path`
-    where an embedded `architecture` stood.
+    Sections merge; a section that names another `kind` replaces, and so does one that names a
+    `path` where an embedded `architecture` stood.
     """
     out = dict(base)
     for key, value in layer.items():
@@ -129,11 +135,13 @@ def lay(base: Tree, layer: Mapping[str, Any]) -> Tree:
     return out
 
 
-def resolve(root: type[Class], arguments: Sequence[str], aliases: Mapping[str, str]) -> tuple[Class, Origins]:
+def resolve(
+    root: type[Class], arguments: Sequence[str], aliases: Mapping[str, str]
+) -> tuple[Class, Origins]:
     """Lay files and overrides over the defaults and validate the sum.
 
-    `arguments` are file names and `key=value` overrides, in order. `aliases` maps names that users bring
-    from other tools to ours; they are refused with ours named.
+    `arguments` are file names and `key=value` overrides, in order. `aliases` maps names that
+    users bring from other tools to ours; they are refused with ours named.
     """
     tree = TypeAdapter(root).dump_python(root(), mode="json")
     origins: Origins = {}
@@ -145,8 +153,20 @@ def resolve(root: type[Class], arguments: Sequence[str], aliases: Mapping[str, s
         for dotted in _unknown(root, layer, lay(tree, layer)):
             raise UserError(_unknown_key(root, dotted, where, aliases))
         tree = lay(tree, layer)
-        origins |= where
+        # Those set last stand last.
+        origins = {key: at for key, at in origins.items() if key not in where} | where
+    # A section that another kind or a path has replaced is no longer the user's.
+    origins = {key: where for key, where in origins.items() if _stands(tree, key)}
     return validate(root, tree, origins), origins
+
+
+def _stands(tree: Any, dotted: str) -> bool:
+    """Tell whether the key is still in the tree."""
+    for part in dotted.split("."):
+        if not isinstance(tree, Mapping) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
 
 
 def _unsugar(layer: Tree, origins: Origins) -> tuple[Tree, Origins]:
@@ -156,7 +176,9 @@ def _unsugar(layer: Tree, origins: Origins) -> tuple[Tree, Origins]:
     layer = dict(layer)
     layer = lay({"teachers": {"default": layer.pop("teacher")}}, layer)
     renamed = {
-        f"teachers.default{key.removeprefix('teacher')}" if key.split(".")[0] == "teacher" else key: at
+        f"teachers.default{key.removeprefix('teacher')}"
+        if key.split(".")[0] == "teacher"
+        else key: at
         for key, at in origins.items()
     }
     return layer, renamed
@@ -189,20 +211,18 @@ def _origin(dotted: str, origins: Origins) -> str | None:
 
 def _path(tree: Any, loc: Sequence[str | int]) -> tuple[str, Any]:
     """Turn pydantic's location, which names union members too, into the user's dotted key."""
-    parts = []
+    parts: list[str] = []
     for part in loc:
-        if isinstance(tree, Mapping) and part in tree:
+        try:
             tree = tree[part]
-        elif isinstance(tree, list | tuple) and isinstance(part, int) and part < len(tree):
-            tree = tree[part]
-        else:
+        except (LookupError, TypeError):
             continue
         parts.append(str(part))
     return ".".join(parts), tree
 
 
 def members(annotation: Any) -> list[Any]:
-    """Give the alternatives of an annotation, without `Annotated`, `None` and unions around them."""
+    """Give the alternatives of an annotation, out of `Annotated`, `None` and unions."""
     origin = typing.get_origin(annotation)
     if origin is Annotated:
         return members(typing.get_args(annotation)[0])
@@ -259,10 +279,14 @@ def keys(annotation: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _unknown_key(root: type, dotted: str, origins: Origins, aliases: Mapping[str, str]) -> str:
-    where = _origin(dotted, origins) or "configuration"
     parts = dotted.split(".")
-    if parts[-1] in aliases:
-        return f"{where}: unknown key {dotted!r}: here it is {aliases[parts[-1]]!r}"
+    # Of an unknown section, also what stands inside: names of other tools have sections of theirs.
+    names = [dotted, *(key for key in origins if key.startswith(f"{dotted}."))]
+    where = _origin(dotted, origins) or _origin(names[-1], origins) or "configuration"
+    for name in names:
+        if ours := aliases.get(name.rpartition(".")[2]):
+            where = _origin(name, origins) or where
+            return f"{where}: unknown key {name!r}: here it is {ours!r}"
 
     def concrete(key: str) -> str:
         named = key.split(".")
@@ -276,7 +300,8 @@ def _unknown_key(root: type, dotted: str, origins: Origins, aliases: Mapping[str
         return f"{where}: {dotted!r} belongs to another kind of {section!r} than the one chosen"
     siblings = [k for k in known if k.split(".")[:-1] == parts[:-1]]
     close = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.6)
-    close = close or [k for k in known if k.split(".")[-1] == parts[-1]][:1]
+    namesakes = [k for k in known if k.split(".")[-1] == parts[-1]]
+    close = close or sorted(namesakes, key=lambda k: k.count("."))[:1]
     close = close or difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"{where}: unknown key {dotted!r}{hint}"

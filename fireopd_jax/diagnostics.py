@@ -16,7 +16,7 @@ from fireopd_jax.types import Batch
 def of_batch(batch: Batch, keep: Keep, room: int) -> dict[str, Mean | Max]:
     """Describe rollouts, scores and weights; `room` is the longest response there was space for."""
     rollout, scores = batch.rollout, batch.scores
-    mask = rollout.mask
+    mask, keep = jnp.asarray(rollout.mask), jnp.asarray(keep)
     valid = mask.any(axis=1)
     length = mask.sum(axis=1)
     kept = keep if keep.ndim == 1 else keep.any(axis=1)

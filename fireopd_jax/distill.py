@@ -2,16 +2,14 @@
 
     prompts -> generate -> score, filter, reweight -> update        three jitted programs a step
 
-The host reports step t - 1 while the device works on step t. After the first step nothing compiles: each
-step's count of compilations is among its metrics.
+The host reports step t - 1 while the device works on step t. After the first step nothing
+compiles: each step's count of compilations is among its metrics.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +165,7 @@ class Distillation:
         square = values.pop("fire/token_weight_square")
         mean = values["fire/token_weight_mean"]
         return {
-            "learning_rate": float(self.learning_rate(np.int32(update))),
+            "learning_rate": float(np.asarray(self.learning_rate(update))),
             "fire/token_weight_ess": mean**2 / square if square else float("nan"),
             "timing_s/step": seconds,
             "perf/tokens_per_s": values["num_tokens"] / max(seconds, 1e-9),

@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from fireopd_jax.metrics import Max, Mean
 from fireopd_jax.tracking import progress
 
 State = TypeVar("State")
-Metrics = dict[str, Mean | Max]
 
 
 class Interrupted(Exception):

@@ -35,6 +35,10 @@ class Mean:
         """Join with the sums of other values."""
         return Mean(self.total + other.total, self.count + other.count)
 
+    def fold(self) -> "Mean":
+        """Join along the leading axis that a scan has stacked."""
+        return Mean(self.total.sum(0), self.count.sum(0))
+
     def result(self) -> Float32[Array, ""] | np.float32:
         """Return total / count; NaN of nothing."""
         return self.total / self.count

@@ -1,7 +1,7 @@
 """The models that a run begins with: read, or drawn at random and trained on given responses.
 
-    models/NAME of this run, if whole -> read back
-    else path, or random parameters   -> supervised training, if any -> models/NAME
+models/NAME of this run, if whole -> read back
+else path, or random parameters   -> supervised training, if any -> models/NAME
 """
 
 import dataclasses
@@ -54,12 +54,12 @@ def make_teacher(session: Session, index: int) -> Params:
 def make_student(session: Session, teachers: Sequence[Params]) -> Params:
     """Make or read the student as distillation will find it."""
     spec = session.setup.student
-    return once(session, spec, "student_start", _maker(session, spec, session.setup.train, teachers))
+    return once(
+        session, spec, "student_start", _maker(session, spec, session.setup.train, teachers)
+    )
 
 
-def _maker(
-    session: Session, spec: ModelSpec, rows: np.ndarray, teachers: Sequence[Params]
-) -> Make:
+def _maker(session: Session, spec: ModelSpec, rows: np.ndarray, teachers: Sequence[Params]) -> Make:
     def make(home: Path) -> Params:
         params = random_params(session, spec)
         if spec.config.path is not None:

@@ -6,7 +6,7 @@ Each section stands beside what it configures; here they only meet.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
@@ -51,7 +51,7 @@ class TeacherConfig(StudentConfig):
 
 @config
 class MethodConfig:
-    """A method: who scores, what is kept, how tokens are weighed, and the loss. FiRe-OPD by default."""
+    """Who scores, what is kept, how tokens are weighed, and the loss. FiRe-OPD by default."""
 
     score: SampledToken = SampledToken()
     """What student and teachers say of a rollout."""
@@ -131,8 +131,8 @@ ALIASES = {
 def load_config(arguments: Sequence[str]) -> Config:
     """Read files and overrides, lay them over the defaults, and check the whole."""
     config, origins = resolve(Config, arguments, ALIASES)
-    check(config, origins)
-    return config
+    overruled = check(config, origins)
+    return _without(config, overruled) if overruled else config
 
 
 def with_method(config: Config, name: str) -> Config:
@@ -146,13 +146,38 @@ def as_tree(config: Config) -> dict[str, Any]:
     return TypeAdapter(Config).dump_python(config, mode="json")
 
 
-def check(config: Config, origins: Origins) -> None:
-    """Refuse sections that do not fit together, and keys that would have no effect."""
+def check(config: Config, origins: Origins) -> list[str]:
+    """Refuse sections that do not fit together, and keys that would have no effect.
+
+    Returns the keys of one layer that a later layer has turned off: whoever does so need not take
+    them back.
+    """
     for problem in _conflicts(config):
         raise UserError(problem)
-    for key, reason in _ineffective(config):
-        if key in origins:
+    for name in config.run.compare:
+        for problem in _conflicts(with_method(config, name)):
+            raise UserError(f"run.compare: {name}: {problem}")
+    order, overruled = list(origins), []
+    for key, switch, reason in _ineffective(config):
+        if key not in origins or _without(config, [key]) == config:
+            continue
+        layers = {origins[k].rpartition(":")[0] for k in (key, switch) if k in origins}
+        if len(layers) == 1 or order.index(key) > order.index(switch):
             raise UserError(f"{origins[key]}: {key} has no effect {reason}")
+        overruled.append(key)
+    return overruled
+
+
+def _without(config: Config, keys: Sequence[str]) -> Config:
+    """Give these keys their defaults back."""
+    tree = as_tree(config)
+    for key in keys:
+        *sections, name = key.split(".")
+        section = tree
+        for part in sections:
+            section = section[part]
+        del section[name]
+    return validate_tree(Config, tree, {})
 
 
 def _conflicts(config: Config) -> Iterator[str]:
@@ -173,8 +198,8 @@ def _conflicts(config: Config) -> Iterator[str]:
     filtered = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
     if filtered and method.loss.importance_cap is None:
         yield (
-            f"{method.loss.kind} is exact only for unfiltered rollouts: with rollout.top_p, top_k or"
-            " min_p set, give method.loss.importance_cap too"
+            f"{method.loss.kind} is exact only for unfiltered rollouts: with rollout.top_p, top_k "
+            "or min_p set, give method.loss.importance_cap too"
         )
     if len(config.teachers) > 1 and config.data.teacher_column is None:
         yield (
@@ -203,34 +228,36 @@ def _models(config: Config) -> Iterator[tuple[str, StudentConfig]]:
         yield f"teachers.{name}", teacher
 
 
-def _ineffective(config: Config) -> Iterator[tuple[str, str]]:
-    """List keys that this configuration never reads, with the reason."""
+def _ineffective(config: Config) -> Iterator[tuple[str, str, str]]:
+    """List keys that are never read, each with the key that decides so and the reason."""
     if config.run.updates_per_rollout == 1:
-        yield "method.loss.clip", "with run.updates_per_rollout=1: the ratio is 1"
+        switch = "run.updates_per_rollout"
+        yield "method.loss.clip", switch, "with run.updates_per_rollout=1: the ratio is 1"
     if len(config.teachers) == 1:
         for key, value in (
             ("method.filter.scope", getattr(config.method.filter, "scope", None)),
             ("method.reweight.max_scope", getattr(config.method.reweight, "max_scope", None)),
         ):
             if value == "teacher":
-                yield key, "as 'teacher' with a single teacher"
+                yield key, "teachers", "as 'teacher' with a single teacher"
     optimizers = [("optim", config.optim)]
     for key, model in _models(config):
         if model.sft is not None:
             optimizers.append((f"{key}.sft.optim", model.sft.optim))
             if model.sft.source == "rows":
-                yield f"{key}.sft.teacher_rows", "with source: rows"
+                yield f"{key}.sft.teacher_rows", f"{key}.sft.source", "with source: rows"
         if model.path is not None:
-            yield f"{key}.tokenizer", f"beside {key}.path: the folder names its tokenizer"
+            path = f"{key}.path"
+            yield f"{key}.tokenizer", path, f"beside {key}.path: the folder names its tokenizer"
             for field in dataclasses.fields(DecoderConfig):
                 reason = f"beside {key}.path: the folder holds the architecture"
-                yield f"{key}.architecture.{field.name}", reason
+                yield f"{key}.architecture.{field.name}", path, reason
     for key, optim in optimizers:
         if optim.schedule == "constant":
-            yield f"{key}.final_fraction", "with schedule: constant"
+            yield f"{key}.final_fraction", f"{key}.schedule", "with schedule: constant"
     if not config.eval.every:
-        yield "eval.every_problems", "with eval.every=0"
+        yield "eval.every_problems", "eval.every", "with eval.every=0"
     if not config.eval.problems:
         for field in dataclasses.fields(EvalConfig):
             if field.name != "problems":
-                yield f"eval.{field.name}", "with eval.problems=0"
+                yield f"eval.{field.name}", "eval.problems", "with eval.problems=0"

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,7 +16,7 @@ from fireopd_jax.runs import RunFolder
 from fireopd_jax.sharding import place_rows
 from fireopd_jax.text.chat import decode
 from fireopd_jax.tracking import Log, progress
-from fireopd_jax.types import Prompts, Rollout
+from fireopd_jax.types import Array, Prompts, Rollout
 
 
 @dataclasses.dataclass
@@ -36,16 +35,14 @@ class Session:
         params: Params,
         prompts: Prompts,
         sampling: Sampling,
-        version: jax.Array | None = None,
+        version: Array | None = None,
     ) -> Rollout:
-        """Draw responses from any model of the run; models of one architecture share the program."""
+        """Draw responses from any model of the run; equal architectures share the program."""
         key = repr(spec.model)
         if key not in self.generators:
             self.generators[key] = make_generate(self.setup, spec)
         version = jnp.int32(0) if version is None else version
-        return self.generators[key](
-            params, place_rows(self.setup.mesh, prompts), sampling, version
-        )
+        return self.generators[key](params, place_rows(self.setup.mesh, prompts), sampling, version)
 
     def evaluate(
         self,

@@ -2,8 +2,8 @@
 
     prompts with references -> Batch (every reference token counts once) -> the same update
 
-A reference is treated as a rollout that was drawn elsewhere, so alignment, masks, denominators and the
-optimizer step are those of distillation.
+A reference is treated as a rollout that was drawn elsewhere, so alignment, masks, denominators
+and the optimizer step are those of distillation.
 """
 
 import shutil
@@ -13,6 +13,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from pydantic import PositiveInt
 
 from fireopd_jax.batch import coefficients
@@ -23,10 +24,10 @@ from fireopd_jax.loop import StopFlag, run_steps
 from fireopd_jax.losses.supervised import NegativeLogLikelihood
 from fireopd_jax.metrics import results
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.sharding import Mesh, place_rows, place_whole, replicated
+from fireopd_jax.sharding import place_rows, place_whole, replicated
 from fireopd_jax.tracking import Tracker
 from fireopd_jax.types import Batch, Prompts, Rollout, Scores, TokenStats
-from fireopd_jax.update import OptimConfig, init_state, make_optimizer, make_update
+from fireopd_jax.update import Metrics, OptimConfig, init_state, make_optimizer, make_update
 
 
 @config
@@ -112,7 +113,7 @@ def supervise(
         def advance(state, step):
             return update(state, place_rows(mesh, next(loader)))
 
-        def report(step, metrics):
+        def report(step: int, metrics: Metrics) -> dict[str, object]:
             values = results(metrics)
             tracker.log(step, {k: v for k, v in values.items() if not k.startswith("policy/")})
             return {"loss": values["loss"]}

@@ -1,10 +1,12 @@
 """The mesh, and what lies on which of its axes.
 
-Rows of a batch lie over `data`; parameters and optimizer state lie whole on every device. The axes are
-Auto: the compiler inserts the collectives, so statistics over the row axis are global by construction.
+Rows of a batch lie over `data`; parameters and optimizer state lie whole on every device. The
+axes are Auto: the compiler inserts the collectives, so statistics over the row axis are global by
+construction.
 """
 
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -23,7 +25,7 @@ class MeshConfig:
     """Devices over which the rows of a batch are split; by default all of them."""
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Lay the devices as the configuration says."""
     devices = devices if devices is not None else jax.devices()
     size = config.data or len(devices)

@@ -34,8 +34,8 @@ Summary = dict[str, Any]
 def train(config: Config) -> Summary:
     """Do the run that `config` describes, or go on with it; return its summary.
 
-    Raises `UserError` for a mistake in the configuration or the data, and `Interrupted` when a signal
-    stopped the run after a save.
+    Raises `UserError` for a mistake in the configuration or the data, and `Interrupted` when a
+    signal stopped the run after a save.
     """
     return _in_folder(config, _train)
 
@@ -118,7 +118,9 @@ def _train(session: Session) -> Summary:
 
     student = distil(config.method, session.folder.path, "student")
     others = {
-        name: distil(with_method(config, name).method, session.folder.path / "controls" / name, name)
+        name: distil(
+            with_method(config, name).method, session.folder.path / "controls" / name, name
+        )
         for name in config.run.compare
     }
     if config.eval.problems:

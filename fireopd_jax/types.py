@@ -2,8 +2,8 @@
 
     prompts -> roll out -> Rollout -> score -> Scores -> filter, reweight -> Batch -> update
 
-Every `[B, T]` array speaks of the response token at the same index. `mask` is true on the tokens that
-the sampler drew, the end-of-sequence token included, and false after it.
+Every `[B, T]` array speaks of the response token at the same index. `mask` is true on the tokens
+that the sampler drew, the end-of-sequence token included, and false after it.
 
 B rows, P and Q prompt tokens, T response tokens, R reference tokens.
 """
@@ -49,7 +49,7 @@ def pytree(cls: type[Class]) -> type[Class]:
 
 @pytree
 class Prompts:
-    """What the students and the teachers are asked. A row of length 0 is padding: it is never ranked."""
+    """What student and teachers are asked. A row of length 0 is padding: it is never ranked."""
 
     tokens: Int32[Array, "B P"]
     """Prompt ids of the student, right-padded."""

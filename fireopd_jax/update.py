@@ -2,12 +2,13 @@
 
     loss = sum over the global batch of coefficient * weight * per-token loss
 
-Coefficients already hold the global denominators, so the gradients of any micro-batches simply add up. A
-step without a usable gradient changes nothing but the counters, and its metrics say what was not finite.
+Coefficients already hold the global denominators, so the gradients of any micro-batches simply
+add up. A step without a usable gradient changes nothing but the counters, and its metrics say
+what was not finite.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,13 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from fireopd_jax.batch import total_loss
 from fireopd_jax.config import UnitInterval, config
-from fireopd_jax.metrics import Max, Mean, merge
+from fireopd_jax.metrics import Max, Mean
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.sharding import micro_batches
 from fireopd_jax.types import Array, Batch, TokenStats, pytree
 
-Metrics = dict[str, Mean | Max]
+Metrics = dict[str, Any]
+"""Name -> Mean or Max."""
 
 
 @config
@@ -49,10 +51,13 @@ class OptimConfig:
     """Rows of one forward and backward pass: a matter of memory only; by default all."""
 
 
+@runtime_checkable
 class Loss(Protocol):
     """Per-token loss of the stats that carry the gradient."""
 
-    def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]: ...
+    def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
+        """Give the loss of each response token, not yet weighted."""
+        ...
 
 
 @pytree
@@ -115,7 +120,10 @@ def gradients(
     micro_batch_size: int | None = None,
     head: str | None = None,
 ) -> tuple[Params, Metrics]:
-    """Give the gradient of the batch's loss and its metrics, summed over micro-batches in float32."""
+    """Give the gradient of the batch's loss, and metrics, summed over micro-batches.
+
+    `metrics["loss"].total` is the loss itself.
+    """
 
     def loss_of(params: Params, part: Batch) -> tuple[Array, Metrics]:
         rollout = part.rollout
@@ -150,7 +158,9 @@ def _update_metrics(total: Array, student: TokenStats, part: Batch) -> Metrics:
     gap = student.logprob - part.scores.student.logprob
 
     def bad(x: Array) -> Mean:
-        return Mean(total=(counted & ~jnp.isfinite(x)).sum().astype(jnp.float32), count=jnp.float32(1))
+        return Mean(
+            total=(counted & ~jnp.isfinite(x)).sum().astype(jnp.float32), count=jnp.float32(1)
+        )
 
     return {
         "loss": Mean(total=total, count=jnp.float32(0)),

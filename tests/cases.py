@@ -1,8 +1,11 @@
-"""Small rollouts and scores for the tests of the method's stages."""
+"""Small models, prompts, rollouts and scores for the tests of the method's stages."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fireopd_jax.models.decoder import DecoderConfig
+from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.types import Prompts, Rollout, Scores, TokenStats
 
 
@@ -49,3 +52,53 @@ def random_case(seed, rows=7, tokens=6, num_teachers=2):
         rng.exponential(1.0, shape) + junk,
     )
     return scores, mask, rng.integers(0, num_teachers, rows).astype(np.int32)
+
+
+def tiny_model(vocab_size=32, **architecture):
+    """Return a one-layer decoder without parameters; keywords are its architecture's."""
+    small = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "intermediate_size": 24,
+    }
+    return LanguageModel(DecoderConfig(**small | architecture), vocab_size)
+
+
+def random_params(model, seed=0):
+    """Return parameters far from their initial values: logits spread, every norm has its own scale."""
+    rng = np.random.default_rng(seed)
+    shapes, tree = jax.tree.flatten_with_path(jax.eval_shape(model.init, jax.random.key(0)))
+    leaves = []
+    for path, leaf in shapes:
+        noise = rng.standard_normal(leaf.shape)
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        if name == "scale":
+            value = 1 + 0.2 * noise
+        else:
+            value = noise * (leaf.shape[-2] ** -0.5 if name == "kernel" else 0.5)
+        leaves.append(jnp.asarray(value, jnp.float32))
+    return jax.tree.unflatten(tree, leaves)
+
+
+def make_prompts(lengths, width, vocab_size=32, seed=0, sample_id=None, teacher=None):
+    """Return prompts of these lengths; the teachers' are others, longer by one. Padding is junk."""
+    rng = np.random.default_rng(seed)
+    length = np.asarray(lengths, np.int32)
+    rows = np.arange(len(length), dtype=np.int32)
+    tokens, theirs = (
+        rng.integers(0, vocab_size, (len(rows), columns)).astype(np.int32)
+        for columns in (width, width + 1)
+    )
+    return Prompts(
+        tokens=tokens,
+        length=length,
+        teacher_tokens=theirs,
+        teacher_length=length + np.int32(1),
+        teacher=np.zeros_like(rows) if teacher is None else np.asarray(teacher, np.int32),
+        row=rows,
+        sample_id=rows if sample_id is None else np.asarray(sample_id, np.int32),
+        group=rows,
+    )

@@ -90,7 +90,7 @@ def evaluate(
         rollout: Rollout = jax.device_get(generate(prompts))
         for i in np.flatnonzero(prompts.row >= 0):
             row = int(prompts.row[i])
-            text = decode(rollout.tokens[i][rollout.mask[i]])
+            text = decode(np.asarray(rollout.tokens[i][rollout.mask[i]]))
             correct = grade(text, answers(row))
             right.setdefault(row, []).append(correct)
             lengths.append(int(rollout.mask[i].sum()))

@@ -53,14 +53,28 @@ class SampledReverseKL:
         live = batch.coefficient != 0
         logprob = valid(jnp.where(live, student.logprob, stop_gradient(student.logprob)))
         old = stop_gradient(valid(batch.scores.student.logprob))
-        advantage = stop_gradient(valid(batch.scores.teacher.logprob)) - old
-        ratio = _bounded_exp(logprob - old)
-        clipped = jnp.clip(ratio, 1.0 - self.clip, 1.0 + self.clip)
-        loss = jnp.maximum(-advantage * ratio, -advantage * clipped)
+        loss = sampled_reverse_kl(logprob, old, valid(batch.scores.teacher.logprob), self.clip)
         if self.importance_cap is not None:
             importance = _bounded_exp(old - stop_gradient(valid(batch.rollout.logprob)))
             loss = loss * jnp.minimum(importance, self.importance_cap)
         return valid(loss)
+
+
+def sampled_reverse_kl(
+    logprob: Float32[Array, "B T"],
+    old_logprob: Float32[Array, "B T"],
+    teacher_logprob: Float32[Array, "B T"],
+    clip: float = 0.2,
+) -> Float32[Array, "B T"]:
+    """Return max(-A r, -A clip(r, 1 - eps, 1 + eps)), A = log pi_T - log pi_old, r = pi / pi_old.
+
+    Only `logprob` carries a gradient.
+    """
+    old_logprob, teacher_logprob = stop_gradient((old_logprob, teacher_logprob))
+    advantage = teacher_logprob - old_logprob
+    ratio = _bounded_exp(logprob - old_logprob)
+    clipped = jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
+    return jnp.maximum(-advantage * ratio, -advantage * clipped)
 
 
 def _bounded_exp(log_ratio: Array) -> Array:

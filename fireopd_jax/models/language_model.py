@@ -1,10 +1,11 @@
-"""A model as pure functions of its parameters, and the one place where tokens and predictions align.
+"""A model as pure functions of its parameters, and the place where tokens and predictions align.
 
-    params, prompts, responses -> hidden states that predict each response token -> log-prob, entropy
+    params, prompts, responses -> hidden states that predict each response token -> log-prob,
+    entropy
 
-A sequence is laid as [prompt padded to P | response padded to T]: positions count only real tokens, and
-padding is invisible. The hidden state that predicts response token 0 is the prompt's last; the one that
-predicts token t is that of token t - 1.
+A sequence is laid as [prompt padded to P | response padded to T]: positions count only real
+tokens, and padding is invisible. The hidden state that predicts response token 0 is the prompt's
+last; the one that predicts token t is that of token t - 1.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ class LanguageModel:
 
     def init(self, key: Array) -> Params:
         """Draw fresh float32 parameters."""
-        return nnx.to_pure_dict(nnx.state(self._module(nnx.Rngs(key)), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(self._module(nnx.Rngs(jnp.asarray(key))), nnx.Param))
 
     def bind(self, params: Params) -> Decoder:
         """Put the parameters into the module."""

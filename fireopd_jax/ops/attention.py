@@ -15,11 +15,18 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Mix values by softmax(q k / sqrt(H)) over the allowed slots; N query heads share K key heads.
 
-    Scores and softmax are float32. A query that may see nothing gets a plain mean (its row is padding).
+    Scores and softmax are float32. A query that may see nothing gets a plain mean (its row is
+    padding).
     """
     rows, length, heads, width = q.shape
-    grouped = q.reshape(rows, length, k.shape[1], heads // k.shape[1], width)
-    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * width**-0.5, -1e30)
+    group = heads // k.shape[1]
+    # [B, K, G T, H]: the queries that share a key head are rows of one matrix.
+    q = q.reshape(rows, length, -1, group, width).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(rows, -1, group * length, width)
+    scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
+    allowed = jnp.tile(mask, (1, group, 1))[:, None]
+    scores = jnp.where(allowed, scores * width**-0.5, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bksh->btkgh", weights, v).reshape(q.shape)
+    out = jnp.einsum("bkts,bksh->bkth", weights, v)
+    out = out.reshape(rows, -1, group, length, width).transpose(0, 3, 1, 2, 4)
+    return out.reshape(rows, length, heads, width)

@@ -53,7 +53,7 @@ def print_results(session: Session, summary: Figures) -> None:
 
 
 def print_curve(session: Session) -> None:
-    """Print the learning curves: grades where the run took them, else the distance to the teacher."""
+    """Print the learning curves: grades where the run took them, else the KL to the teacher."""
     homes = {"student": session.folder.path}
     homes |= {n: session.folder.path / "controls" / n for n in session.setup.config.run.compare}
     key, title = "eval/held_out/avg@1", "avg@1 on held-out problems"

@@ -1,7 +1,8 @@
-"""Generate a batch of responses in one jitted program: prefill, then decode until every row has ended.
+"""Generate a batch of responses in one jitted program: prefill, then decode to the last row's end.
 
-Prompt tokens take the cache slots 0..P-1 and response token t the slot P + t of every row, whatever the
-prompt's length: a write is one slice. The engine does not know what the responses are for.
+Prompt tokens take the cache slots 0..P-1 and response token t the slot P + t of every row,
+whatever the prompt's length: a write is one slice. The engine does not know what the responses
+are for.
 """
 
 import jax
@@ -38,8 +39,9 @@ def generate(
 ) -> Rollout:
     """Draw one response to each prompt.
 
-    `max_tokens` is the room, static; `sampling.max_tokens` the limit, traced, at most the room. A row of
-    length 0 draws nothing. Rows end on a stop token, which is part of the response, or at the limit.
+    `max_tokens` is the room, static; `sampling.max_tokens` the limit, traced, at most the room. A
+    row of length 0 draws nothing. Rows end on a stop token, which is part of the response, or at
+    the limit.
     """
     decoder = model.bind(params)
     layers = decoder.unstacked()

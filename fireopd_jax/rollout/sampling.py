@@ -2,8 +2,8 @@
 
     logits / temperature -> top-k -> top-p -> min-p -> draw
 
-Each row owns its key, a function of (run seed, sample id, token position) alone, so a row draws the same
-token in any batch.
+Each row owns its key, a function of (run seed, sample id, token position) alone, so a row draws
+the same token in any batch.
 """
 
 import hashlib
@@ -109,8 +109,8 @@ def row_keys(
 def block_gumbel(keys: Key[Array, " B"], logits: Float32[Array, "B V"]) -> Int32[Array, " B"]:
     """Draw exactly from softmax(logits): first a block of columns by its mass, then a column in it.
 
-    V / block + block random words a row instead of V. The noise is drawn at high resolution: the default
-    never draws tokens less likely than about 1e-7.
+    V / block + block random words a row instead of V. The noise is drawn at high resolution: the
+    default never draws tokens less likely than about 1e-7.
     """
     rows, vocabulary = logits.shape
     block = 128 if vocabulary >= 4096 else 16
@@ -148,10 +148,8 @@ def filter_logits(logits: Float32[Array, "B V"], sampling: Sampling) -> Float32[
     return jnp.where(jnp.take_along_axis(keep, rank, axis=-1), logits, -jnp.inf)
 
 
-def draw(
-    logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling
-) -> Draw:
-    """Draw one token a row, with its log-prob under what was really sampled and under the raw model.
+def draw(logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling) -> Draw:
+    """Draw one token a row; its log-probs are of what was really sampled and of the raw model.
 
     A greedy token's log-prob is the raw model's.
     """

@@ -1,7 +1,8 @@
 """Score the sampled tokens by the student and by each row's own teacher.
 
     rollout -> student: every row, in the student's prompt
-            -> teachers: rows sorted by route; each teacher runs over its own rows only, in its own prompt
+            -> teachers: rows sorted by route; each teacher runs over its own rows only, in its
+            own prompt
 
 Both score at the rollout's temperature, and no gradient passes.
 """
@@ -48,8 +49,10 @@ class SampledToken:
         theirs = (prompts.teacher_tokens, prompts.teacher_length)
 
         def stats(model: tuple[LanguageModel, Params], context, tokens, mask) -> TokenStats:
-            decoder, params = model
-            return decoder.response_stats(params, *context, tokens, mask, temperature, self.head)
+            prompt, length = context
+            return model[0].response_stats(
+                model[1], prompt, length, tokens, mask, temperature, self.head
+            )
 
         inputs = (own, rollout.tokens, rollout.mask)
         size = self.micro_batch_size or rows

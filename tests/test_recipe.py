@@ -1,0 +1,193 @@
+"""What is shipped loads; what does not fit together is refused, with the key."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import TypeAdapter
+
+from fireopd_jax.config import SHIPPED, UserError, keys, members
+from fireopd_jax.filtering import KeepAll
+from fireopd_jax.recipe import ALIASES, Config, MethodConfig, as_tree, load_config, with_method
+from fireopd_jax.scoring import SampledToken
+
+CONFIGS = next(folder for folder in SHIPPED if folder.is_dir())
+WHOLE = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+METHODS = sorted(file.stem for file in (CONFIGS / "method").glob("*.yaml"))
+TEACHER = "teacher.tokenizer=builtin:bytes"
+TWO = ["teachers.a.tokenizer=builtin:bytes", "teachers.b.tokenizer=builtin:bytes"]
+
+
+def refusal(arguments):
+    with pytest.raises(UserError) as caught:
+        load_config(arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_something_is_shipped():
+    assert {"quickstart", "smoke"} <= set(WHOLE) and {"opd", "fire_opd"} <= set(METHODS)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_shipped_configuration_loads(name):
+    assert load_config([f"configs/{name}.yaml"]).teachers
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_shipped_method_lies_on_smoke_and_beside_it(name):
+    smoke = load_config(["smoke"])
+    laid = load_config(["smoke", f"method/{name}"])
+    assert dataclasses.replace(laid, method=smoke.method) == smoke
+    assert with_method(smoke, name).method == laid.method
+
+
+def test_a_whole_configuration_written_out_loads_to_itself(tmp_path):
+    file = tmp_path / "a.yaml"
+    for name in WHOLE:
+        config = load_config([name])
+        file.write_text(yaml.safe_dump(as_tree(config), sort_keys=False))
+        assert load_config([str(file)]) == config
+
+
+def test_the_paper_is_the_default():
+    assert load_config([TEACHER, "method/fire_opd"]) == load_config([TEACHER])
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ([], "teachers"),
+        ([TEACHER, "rollout.batch_size=8", "rollout.group_size=3"], "rollout.group_size=3"),
+        ([TEACHER, "rollout.batch_size=8", "optim.micro_batch_size=3"], "optim.micro_batch_size=3"),
+        (
+            [TEACHER, "rollout.batch_size=8", "method.score.micro_batch_size=5"],
+            "method.score.micro_batch_size=5",
+        ),
+        (
+            [TEACHER, "student.sft.batch_size=8", "student.sft.optim.micro_batch_size=3"],
+            "student.sft.optim.micro_batch_size=3",
+        ),
+        (
+            [TEACHER, "teacher.sft.batch_size=8", "teacher.sft.optim.micro_batch_size=3"],
+            "teachers.default.sft.optim.micro_batch_size=3",
+        ),
+        ([TEACHER, "rollout.temperature=0"], "rollout.temperature=0"),
+        ([TEACHER, "rollout.top_p=0.9"], "method.loss.importance_cap"),
+        ([TEACHER, "rollout.top_k=5"], "method.loss.importance_cap"),
+        ([TEACHER, "rollout.min_p=0.1"], "method.loss.importance_cap"),
+        (TWO, "data.teacher_column"),
+        ([TEACHER, "teacher.sft.source=teacher"], "teachers.default.sft.source"),
+        ([TEACHER, "run.compare=[odp]"], "odp"),
+    ],
+)
+def test_sections_that_do_not_fit_together(arguments, named):
+    assert named in refusal(arguments)
+
+
+def test_what_fits_together():
+    load_config([TEACHER, "rollout.top_p=0.9", "method.loss.importance_cap=2"])
+    load_config([*TWO, "data.teacher_column=domain"])
+    load_config([TEACHER, "rollout.batch_size=6", "rollout.group_size=3"])
+
+
+@pytest.mark.parametrize(
+    "arguments, key",
+    [
+        (["method.loss.clip=0.3"], "method.loss.clip"),
+        (["method.filter.scope=teacher"], "method.filter.scope"),
+        (["method.reweight.max_scope=teacher"], "method.reweight.max_scope"),
+        (["student.sft.teacher_rows=5"], "student.sft.teacher_rows"),
+        (["student.path=x", "student.tokenizer=y"], "student.tokenizer"),
+        (["student.path=x", "student.architecture.head_dim=64"], "student.architecture.head_dim"),
+        (["optim.final_fraction=0.5"], "optim.final_fraction"),
+        (["optim.schedule=constant", "optim.final_fraction=0.5"], "optim.final_fraction"),
+        (["student.sft.optim.final_fraction=0.5"], "student.sft.optim.final_fraction"),
+        (["teacher.sft.optim.final_fraction=0.5"], "teachers.default.sft.optim.final_fraction"),
+        (["eval.every_problems=3"], "eval.every_problems"),
+        (["eval.problems=0", "eval.samples=3"], "eval.samples"),
+        (["eval.problems=0", "eval.every=3"], "eval.every"),
+    ],
+)  # fmt: skip
+def test_keys_without_effect_are_refused(arguments, key):
+    message = refusal([TEACHER, *arguments])
+    assert message.startswith(f"command line: {key} has no effect ")
+
+
+def test_the_same_keys_have_effect_elsewhere():
+    load_config([TEACHER, "method.loss.clip=0.3", "run.updates_per_rollout=2"])
+    load_config([*TWO, "data.teacher_column=domain", "method.filter.scope=teacher"])
+    load_config([TEACHER, "student.sft.teacher_rows=5", "student.sft.source=teacher"])
+    load_config([TEACHER, "optim.final_fraction=0.5", "optim.schedule=linear"])
+    load_config([TEACHER, "eval.every_problems=3", "eval.every=2"])
+
+
+def test_a_later_layer_may_turn_off_what_a_file_has_set(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "teacher: {}\neval: {samples: 3, every: 2, every_problems: 7}\n"
+        "optim: {schedule: cosine, final_fraction: 0.5}\n"
+    )
+    config = load_config([str(file), "eval.problems=0", "optim.schedule=constant"])
+    assert (config.eval.samples, config.eval.every, config.optim.final_fraction) == (8, 0, 0.1)
+    file.write_text(yaml.safe_dump(as_tree(config)))
+    assert load_config([str(file)]) == config
+    # Not the other way round, and not within one layer.
+    other = tmp_path / "b.yaml"
+    other.write_text("teacher: {}\neval:\n  problems: 0\n")
+    assert "eval.samples" in refusal([str(other), "eval.samples=3"])
+    other.write_text("teacher: {}\neval:\n  problems: 0\n  samples: 3\n")
+    assert refusal([str(other)]).startswith(f"{other}:4: eval.samples")
+
+
+def test_a_stage_that_needs_what_is_not_scored(monkeypatch):
+    monkeypatch.setattr(SampledToken, "gives", frozenset({"student.logprob", "teacher.logprob"}))
+    message = refusal([TEACHER])
+    assert "confidence_confusion needs student.entropy, teacher.entropy" in message
+    load_config([TEACHER, "method/opd"])
+
+
+def test_every_stage_says_what_it_needs():
+    config = MethodConfig()
+    stages = [
+        stage
+        for field in dataclasses.fields(MethodConfig)
+        for stage in members(field.type)
+        if hasattr(stage, "needs")
+    ]
+    assert len(stages) == 5 and KeepAll in stages
+    assert all(stage.needs <= config.score.gives for stage in stages)
+
+
+def test_aliases_name_keys_that_exist_and_are_not_ours():
+    known = set(keys(Config))
+    for alias, ours in ALIASES.items():
+        section, _, rest = ours.partition(".")
+        assert (f"teachers.NAME.{rest}" if section == "teacher" else ours) in known, ours
+        assert not any(key == alias for key in known)
+
+
+def test_the_schema_is_not_stale():
+    written = (CONFIGS / "schema.json").read_text()
+    now = json.dumps(TypeAdapter(Config).json_schema(), indent=1, ensure_ascii=False) + "\n"
+    assert written == now, "stale: run `fireopd schema configs/schema.json`"
+
+
+def test_every_key_is_documented():
+    def visit(section, prefix):
+        for field in dataclasses.fields(section):
+            info = section.__pydantic_fields__[field.name]
+            yield f"{prefix}{field.name}", info.description
+            for inner in members(field.type):
+                if dataclasses.is_dataclass(inner):
+                    yield from visit(inner, f"{prefix}{field.name}.")
+
+    silent = [key for key, text in visit(Config, "") if not text and not key.endswith(".kind")]
+    assert not silent
+
+
+def test_files_hold_no_path_of_a_machine():
+    for file in Path(CONFIGS).rglob("*.yaml"):
+        assert "/home/" not in file.read_text() and "/work/" not in file.read_text()
