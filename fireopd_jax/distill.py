@@ -113,6 +113,7 @@ class Distillation:
                 self.report,
                 self.after,
                 self.session.stop,
+                self._saves,
             )
         self.checkpoints.close()
         if skipped := int(state.skipped):
@@ -174,23 +175,28 @@ class Distillation:
 
     def after(self, done: int, state: TrainState, stopping: bool) -> None:
         """Evaluate and save where it is time."""
-        run = self.config.run
         score = self._evaluate(done, state)
-        if stopping or done % run.save_every == 0 or done == run.steps or score is not None:
+        if stopping or self._saves(done):
             metrics = None if score is None else {"score": score}
             state = self.programs.copy(state)
             self.checkpoints.save(done, state, self.loader.get_state(), metrics)
         if stopping:
             self.checkpoints.close()
 
+    def _saves(self, done: int) -> bool:
+        run = self.config.run
+        return done % run.save_every == 0 or done == run.steps or self._grades(done)
+
+    def _grades(self, done: int) -> bool:
+        config, run = self.config.eval, self.config.run
+        due = config.every and (done % config.every == 0 or done == run.steps)
+        return bool(due and config.problems)
+
     def _evaluate(self, done: int, state: TrainState) -> float | None:
         """Grade the student now and then, one response a problem."""
-        config, run = self.config.eval, self.config.run
-        if not (config.every and config.problems):
+        if not self._grades(done):
             return None
-        if done % config.every and done != run.steps:
-            return None
-        setup = self.session.setup
+        config, setup = self.config.eval, self.session.setup
         result = self.session.evaluate(
             setup.student,
             state.params,

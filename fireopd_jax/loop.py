@@ -61,9 +61,12 @@ def run_steps(
     report: Callable[[int, Any], dict[str, object]],
     after: Callable[[int, State, bool], None],
     stop: StopFlag,
+    saves: Callable[[int], bool] = lambda done: False,
 ) -> State:
     """Run steps `start` to `steps`; `after(done, state, last)` may save and evaluate.
 
+    A step that `saves` names is reported before `after`: a run that goes on from there writes no
+    report of it again.
     Raises `Interrupted` when a signal came, after `after` was told that this step is the last.
     """
     pending: tuple[int, Any] | None = None
@@ -75,7 +78,7 @@ def run_steps(
                 bar(1, **report(*pending))
             pending = (step + 1, metrics)
             stopping = bool(stop)
-            if stopping:
+            if stopping or saves(step + 1):
                 bar(1, **report(*pending))
                 pending = None
             after(step + 1, state, stopping)

@@ -118,13 +118,18 @@ def supervise(
             tracker.log(step, {k: v for k, v in values.items() if not k.startswith("policy/")})
             return {"loss": values["loss"]}
 
+        def saves(done: int) -> bool:
+            return done % config.save_every == 0 and done < config.steps
+
         def after(done, state, stopping):
-            if stopping or (done % config.save_every == 0 and done < config.steps):
+            if stopping or saves(done):
                 checkpoints.save(done, copy(state), loader.get_state())
                 if stopping:
                     checkpoints.close()
 
-        state = run_steps(f"sft {name}", state, start, config.steps, advance, report, after, stop)
+        state = run_steps(
+            f"sft {name}", state, start, config.steps, advance, report, after, stop, saves
+        )
     checkpoints.close()
     shutil.rmtree(home / "checkpoints")
     return state.params

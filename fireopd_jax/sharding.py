@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pydantic import PositiveInt
 
 from fireopd_jax.config import UserError, config
+from fireopd_jax.types import Array
 
 Tree = TypeVar("Tree")
 
@@ -60,7 +61,7 @@ def micro_batches(tree: Tree, count: int) -> Tree:
     A stride leaves every device its own rows; contiguous blocks would be gathered.
     """
 
-    def split(x: jax.Array) -> jax.Array:
+    def split(x: Array) -> Array:
         return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(split, tree)
@@ -69,7 +70,7 @@ def micro_batches(tree: Tree, count: int) -> Tree:
 def join_micro_batches(tree: Tree) -> Tree:
     """Undo `micro_batches`."""
 
-    def join(x: jax.Array) -> jax.Array:
+    def join(x: Array) -> Array:
         return x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
     return jax.tree.map(join, tree)

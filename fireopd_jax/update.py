@@ -158,12 +158,10 @@ def _update_metrics(total: Array, student: TokenStats, part: Batch) -> Metrics:
     gap = student.logprob - part.scores.student.logprob
 
     def bad(x: Array) -> Mean:
-        return Mean(
-            total=(counted & ~jnp.isfinite(x)).sum().astype(jnp.float32), count=jnp.float32(1)
-        )
+        return _sum((counted & ~jnp.isfinite(x)).sum().astype(jnp.float32))
 
     return {
-        "loss": Mean(total=total, count=jnp.float32(0)),
+        "loss": _sum(total),
         "policy/log_ratio_max": Max.of(jnp.abs(gap), counted),
         "entropy": Mean.of(student.entropy, counted),
         "nonfinite/student_logprob": bad(student.logprob),
@@ -171,6 +169,11 @@ def _update_metrics(total: Array, student: TokenStats, part: Batch) -> Metrics:
         "nonfinite/teacher_logprob": bad(part.scores.teacher.logprob),
         "nonfinite/token_weight": bad(part.weight),
     }
+
+
+def _sum(total: Array) -> Mean:
+    """Give a sum over micro-batches; `make_update` counts it once."""
+    return Mean(total=total, count=jnp.float32(0))
 
 
 def make_update(
@@ -188,7 +191,7 @@ def make_update(
             model, loss, state.params, batch, temperature,
             micro_batch_size=micro_batch_size, head=head,
         )  # fmt: skip
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         usable = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
         usable &= (batch.coefficient > 0).any()
 
@@ -203,7 +206,9 @@ def make_update(
             skipped=state.skipped + ~usable,
         )
         one = jnp.float32(1)
-        metrics["loss"] = Mean(total=metrics["loss"].total, count=one)
+        for name in metrics:
+            if name == "loss" or name.startswith("nonfinite/"):
+                metrics[name] = Mean(total=metrics[name].total, count=one)
         metrics["grad_norm"] = Mean(total=norm, count=one)
         metrics["skipped"] = Mean(total=1 - usable.astype(jnp.float32), count=one)
         return state, metrics

@@ -68,7 +68,7 @@ def tiny_model(vocab_size=32, **architecture):
 
 
 def random_params(model, seed=0):
-    """Return parameters far from their initial values: logits spread, every norm has its own scale."""
+    """Return parameters far from the initial ones: logits spread, norms have own scales."""
     rng = np.random.default_rng(seed)
     shapes, tree = jax.tree.flatten_with_path(jax.eval_shape(model.init, jax.random.key(0)))
     leaves = []

@@ -1,7 +1,7 @@
 """The loop that draws: where responses end, and what a response must not depend on.
 
-Stop tokens do not touch the noise, so a run without any tells what every other run must be: the same
-responses, cut after their first stop token or at the limit.
+Stop tokens do not touch the noise, so a run without any tells what every other run must be: the
+same responses, cut after their first stop token or at the limit.
 """
 
 import dataclasses

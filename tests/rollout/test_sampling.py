@@ -107,7 +107,7 @@ def test_a_new_knob_compiles_nothing():
 
 
 def test_tokens_18_nats_below_the_best_are_drawn():
-    # Noise of the default resolution ends at 16.6 and draws them hardly ever. 255 blocks of one
+    # Noise of the default resolution ends near 16 and draws them hardly ever. 255 blocks of one
     # token each: these sample ids were found by search among two million.
     logits = np.full((1, 255 * 16), -np.inf, np.float32)
     logits[0, ::16] = -18

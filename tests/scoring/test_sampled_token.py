@@ -1,4 +1,4 @@
-"""Scores of sampled tokens: each row by its own teacher, in that teacher's prompt, and nothing else."""
+"""Scores of sampled tokens: each row by its own teacher, in that teacher's prompt."""
 
 import dataclasses
 import functools
@@ -61,7 +61,7 @@ def direct(model):
 
 
 def check(scores, rollout, temperature, skip=()):
-    """Compare with scoring the whole batch by each model and picking rows; `skip` names teachers."""
+    """Compare with scoring the whole batch by each model; `skip` names teachers to leave out."""
     prompts = rollout.prompts
     theirs = (prompts.teacher_tokens, prompts.teacher_length, rollout.tokens, rollout.mask)
     own = (prompts.tokens, prompts.length, rollout.tokens, rollout.mask)
@@ -75,7 +75,7 @@ def check(scores, rollout, temperature, skip=()):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 1, 4])
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
 def test_one_teacher_scores_every_row(micro_batch_size):
     rollout = make_case((0,) * ROWS)
     scores = program(1, micro_batch_size)(PARAMS, WEIGHTS[:1], rollout, 1.0)
