@@ -72,7 +72,7 @@ class Setup:
     train: np.ndarray
     held_out: np.ndarray
 
-    def sampling(self, purpose: str, *, temperature: float, **filters: float) -> Sampling:
+    def sampling(self, purpose: str, *, temperature: float, **filters: float | int) -> Sampling:
         """Give the sampler's knobs with the seed of one purpose."""
         return Sampling.of(
             stop_ids(self.student.tokenizer),
@@ -131,8 +131,9 @@ def set_up(config: Config) -> Setup:
         config=config.data,
         max_reference_tokens=config.rollout.max_tokens,
     )
-    train, held_out = split(rows, config.eval.problems)
-    for index in held_out if config.eval.problems else ():
+    kept = encoded.kept
+    train, held_out = (kept[side] for side in split([rows[i] for i in kept], config.eval.problems))
+    for index in held_out:
         if rows[index].answer is None:
             raise UserError(
                 f"{rows[index].origin}: no answer to grade by; name its column as "

@@ -112,6 +112,7 @@ def generate_to_file(
         )
     )
     batches = eval_prompts(encoded, np.arange(len(rows)), samples, batch_size)
+    out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".writing-{out.name}")
     with beside.open("w", encoding="utf-8") as file, progress("generate", len(batches)) as bar:
         for batch in batches:

@@ -258,6 +258,8 @@ def _ineffective(config: Config) -> Iterator[tuple[str, str, str]]:
     if not config.eval.every:
         yield "eval.every_problems", "eval.every", "with eval.every=0"
     if not config.eval.problems:
+        # The teachers' answers for supervised training come in batches of this size, too.
+        answering = config.student.sft is not None and config.student.sft.source == "teacher"
         for field in dataclasses.fields(EvalConfig):
-            if field.name != "problems":
+            if field.name != "problems" and not (answering and field.name == "batch_size"):
                 yield f"eval.{field.name}", "eval.problems", "with eval.problems=0"

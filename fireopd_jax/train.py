@@ -30,6 +30,8 @@ from fireopd_jax.tracking import Log
 
 Summary = dict[str, Any]
 
+SHOWN_IDS = 24
+
 
 def train(config: Config) -> Summary:
     """Do the run that `config` describes, or go on with it; return its summary.
@@ -81,7 +83,8 @@ def introduce(session: Session) -> None:
         (setup.student, encoded.prompts[first]),
         (setup.teachers[encoded.route[first]], encoded.teacher_prompts[first]),
     ):
-        log(f"{spec.name} reads {spec.tokenizer.decode(ids)!r}: {ids.tolist()}")
+        shown = " ".join(map(str, ids[:SHOWN_IDS])) + (" ..." if len(ids) > SHOWN_IDS else "")
+        log(f"{spec.name} reads {spec.tokenizer.decode(ids)!r}, {len(ids)} tokens: {shown}")
 
 
 def _prepare(session: Session) -> tuple[list[Params], Params, Summary]:

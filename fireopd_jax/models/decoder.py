@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Bool, Float, Float32, Int32
+from jaxtyping import Bool, Float, Int32
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from fireopd_jax.config import config

@@ -1,0 +1,70 @@
+"""What a batch says of the method, against plain NumPy."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from fireopd_jax.batch import assemble
+from fireopd_jax.diagnostics import of_batch
+from fireopd_jax.filtering import TeacherQuantile
+from fireopd_jax.metrics import results
+from fireopd_jax.reweighting import ConfidenceConfusion
+from tests import cases
+
+
+def described(seed=0, drop_fraction=0.3):
+    scores, mask, teacher = cases.random_case(seed)
+    rollout = cases.make_rollout(mask, teacher)
+    finished = mask.any(axis=1) & (np.arange(len(mask)) % 2 == 0)
+    rollout = dataclasses.replace(rollout, finished=finished)
+    stages = TeacherQuantile(drop_fraction=drop_fraction), ConfidenceConfusion()
+    batch, keep = assemble(rollout, scores, *stages, "seq", 2)
+    return results(of_batch(batch, keep, 10)), batch, np.asarray(keep), mask, finished
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_equal_numpy(seed):
+    values, batch, keep, mask, finished = described(seed)
+    valid, length = mask.any(axis=1), mask.sum(axis=1)
+    student, teacher = (np.asarray(s.logprob) for s in (batch.scores.student, batch.scores.teacher))
+    gap = (student - teacher)[mask]
+    score = np.where(mask, teacher, 0).sum(axis=1) / np.maximum(length, 1)
+    weight = np.asarray(batch.weight)[mask & keep[:, None]]
+    expected = {
+        "num_tokens": length.sum(),
+        "completions/mean_length": length[valid].mean(),
+        "completions/max_length": length.max(),
+        "completions/clipped_ratio": (~finished)[valid].mean(),
+        "completions/filled_fraction": (length[valid] / 10).mean(),
+        "distill/reverse_kl": gap.mean(),
+        "distill/advantage_positive_fraction": (gap < 0).mean(),
+        "distill/log_ratio_max": np.abs(gap).max(),
+        "teacher_logprob": teacher[mask].mean(),
+        "student_entropy": np.asarray(batch.scores.student.entropy)[mask].mean(),
+        "teacher_entropy_max": np.asarray(batch.scores.teacher.entropy)[mask].max(),
+        "fire/keep_fraction": keep[valid].mean(),
+        "fire/kept_tokens": length[keep].sum(),
+        "fire/score_kept": score[keep].mean(),
+        "fire/score_dropped": score[valid & ~keep].mean(),
+        "fire/dropped_clipped_ratio": (~finished)[valid & ~keep].mean(),
+        "fire/token_weight_mean": weight.mean(),
+        "fire/token_weight_max": weight.max(),
+        "fire/token_weight_square": (weight**2).mean(),
+        "sampler/logprob_gap": np.abs(student[mask]).mean(),
+    }
+    for name, value in expected.items():
+        assert values[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_the_kept_are_liked_better_than_the_dropped():
+    values, *_ = described()
+    assert values["fire/score_kept"] > values["fire/score_dropped"]
+
+
+def test_what_does_not_exist_is_nan_or_none_and_the_rest_is_finite():
+    values, *_ = described(drop_fraction=0.0)
+    absent = {"fire/score_dropped", "fire/dropped_clipped_ratio"}
+    for name in values.keys() - absent:
+        assert np.isfinite(values[name]), name
+    assert not any(np.isfinite(values.get(name, np.nan)) for name in absent)
