@@ -23,6 +23,7 @@ from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe import StudentConfig, load_config
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling, stream
+from fireopd_jax.sharding import place_rows, place_whole
 from fireopd_jax.text.chat import decode, stop_ids
 from fireopd_jax.tracking import progress
 
@@ -55,10 +56,10 @@ def evaluate_model(run: Path, name: str, overrides: Sequence[str]) -> dict[str, 
         raise UserError("eval.problems=0: nothing to grade on")
     batches = eval_prompts(setup.encoded, setup.held_out, config.samples, config.batch_size)
     sampling = setup.sampling("eval", temperature=config.temperature, top_p=config.top_p)
-    draw = make_generate(setup, spec)
+    draw, params = make_generate(setup, spec), place_whole(setup.mesh, params)
     with progress(f"eval {name}", len(batches)) as bar:
         result = evaluate(
-            lambda prompts: draw(params, prompts, sampling, jnp.int32(0)),
+            lambda prompts: draw(params, place_rows(setup.mesh, prompts), sampling, jnp.int32(0)),
             batches,
             lambda ids: decode(spec.tokenizer, ids.tolist()),
             lambda row: setup.rows[row].answer or "",

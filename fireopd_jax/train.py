@@ -39,15 +39,18 @@ def train(config: Config) -> Summary:
     Raises `UserError` for a mistake in the configuration or the data, and `Interrupted` when a
     signal stopped the run after a save.
     """
-    return _in_folder(config, _train)
+    return _in_folder(config, _train, "summary.json")
 
 
 def sft(config: Config) -> Summary:
-    """Do the supervised part alone: make the teachers and the student's cold start."""
-    return _in_folder(config, _sft)
+    """Do the supervised part alone: the teachers and the student's cold start.
+
+    The run stays open: `train` on the same folder goes on from there.
+    """
+    return _in_folder(config, _sft, "sft.json")
 
 
-def _in_folder(config: Config, work: Callable[[Session], Summary]) -> Summary:
+def _in_folder(config: Config, work: Callable[[Session], Summary], record: str) -> Summary:
     start = time.monotonic()
     compile_cache(config.run.compilation_cache)
     with runs.open_run(config.run, as_tree(config)) as folder:
@@ -60,8 +63,8 @@ def _in_folder(config: Config, work: Callable[[Session], Summary]) -> Summary:
             session = Session(set_up(config), folder, stop, log)
             introduce(session)
             summary = work(session) | {"seconds": round(time.monotonic() - start, 1)}
-            folder.finish(summary)
-            log(f"done in {summary['seconds']:.0f} s: {folder.summary}")
+            folder.write_json(record, summary)
+            log(f"done in {summary['seconds']:.0f} s: {folder.path / record}")
     return summary
 
 

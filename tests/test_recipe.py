@@ -265,4 +265,7 @@ def test_every_key_is_read_by_what_it_configures(tmp_path, monkeypatch):
         for field in dataclasses.fields(section)
         if field.name != "kind"
     }
-    assert not wanted - read
+    # Read only for a prompt that is too long, a run without run.dir, a run that was interrupted:
+    # tests/data/test_pipeline.py and tests/test_runs.py do that.
+    elsewhere = {"DataConfig.overlong", "RunConfig.name", "RunConfig.resume"}
+    assert sorted(wanted - read - elsewhere) == []
