@@ -20,6 +20,7 @@ class Checkpoints:
     """The checkpoints of one run: the `keep` newest and, by a metric, the `keep_best` best stay."""
 
     def __init__(self, folder: Path, *, keep: int, keep_best: int = 0, metric: str = "score"):
+        self.folder = folder
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if keep_best:
             policies.append(

@@ -14,6 +14,7 @@ import numpy as np
 from fireopd_jax.build import ModelSpec
 from fireopd_jax.checkpoint import restore_params, save_model
 from fireopd_jax.data.pipeline import Encoded, PromptLoader, eval_prompts
+from fireopd_jax.loop import Interrupted
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.rollout.sampling import stream
 from fireopd_jax.session import Session, as_teacher
@@ -115,6 +116,8 @@ def _answered_by_teachers(
         batches = eval_prompts(setup.encoded, own, 1, setup.config.eval.batch_size)
         with progress(f"answers of {spec.name}", len(batches)) as bar:
             for prompts in batches:
+                if session.stop:
+                    raise Interrupted(f"answers of {spec.name}: stopped")
                 rollout = session.generate(spec, params, as_teacher(prompts), sampling)
                 rollout = jax.device_get(rollout)
                 for i in np.flatnonzero(rollout.finished):

@@ -9,7 +9,7 @@ import numpy as np
 from fireopd_jax.build import ModelSpec, Setup, make_generate
 from fireopd_jax.data.pipeline import eval_prompts
 from fireopd_jax.evaluation.evaluator import EvalResult, evaluate
-from fireopd_jax.loop import StopFlag
+from fireopd_jax.loop import Interrupted, StopFlag
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.runs import RunFolder
@@ -54,7 +54,10 @@ class Session:
         samples: int | None = None,
         quiet: bool = False,
     ) -> EvalResult:
-        """Grade a model on the held-out problems, or on those named; each model in its template."""
+        """Grade a model on the held-out problems, or on those named; each model in its template.
+
+        `quiet` is for use within a training loop: no progress, and a signal is left to the loop.
+        """
         setup, config = self.setup, self.setup.config.eval
         samples = samples or config.samples
         indices = setup.held_out if indices is None else indices
@@ -62,6 +65,8 @@ class Session:
         sampling = setup.sampling("eval", temperature=config.temperature, top_p=config.top_p)
 
         def answer(prompts: Prompts) -> Rollout:
+            if self.stop and not quiet:
+                raise Interrupted(f"eval {label}: stopped")
             prompts = prompts if spec is setup.student else as_teacher(prompts)
             return self.generate(spec, params, prompts, sampling)
 
