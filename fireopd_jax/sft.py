@@ -7,14 +7,16 @@ and the optimizer step are those of distillation.
 """
 
 import shutil
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from fireopd_jax.batch import coefficients
 from fireopd_jax.checkpoint import Checkpoints
@@ -29,13 +31,18 @@ from fireopd_jax.tracking import Tracker
 from fireopd_jax.types import Batch, Prompts, Rollout, Scores, TokenStats
 from fireopd_jax.update import Metrics, OptimConfig, init_state, make_optimizer, make_update
 
+LOSS_WINDOW = 10
+"""Steps over which the loss is averaged before it may end the stage."""
+
 
 @config
 class SftConfig:
     """Supervised training before distillation."""
 
     steps: PositiveInt = 100
-    """Optimizer updates."""
+    """Optimizer updates, at most."""
+    stop_loss: PositiveFloat | None = None
+    """Ends the stage early, once the loss averaged over ten steps is this low, in nats a token."""
     batch_size: PositiveInt = 64
     """Rows a step."""
     source: Literal["rows", "teacher"] = "rows"
@@ -109,6 +116,7 @@ def supervise(
 
     with Tracker(home) as tracker:
         tracker.truncate(start + 1)
+        recent = deque((loss for _, loss in tracker.history("loss")), maxlen=LOSS_WINDOW)
 
         def advance(state, step):
             return update(state, place_rows(mesh, next(loader)))
@@ -116,7 +124,12 @@ def supervise(
         def report(step: int, metrics: Metrics) -> dict[str, object]:
             values = results(metrics)
             tracker.log(step, {k: v for k, v in values.items() if not k.startswith("policy/")})
+            recent.append(values["loss"])
             return {"loss": values["loss"]}
+
+        def enough() -> bool:
+            full = len(recent) == LOSS_WINDOW
+            return config.stop_loss is not None and full and fmean(recent) <= config.stop_loss
 
         def saves(done: int) -> bool:
             return done % config.save_every == 0 and done < config.steps
@@ -128,8 +141,10 @@ def supervise(
                     checkpoints.close()
 
         state = run_steps(
-            f"sft {name}", state, start, config.steps, advance, report, after, stop, saves
+            f"sft {name}", state, start, config.steps, advance, report, after, stop, saves, enough
         )
+        if enough():
+            log(f"{name}: the loss came down to {fmean(recent):.4f}, that is enough")
     checkpoints.close()
     shutil.rmtree(home / "checkpoints")
     return state.params
