@@ -16,7 +16,7 @@ PARITY_STAMP := $(if $(filter-out 0,$(PARITY)),$(VENV)/.installed-parity)
 .DELETE_ON_ERROR:
 # Two installs into one environment must not meet.
 .NOTPARALLEL:
-.PHONY: help quickstart quickstart_multi smoke test test-all lint format clean
+.PHONY: help quickstart quickstart_multi smoke test test-all schema lint format clean
 
 help: ## List the targets
 	@grep -E '^[a-z_-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -24,17 +24,20 @@ help: ## List the targets
 quickstart: $(RUNTIME) ## Distil a small model on this machine
 	$(BIN)/fireopd train configs/quickstart.yaml $(ARGS)
 
-quickstart_multi: $(RUNTIME) ## The same with several teachers
+quickstart_multi: $(RUNTIME) ## The same with two routed teachers
 	$(BIN)/fireopd train configs/quickstart_multi.yaml $(ARGS)
 
-smoke: $(RUNTIME) ## Two steps of the quickstart: does anything run at all
-	$(BIN)/fireopd train configs/quickstart.yaml run.name=smoke run.steps=2 $(ARGS)
+smoke: $(RUNTIME) ## The smallest complete run: does everything work at all
+	$(BIN)/fireopd train configs/smoke.yaml $(ARGS)
 
 test: $(TEST) $(PARITY_STAMP) ## Run the tests, without the slow ones
 	@$(BIN)/python -m pytest -n 2 -m "not slow and not aot and not browser" $(ARGS)
 
 test-all: $(TEST) $(PARITY_STAMP) ## Run every test
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+schema: $(RUNTIME) ## Write configs/schema.json anew, after a change of any setting
+	$(BIN)/fireopd schema configs/schema.json
 
 lint: $(DEV) ## Check style, format, types and layers
 	$(BIN)/ruff check
