@@ -36,6 +36,61 @@ def head_gradients(hidden, head, ids, cotangents, scale=1.0):
     return d_hidden, d_head
 
 
+def head_logits(hidden, head, scale=1.0, softcap=None, valid=None):
+    """scale * c tanh(hidden head^T / c) over the columns that exist."""
+    x = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)[:valid].T
+    return scale * (x if softcap is None else softcap * np.tanh(x / softcap))
+
+
+def head_topk(z, k):
+    """Ids and log-probabilities of the k largest, of equals the lowest id; -1 and -inf beyond."""
+    ids, logprob = np.full((len(z), k), -1), np.full((len(z), k), -np.inf)
+    for n, row in enumerate(z):
+        lse = row.max() + np.log(np.exp(row - row.max()).sum())
+        order = sorted(range(len(row)), key=lambda v: (-row[v], v))[:k]
+        ids[n, : len(order)] = order
+        logprob[n, : len(order)] = row[order] - lse
+    return ids, logprob
+
+
+def head_gather(z, ids, support_ids):
+    """Log-probability, entropy, log-sum-exp, log-probabilities of the support (-inf outside)."""
+    rows, support = [], np.full(np.shape(support_ids), -np.inf)
+    for n, row in enumerate(z):
+        lse = row.max() + np.log(np.exp(row - row.max()).sum())
+        lp = row - lse
+        rows.append((lp[ids[n]], -(np.exp(lp) * lp).sum(), lse))
+        for j, v in enumerate(support_ids[n]):
+            if 0 <= v < len(row):
+                support[n, j] = lp[v]
+    return (*np.array(rows, np.float64).reshape(-1, 3).T, support)
+
+
+def head_gather_gradients(
+    hidden, head, ids, support_ids, cotangents, scale=1.0, softcap=None, valid=None
+):
+    """Gradients of the cotangent-weighted sum of `head_gather` to `hidden` and `head`."""
+    hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
+    d_hidden, d_head = np.zeros_like(hidden), np.zeros_like(head)
+    z = head_logits(hidden, head, scale, softcap, valid)
+    for n, row in enumerate(z):
+        lse = row.max() + np.log(np.exp(row - row.max()).sum())
+        lp = row - lse
+        p = np.exp(lp)
+        dz = -np.float64(cotangents[1][n]) * p * (lp - (p * lp).sum())
+        dz += np.float64(cotangents[2][n]) * p
+        picks = [(ids[n], cotangents[0][n]), *zip(support_ids[n], cotangents[3][n], strict=True)]
+        for v, to in picks:
+            if 0 <= v < len(row):
+                dz -= np.float64(to) * p
+                dz[v] += np.float64(to)
+        if softcap is not None:
+            dz *= 1 - (row / scale / softcap) ** 2
+        d_hidden[n] = scale * (head[: len(row)].T @ dz)
+        d_head[: len(row)] += scale * np.outer(dz, hidden[n])
+    return d_hidden, d_head
+
+
 def trajectory_score(teacher_logprob, mask):
     """Eq. 4: mean teacher log-probability over the row's own tokens; NaN on an empty row."""
     scores = []

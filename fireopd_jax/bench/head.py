@@ -1,0 +1,223 @@
+"""Time and scratch memory of the head statistics, against the plain version and a bare product.
+
+    shape -> inputs -> one compiled program a case -> interleaved rounds -> medians -> rows
+
+The naive version is "reference": full logits and `lax.top_k`, compiled like the others, on the same
+inputs. Rounds are interleaved, so that a slow spell of the machine meets every case alike.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from fireopd_jax.config import UserError, nearest
+from fireopd_jax.ops.head import IMPLEMENTATIONS, LARGEST_K, head_gather, head_topk
+from fireopd_jax.ops.logits import dot
+from fireopd_jax.types import Array
+
+NAIVE = "reference"
+DTYPES = ("bfloat16", "float32")
+CASES = (("teacher", "forward"), ("student", "forward"), ("student", "forward_backward"))
+MIB = 2**20
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What is measured."""
+
+    tokens: int
+    width: int
+    vocabulary: int
+    k: int
+    dtype: str
+    chunk: int | None = None
+
+
+@dataclasses.dataclass
+class Case:
+    """One compiled program and the times it took."""
+
+    run: Callable[[], Any]
+    scratch_bytes: int
+    wall_s: list[float] = dataclasses.field(default_factory=list)
+    cpu_s: list[float] = dataclasses.field(default_factory=list)
+
+    def round(self) -> None:
+        """Run once, to its end."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        jax.block_until_ready(self.run())
+        self.wall_s.append(time.perf_counter() - wall)
+        self.cpu_s.append(time.process_time() - cpu)
+
+
+def bench_head(
+    shape: Shape, implementations: list[str], rounds: int, file: Path | None = None
+) -> Row:
+    """Measure each implementation, print a table, write JSON; returns what is written."""
+    check(shape, implementations, rounds)
+    names = list(dict.fromkeys([NAIVE, *implementations]))
+    inputs = make_inputs(shape)
+    matmul = compile_case(lambda hidden, head, ids, support: product(hidden, head), inputs)
+    cases = {
+        (name, role, way): compile_case(program(shape, name, role, way), inputs)
+        for name in names
+        for role, way in CASES
+    }
+    everything = [matmul, *cases.values()]
+    for case in everything:
+        jax.block_until_ready(case.run())
+    for _ in range(rounds):
+        for case in everything:
+            case.round()
+    matmul_s = statistics.median(matmul.wall_s)
+    result = {
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "jax": jax.__version__,
+        "shape": dataclasses.asdict(shape),
+        "rounds": rounds,
+        "matmul_seconds": matmul_s,
+        "rows": [row(key, case, cases, matmul_s) for key, case in cases.items()],
+    }
+    if file is not None:
+        write_whole(file, json.dumps(result, indent=2) + "\n")
+    print_table(result)
+    return result
+
+
+def check(shape: Shape, implementations: list[str], rounds: int) -> None:
+    """Refuse what cannot be measured."""
+    for name in implementations:
+        if name not in IMPLEMENTATIONS:
+            known = sorted(IMPLEMENTATIONS)
+            raise UserError(
+                f"--implementations: unknown {name!r}{nearest(name, known)}; "
+                f"known: {', '.join(known)}"
+            )
+    if shape.dtype not in DTYPES:
+        raise UserError(f"--dtype: expected {' or '.join(DTYPES)}, got {shape.dtype!r}")
+    for option, value in (
+        ("--tokens", shape.tokens),
+        ("--width", shape.width),
+        ("--vocab", shape.vocabulary),
+        ("--rounds", rounds),
+    ):
+        if value < 1:
+            raise UserError(f"{option}: expected at least 1, got {value}")
+    if not 1 <= shape.k <= LARGEST_K:
+        raise UserError(f"--top-k: expected 1 to {LARGEST_K}, got {shape.k}")
+
+
+def make_inputs(shape: Shape) -> tuple[Array, Array, Array, Array]:
+    """Draw states and head so that logits have deviation 2.5, as trained models have."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (shape.tokens, shape.width), shape.dtype)
+    head = jax.random.normal(keys[1], (shape.vocabulary, shape.width), shape.dtype)
+    head = head * jnp.asarray(2.5 * shape.width**-0.5, shape.dtype)
+    ids = jax.random.randint(keys[2], (shape.tokens,), 0, shape.vocabulary)
+    support = jax.random.randint(keys[3], (shape.tokens, shape.k), 0, shape.vocabulary)
+    return hidden, head, ids, support
+
+
+def product(hidden: Array, head: Array) -> Array:
+    """Return the bare logits, in the type of the inputs."""
+    return dot(hidden, head, (1, 1)).astype(hidden.dtype)
+
+
+def program(shape: Shape, name: str, role: str, way: str) -> Callable[..., Any]:
+    """Return the function to compile: teacher or student, forward or with gradients."""
+    options = {"implementation": name, "chunk": shape.chunk}
+
+    def teacher(hidden, head, ids, support):
+        return head_topk(hidden, head, ids, k=shape.k, **options)
+
+    def student(hidden, head, ids, support):
+        return head_gather(hidden, head, ids, support, **options)
+
+    def loss(hidden, head, ids, support):
+        stats = student(hidden, head, ids, support)
+        # Every output has a gradient, and none is a multiple of another.
+        return (
+            stats.logprob.mean()
+            + 0.1 * stats.entropy.mean()
+            + 0.01 * stats.logsumexp.mean()
+            + stats.support_logprob.mean()
+        )
+
+    if role == "teacher":
+        return teacher
+    return student if way == "forward" else jax.value_and_grad(loss, argnums=(0, 1))
+
+
+def compile_case(function: Callable[..., Any], inputs: tuple[Array, ...]) -> Case:
+    """Compile for the inputs and read how much scratch the compiler planned."""
+    compiled = jax.jit(function).lower(*inputs).compile()
+    analysis = compiled.memory_analysis()
+    return Case(lambda: compiled(*inputs), getattr(analysis, "temp_size_in_bytes", 0))
+
+
+def row(key: tuple[str, str, str], case: Case, cases: dict[Any, Case], matmul_s: float) -> Row:
+    """Take medians and set them beside the naive version and the bare product."""
+    name, role, way = key
+    naive = cases[(NAIVE, role, way)]
+    seconds = statistics.median(case.wall_s)
+    return {
+        "implementation": name,
+        "role": role,
+        "pass": way,
+        "seconds": seconds,
+        "cpu_seconds": statistics.median(case.cpu_s),
+        "scratch_mib": case.scratch_bytes / MIB,
+        "ratio_to_naive_seconds": seconds / statistics.median(naive.wall_s),
+        # A backend that plans no scratch at all has no ratio.
+        "ratio_to_naive_scratch": case.scratch_bytes / max(naive.scratch_bytes, 1),
+        "ratio_to_matmul": seconds / matmul_s,
+    }
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write beside the file and rename: there is a whole one or none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+def print_table(result: Row) -> None:
+    """Print the rows."""
+    shape = result["shape"]
+    table = Table(
+        title=f"N {shape['tokens']}, D {shape['width']}, V {shape['vocabulary']}, "
+        f"K {shape['k']}, {shape['dtype']}, {result['device']}; "
+        f"matmul {result['matmul_seconds']:.4f} s"
+    )
+    for column in ("implementation", "role", "pass"):
+        table.add_column(column, no_wrap=True)
+    for column in ("s", "CPU s", "scratch MiB", "/ naive s", "/ naive scratch", "/ matmul"):
+        table.add_column(column, justify="right")
+    for each in result["rows"]:
+        table.add_row(
+            each["implementation"],
+            each["role"],
+            each["pass"],
+            f"{each['seconds']:.4f}",
+            f"{each['cpu_seconds']:.4f}",
+            f"{each['scratch_mib']:.1f}",
+            f"{each['ratio_to_naive_seconds']:.2f}",
+            f"{each['ratio_to_naive_scratch']:.3f}",
+            f"{each['ratio_to_matmul']:.2f}",
+        )
+    # A pipe has no width of its own, and the numbers are the point.
+    Console(width=max(Console().width, 120)).print(table)

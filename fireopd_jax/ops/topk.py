@@ -1,0 +1,78 @@
+"""Exact running top-K over chunks of columns, in the order of `lax.top_k`: of equals the lowest id.
+
+    chunk [N, C] -> maxima of groups; the running list and those -> at most K groups that matter
+    the running list, then the columns of those groups -> `lax.top_k` -> the new list
+
+A column outside those groups loses to K entries of the list or maxima of other groups. The list
+stands first and groups are taken in ascending order, so equals stay in ascending order. No row is
+ever sorted whole. Where `lax.top_k` keeps a heap, as on the CPU, a good list in front also spares
+it most insertions.
+
+A trap: a slice of `lax.top_k(...)`, such as `[..., -1:]`, compiles to a full sort on some
+platforms. Whole lists are used here.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Float32, Int32
+
+from fireopd_jax.types import Array
+
+WIDEST_GROUP = 128
+NARROWEST_GROUP = 8
+
+List = tuple[Float32[Array, "N K"], Int32[Array, "N K"]]
+
+
+def empty(tokens: int, k: int) -> List:
+    """Start a list: no column yet."""
+    return jnp.full((tokens, k), -jnp.inf, jnp.float32), jnp.full((tokens, k), -1, jnp.int32)
+
+
+def update(best: List, values: Float32[Array, "N C"], first: Array | int) -> List:
+    """Take the columns [first, first + C) into the list; they come after all that is in it."""
+    tokens, width = values.shape
+    k = best[0].shape[1]
+    if size := _group_size(width, k):
+        values, ids = _candidates(best[0], values, size, first)
+    else:
+        ids = jnp.broadcast_to(first + jnp.arange(width, dtype=jnp.int32), (tokens, width))
+    values = jnp.concatenate([best[0], values], axis=1)
+    ids = jnp.concatenate([best[1], ids], axis=1)
+    values, at = lax.top_k(values, k)
+    return values, jnp.take_along_axis(ids, at, axis=1)
+
+
+def _group_size(width: int, k: int) -> int:
+    """Choose how wide a group is: K groups hold at most twice as many columns as there are groups.
+
+    That keeps both stages short; 0 where groups would be too narrow to help.
+    """
+    size = WIDEST_GROUP
+    while k * size * size > 2 * width:
+        size //= 2
+    return size if size >= NARROWEST_GROUP else 0
+
+
+def _candidates(
+    threshold: Array, values: Array, size: int, first: Array | int
+) -> tuple[Array, Array]:
+    """Read the groups that may hold one of the K best, and the columns after the last group."""
+    tokens, width = values.shape
+    k = threshold.shape[1]
+    count = width // size
+    groups = values[:, : count * size].reshape(tokens, count, size)
+    _, at = lax.top_k(jnp.concatenate([threshold, groups.max(axis=2)], axis=1), k)
+    # An entry of the list takes no group: such places go last.
+    chosen = jnp.sort(jnp.where(at < k, count, at - k), axis=1)
+    taken = (chosen < count)[:, :, None]
+    read = jnp.minimum(chosen, count - 1)[:, :, None]
+    columns = read * size + jnp.arange(size, dtype=jnp.int32)[None, None, :]
+    found = jnp.take_along_axis(groups, read, axis=1)
+    found = jnp.where(taken, found, -jnp.inf).reshape(tokens, k * size)
+    columns = jnp.where(taken, columns, -1 - first).reshape(tokens, k * size)
+    if rest := width - count * size:
+        last = jnp.arange(count * size, width, dtype=jnp.int32)
+        found = jnp.concatenate([found, values[:, count * size :]], axis=1)
+        columns = jnp.concatenate([columns, jnp.broadcast_to(last, (tokens, rest))], axis=1)
+    return found, columns + first
