@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fireopd_jax.losses.supervised import NegativeLogLikelihood
     from fireopd_jax.models.decoder import DecoderConfig
     from fireopd_jax.models.language_model import LanguageModel
-    from fireopd_jax.ops.head import head_stats
+    from fireopd_jax.ops.head import head_gather, head_stats, head_topk
     from fireopd_jax.recipe import Config, load_config
     from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
     from fireopd_jax.rollout.engine import generate
@@ -32,7 +32,7 @@ _HOME = {
     "losses.supervised": ("NegativeLogLikelihood",),
     "models.decoder": ("DecoderConfig",),
     "models.language_model": ("LanguageModel",),
-    "ops.head": ("head_stats",),
+    "ops.head": ("head_gather", "head_stats", "head_topk"),
     "recipe": ("Config", "load_config"),
     "reweighting": ("ConfidenceConfusion", "Uniform"),
     "rollout.engine": ("generate",),
@@ -63,7 +63,9 @@ __all__ = [
     "coefficients",
     "fire_weights",
     "generate",
+    "head_gather",
     "head_stats",
+    "head_topk",
     "load_config",
     "sampled_reverse_kl",
     "sft",

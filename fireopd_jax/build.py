@@ -7,7 +7,7 @@ Nothing here trains or writes.
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,13 @@ class ModelSpec:
         return {
             "architecture": dataclasses.asdict(self.model.config),
             "vocab_size": self.model.vocab_size,
-            "tokenizer": self.tokenizer_name,
+            "tokenizer": self.tokenizer_name if self.builtin_tokenizer else "tokenizer",
         }
+
+    @property
+    def builtin_tokenizer(self) -> bool:
+        """Whether the tokenizer needs no files; others are saved beside the parameters."""
+        return self.tokenizer_name.startswith("builtin:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,10 @@ class Setup:
     encoded: Encoded
     train: np.ndarray
     held_out: np.ndarray
+
+    def own_rows(self, indices: np.ndarray, teacher: int) -> np.ndarray:
+        """Pick the rows that are routed to one teacher."""
+        return indices[self.encoded.route[indices] == teacher]
 
     def sampling(self, purpose: str, *, temperature: float, **filters: float | int) -> Sampling:
         """Give the sampler's knobs with the seed of one purpose."""
@@ -107,27 +116,36 @@ def load_spec(name: str, folder: Path, config: StudentConfig) -> ModelSpec:
             f"{name}: {folder} holds no model.json; expected a model that a run has saved, such as "
             "runs/NAME/models/student"
         )
-    described = json.loads(file.read_text(encoding="utf-8"))
-    model = LanguageModel(DecoderConfig(**described["architecture"]), described["vocab_size"])
-    tokenizer = load_tokenizer(described["tokenizer"])
-    return ModelSpec(name, model, tokenizer, described["tokenizer"], config)
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+        model = LanguageModel(DecoderConfig(**described["architecture"]), described["vocab_size"])
+        tokenizer = described["tokenizer"]
+    except (ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name}: {file} does not describe a model of ours: {reason}") from error
+    if not tokenizer.startswith("builtin:"):
+        tokenizer = str(folder / tokenizer)
+    return ModelSpec(name, model, load_tokenizer(tokenizer), tokenizer, config)
 
 
 def set_up(config: Config) -> Setup:
     """Read the data and describe the models."""
     mesh = make_mesh(config.mesh)
-    check_mesh(config, mesh)
     student = make_spec("student", config.student)
     teachers = tuple(make_spec(f"teacher {n}", teacher) for n, teacher in config.teachers.items())
     for teacher in teachers:
         check_vocabulary(student, teacher)
     rows = read_rows(config.data)
+    routes = route(rows, list(config.teachers), config.data.teacher_column)
+    for index, name in enumerate(config.teachers):
+        if not (routes == index).any():
+            raise UserError(f"teachers.{name}: no row is routed to it; take it out, or see data")
     encoded = encode(
         rows,
         tokenizer=student.tokenizer,
         teacher_tokenizers=[teacher.tokenizer for teacher in teachers],
         teacher_template_kwargs=[t.chat_template_kwargs for t in config.teachers.values()],
-        route=route(rows, list(config.teachers), config.data.teacher_column),
+        route=routes,
         config=config.data,
         max_reference_tokens=config.rollout.max_tokens,
     )
@@ -142,17 +160,25 @@ def set_up(config: Config) -> Setup:
     return Setup(config, mesh, student, teachers, rows, encoded, train, held_out)
 
 
-def check_mesh(config: Config, mesh: Mesh) -> None:
-    """Refuse batches that the devices cannot share evenly."""
-    devices = mesh.shape["data"]
+def check_training_batches(config: Config, mesh: Mesh) -> None:
+    """Refuse batches of training that the devices cannot share evenly."""
     sizes = {
         "rollout.batch_size": config.rollout.batch_size,
         "optim.micro_batch_size": config.optim.micro_batch_size,
+        "method.score.micro_batch_size": config.method.score.micro_batch_size,
         "eval.batch_size": config.eval.batch_size,
-        "student.sft.batch_size": config.student.sft and config.student.sft.batch_size,
     }
-    for name, teacher in config.teachers.items():
-        sizes[f"teachers.{name}.sft.batch_size"] = teacher.sft and teacher.sft.batch_size
+    teachers = {f"teachers.{name}": teacher for name, teacher in config.teachers.items()}
+    for key, model in {"student": config.student, **teachers}.items():
+        if model.sft is not None:
+            sizes[f"{key}.sft.batch_size"] = model.sft.batch_size
+            sizes[f"{key}.sft.optim.micro_batch_size"] = model.sft.optim.micro_batch_size
+    check_divisible(sizes, mesh)
+
+
+def check_divisible(sizes: Mapping[str, int | None], mesh: Mesh) -> None:
+    """Refuse sizes, by key, that the data axis does not divide."""
+    devices = mesh.shape["data"]
     for key, size in sizes.items():
         if size is not None and size % devices:
             raise UserError(
@@ -168,6 +194,16 @@ def check_vocabulary(student: ModelSpec, teacher: ModelSpec) -> None:
         raise UserError(
             f"{teacher.name}: its tokenizer ({teacher.tokenizer_name}) differs from the student's "
             f"({student.tokenizer_name}); teachers that score tokens need the same vocabulary"
+        )
+    if student.model.vocab_size != teacher.model.vocab_size:
+        raise UserError(
+            f"{teacher.name}: its head has {teacher.model.vocab_size} words, the student's "
+            f"{student.model.vocab_size}; expected the same vocab_size"
+        )
+    if stop_ids(ours) != stop_ids(theirs):
+        raise UserError(
+            f"{teacher.name}: it ends responses with {theirs.eos_token!r}, the student with "
+            f"{ours.eos_token!r}"
         )
 
 
@@ -206,6 +242,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
             list(zip(teachers, teacher_params, strict=True)),
             rollout,
             temperature,
+            setup.mesh,
         )
         batch, keep = assemble(
             rollout, scores, method.filter, method.reweight, method.aggregate, len(teachers)

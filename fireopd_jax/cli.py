@@ -1,4 +1,4 @@
-"""The command line: `fireopd train | sft | eval | generate | env`.
+"""The command line: `fireopd train | sft | eval | generate | bench | env`.
 
 Nothing heavy is imported before a command needs it, so that `--help` answers at once. The keys it
 lists come from `configs/schema.json`, which `fireopd schema` writes from the config classes.
@@ -26,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+bench = typer.Typer(help="Measure a part of the package.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 
 class KeysCommand(TyperCommand):
@@ -206,6 +209,28 @@ def generate(
     )
 
 
+@bench.command("head")
+def bench_head(
+    tokens: Annotated[int, typer.Option(help="Positions.")] = 2048,
+    width: Annotated[int, typer.Option(help="Of the hidden states.")] = 256,
+    vocab: Annotated[int, typer.Option(help="Rows of the head.")] = 32768,
+    top_k: Annotated[int, typer.Option(help="Ids per position, 1 to 128.")] = 16,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    implementations: Annotated[
+        str, typer.Option(metavar="A,B", help="To set beside the naive one.")
+    ] = "chunked",
+    rounds: Annotated[int, typer.Option(help="Interleaved; medians are reported.")] = 7,
+    chunk: Annotated[int | None, typer.Option(help="Columns at a time, if not the usual.")] = None,
+    file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+) -> None:
+    """Time the head statistics against full logits with `lax.top_k` and a bare product."""
+    from fireopd_jax.bench.head import Shape
+    from fireopd_jax.bench.head import bench_head as run
+
+    shape = Shape(tokens, width, vocab, top_k, dtype, chunk)
+    run(shape, [name.strip() for name in implementations.split(",")], rounds, file)
+
+
 @app.command()
 def env() -> None:
     """Print what a bug report needs: versions, machine, devices."""
@@ -242,5 +267,5 @@ def main() -> None:
     except Exception as error:
         if type(error).__name__ != "Interrupted":
             raise
-        print(f"fireopd: {error}; the same command goes on from there", file=sys.stderr)
+        print(f"fireopd: {error}", file=sys.stderr)
         sys.exit(130)

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -43,9 +43,9 @@ def config(cls: type[Class]) -> type[Class]:
     return dataclass(frozen=True, kw_only=True, config=settings)(cls)  # pyright: ignore[reportReturnType]
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """Say what `name` was probably meant to be: " (did you mean ...?)", or nothing."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -145,7 +145,7 @@ def resolve(
     """
     tree = TypeAdapter(root).dump_python(root(), mode="json")
     origins: Origins = {}
-    files = [a for a in arguments if "=" not in a or Path(a).is_file()]
+    files = [a for a in arguments if "=" not in a or _is_file(a)]
     layers = [read_yaml(find_config(name)) for name in files]
     layers += [read_override(a) for a in arguments if a not in files]
     for layer, where in layers:
@@ -158,6 +158,13 @@ def resolve(
     # A section that another kind or a path has replaced is no longer the user's.
     origins = {key: where for key, where in origins.items() if _stands(tree, key)}
     return validate(root, tree, origins), origins
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # too long for a file name
+        return False
 
 
 def _stands(tree: Any, dotted: str) -> bool:

@@ -29,14 +29,7 @@ from fireopd_jax.session import Session
 from fireopd_jax.sharding import place_whole
 from fireopd_jax.tracking import Tracker
 from fireopd_jax.types import Batch
-from fireopd_jax.update import Metrics, TrainState, init_state, learning_rate
-
-CAUSES = {
-    "nonfinite/teacher_logprob": "the teacher's log-probs",
-    "nonfinite/scored_student_logprob": "the student's log-probs when scored",
-    "nonfinite/token_weight": "the token weights",
-    "nonfinite/student_logprob": "the student's log-probs in the update",
-}
+from fireopd_jax.update import Metrics, TrainState, init_state, learning_rate, skip_reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +93,7 @@ class Distillation:
             done, state, position = self.checkpoints.restore(state)
             self.loader.set_state(position)
             self.session.log(f"{self.name}: goes on from step {done} of {run.steps}")
+        self.applied = int(state.updates - state.skipped)
         with Tracker(self.home) as self.tracker:
             self.tracker.truncate(done + 1 if done else 0)
             if done == 0:
@@ -147,7 +141,7 @@ class Distillation:
         values = results(step.metrics)
         values.update(self._derived(done, values, step))
         if values["skipped"]:
-            self.session.log(f"{self.name}: step {done} skipped: {_cause(values)}")
+            self.session.log(f"{self.name}: step {done} skipped: {skip_reason(values)}")
         if done % run.log_every == 0 or done == run.steps:
             self.tracker.log(done, values)
         if run.completions_every and (done % run.completions_every == 0 or done == run.steps):
@@ -162,11 +156,12 @@ class Distillation:
     def _derived(self, done: int, values: dict[str, float], step: Step) -> dict[str, float]:
         now = time.monotonic()
         seconds, self.reported = now - self.reported, now
-        update = done * self.config.run.updates_per_rollout - 1
+        # The schedule counts the updates that were applied.
+        self.applied += round((1 - values["skipped"]) * self.config.run.updates_per_rollout)
         square = values.pop("fire/token_weight_square")
         mean = values["fire/token_weight_mean"]
         return {
-            "learning_rate": float(np.asarray(self.learning_rate(update))),
+            "learning_rate": float(np.asarray(self.learning_rate(max(self.applied - 1, 0)))),
             "fire/token_weight_ess": mean**2 / square if square else float("nan"),
             "timing_s/step": seconds,
             "perf/tokens_per_s": values["num_tokens"] / max(seconds, 1e-9),
@@ -214,11 +209,3 @@ def _joined(updates: Sequence[Metrics]) -> Metrics:
     for update in updates[1:]:
         joined = merge(joined, update)
     return joined
-
-
-def _cause(values: dict[str, float]) -> str:
-    """Name what made a step unusable."""
-    if not values["fire/kept_tokens"]:
-        return "no valid row is left in the batch"
-    causes = [f"{text} ({values[key]:.0f} tokens)" for key, text in CAUSES.items() if values[key]]
-    return f"not finite: {', '.join(causes) or 'the gradient'}"

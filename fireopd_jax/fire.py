@@ -25,12 +25,14 @@ def fire_weights(
     filter_scope: Literal["batch", "teacher"] = "batch",
     max_scope: Literal["batch", "kept", "teacher", "row"] = "batch",
     teacher: Int32[Array, " B"] | None = None,
-    num_teachers: int = 1,
+    num_teachers: int | None = None,
 ) -> tuple[Float32[Array, "B T"], Bool[Array, " B"]]:
     """Return w~ and which trajectories to keep.
 
     Give the global batch, never a micro-batch. Use both results: dropped rows are weighted, too.
-    Without `teacher` all rows have the same one.
+    Rows of several teachers need both `teacher`, the route of each row, and `num_teachers`.
+
+    Raises ValueError when only one of the two is given.
 
     References: arXiv 2606.02684, Eq. 4-8.
     """
@@ -38,8 +40,10 @@ def fire_weights(
         jnp.asarray(value, jnp.float32)
         for value in (teacher_logprob, teacher_entropy, student_entropy)
     )
-    if teacher is None:
-        teacher = jnp.zeros(mask.shape[0], jnp.int32)
+    if (teacher is None) != (num_teachers is None):
+        raise ValueError("teacher and num_teachers go together: give both, or neither")
+    if teacher is None or num_teachers is None:
+        teacher, num_teachers = jnp.zeros(mask.shape[0], jnp.int32), 1
     # Neither stage reads the student's log-probability.
     scores = Scores(
         student=TokenStats(logprob=jnp.zeros_like(logprob), entropy=of_student),

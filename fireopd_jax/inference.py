@@ -1,8 +1,11 @@
-"""Use the models of a finished run: grade one again, or let it answer prompts from a file.
+"""Use the models of a run: grade one again, or let it answer prompts from a file.
 
-runs/x/models/NAME -> parameters, tokenizer -> responses -> JSON lines
+    runs/x/models/NAME -> parameters, tokenizer -> responses -> JSON lines
+
+A run folder is whole in itself: all its models are read from its own `models/`.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,20 +15,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fireopd_jax.build import ModelSpec, load_spec, make_generate, set_up
+from fireopd_jax.build import ModelSpec, check_divisible, load_spec, make_generate, set_up
 from fireopd_jax.checkpoint import restore_params
 from fireopd_jax.compilation import compile_cache
 from fireopd_jax.config import UserError, nearest
 from fireopd_jax.data.pipeline import encode, eval_prompts
-from fireopd_jax.data.sources import DataConfig, read_rows
-from fireopd_jax.evaluation.evaluator import evaluate
+from fireopd_jax.data.sources import read_rows
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.recipe import StudentConfig, load_config
+from fireopd_jax.recipe import Config, StudentConfig, load_config
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling, stream
+from fireopd_jax.session import grade
 from fireopd_jax.sharding import place_rows, place_whole
 from fireopd_jax.text.chat import decode, stop_ids
 from fireopd_jax.tracking import progress
+
+PROMPT_STEP = 16
+"""Prompts are padded to a multiple of it, so that files of like prompts share their programs."""
 
 
 def open_model(run: Path, name: str) -> tuple[ModelSpec, Params]:
@@ -43,28 +49,54 @@ def open_model(run: Path, name: str) -> tuple[ModelSpec, Params]:
     return spec, restore_params(models / name, like)
 
 
+def run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the configuration of a run, its models replaced by those in its own folder."""
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{run}: no config.yaml; expected the folder of a run")
+    config = load_config([str(file)])
+    paths = [f"student.path={run / 'models' / 'student_start'}"]
+    paths += [
+        f"teachers.{name}.path={run / 'models' / f'teacher_{name}'}" for name in config.teachers
+    ]
+    return load_config([str(file), *paths, *overrides])
+
+
 def evaluate_model(run: Path, name: str, overrides: Sequence[str]) -> dict[str, float | int]:
     """Grade a model on the run's held-out problems; only `eval` keys may be overridden."""
     for override in overrides:
         if not override.startswith("eval."):
             raise UserError(f"{override}: only eval.* keys may be overridden here")
-    spec, params = open_model(run, name)
+    _, params = open_model(run, name)
+    held_out = run_config(run).eval.problems
+    config = run_config(run, overrides)
+    if not 0 < config.eval.problems <= held_out:
+        raise UserError(
+            f"eval.problems={config.eval.problems}: the run has held out {held_out} problems; the "
+            "others were trained on"
+        )
     compile_cache()
-    setup = set_up(load_config([str(run / "config.yaml"), *overrides]))
-    config = setup.config.eval
-    if not config.problems:
-        raise UserError("eval.problems=0: nothing to grade on")
-    batches = eval_prompts(setup.encoded, setup.held_out, config.samples, config.batch_size)
-    sampling = setup.sampling("eval", temperature=config.temperature, top_p=config.top_p)
-    draw, params = make_generate(setup, spec), place_whole(setup.mesh, params)
-    with progress(f"eval {name}", len(batches)) as bar:
-        result = evaluate(
-            lambda prompts: draw(params, place_rows(setup.mesh, prompts), sampling, jnp.int32(0)),
-            batches,
-            lambda ids: decode(spec.tokenizer, ids.tolist()),
-            lambda row: setup.rows[row].answer or "",
-            config.samples,
-            advance=bar,
+    setup = set_up(config)
+    check_divisible({"eval.batch_size": config.eval.batch_size}, setup.mesh)
+    slugs = [spec.slug for spec in setup.teachers]
+    spec, indices = setup.student, setup.held_out
+    if name in slugs:
+        index = slugs.index(name)
+        spec, indices = setup.teachers[index], setup.own_rows(indices, index)
+    params = place_whole(setup.mesh, params)
+    draw = make_generate(setup, spec)
+    samples = config.eval.samples
+    batches = -(-len(indices) * samples // config.eval.batch_size)
+    with progress(f"eval {name}", batches) as bar:
+        result = grade(
+            setup,
+            spec,
+            lambda prompts, sampling: draw(
+                params, place_rows(setup.mesh, prompts), sampling, jnp.int32(0)
+            ),
+            indices,
+            samples,
+            bar,
         )
     return result.summary()
 
@@ -82,12 +114,23 @@ def generate_to_file(
     seed: int,
     batch_size: int,
 ) -> None:
-    """Answer each prompt of a file `samples` times, in order; `out` appears when it is whole."""
+    """Answer each prompt of a file `samples` times, in order; `out` appears when it is whole.
+
+    Prompts are rendered as in the run: its template arguments; the column is `prompt`.
+    """
     if out.exists():
         raise UserError(f"{out} exists; expected a new file, nothing is overwritten")
     spec, params = open_model(run, model)
     compile_cache()
-    config = DataConfig(path=str(prompts))
+    config = dataclasses.replace(
+        run_config(run).data,
+        path=str(prompts),
+        prompt_column="prompt",
+        answer_column=None,
+        reference_column=None,
+        teacher_column=None,
+        max_prompt_tokens=2**20,
+    )
     rows = read_rows(config)
     encoded = encode(
         rows,
@@ -98,31 +141,35 @@ def generate_to_file(
         config=config,
         max_reference_tokens=max_tokens,
     )
-    if encoded.dropped_prompts:
-        raise UserError(
-            f"{prompts}: {encoded.dropped_prompts} prompts are longer than "
-            f"{config.max_prompt_tokens} tokens"
-        )
+    longest = max(map(len, encoded.prompts))
+    width = -(-longest // PROMPT_STEP) * PROMPT_STEP
+    encoded = dataclasses.replace(encoded, max_prompt_tokens=width)
     sampling = Sampling.of(
-        stop_ids(spec.tokenizer), max_tokens, stream(seed, "generate"),
-        temperature=temperature, top_p=top_p,
-    )  # fmt: skip
+        stop_ids(spec.tokenizer),
+        max_tokens,
+        stream(seed, "generate"),
+        temperature=temperature,
+        top_p=top_p,
+    )
     draw = jax.jit(
-        lambda params, batch: generate(
+        lambda params, batch, sampling: generate(
             spec.model, params, batch, sampling, jnp.int32(0), max_tokens=max_tokens
         )
     )
     batches = eval_prompts(encoded, np.arange(len(rows)), samples, batch_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".writing-{out.name}")
-    with beside.open("w", encoding="utf-8") as file, progress("generate", len(batches)) as bar:
-        for batch in batches:
-            rollout = jax.device_get(draw(params, batch))
-            for i in np.flatnonzero(batch.row >= 0):
-                record = _record(spec, rows[int(batch.row[i])].prompt, rollout, int(i))
-                file.write(json.dumps(record) + "\n")
-            bar(1)
-    beside.rename(out)
+    try:
+        with beside.open("w", encoding="utf-8") as file, progress("generate", len(batches)) as bar:
+            for batch in batches:
+                rollout = jax.device_get(draw(params, batch, sampling))
+                for i in np.flatnonzero(batch.row >= 0):
+                    record = _record(spec, rows[int(batch.row[i])].prompt, rollout, int(i))
+                    file.write(json.dumps(record) + "\n")
+                bar(1)
+        out.hardlink_to(beside)  # fails, where a rename would overwrite a file made meanwhile
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _record(spec: ModelSpec, prompt: Sequence[Any], rollout: Any, i: int) -> dict[str, Any]:

@@ -62,18 +62,21 @@ def run_steps(
     after: Callable[[int, State, bool], None],
     stop: StopFlag,
     saves: Callable[[int], bool] = lambda done: False,
-    enough: Callable[[], bool] = lambda: False,
+    enough: Callable[[int], bool] = lambda done: False,
 ) -> State:
     """Run steps `start` to `steps`; `after(done, state, last)` may save and evaluate.
 
     A step that `saves` names is reported before `after`: a run that goes on from there writes no
-    report of it again. What the reports have shown may be `enough` to end early.
+    report of it again. `enough(done)` ends
+    the loop early, judged by the reports of the steps before `done`.
     Raises `Interrupted` when a signal came, after `after` was told that this step is the last.
     """
     pending: tuple[int, Any] | None = None
     with progress(label, steps) as bar:
         bar(start)
         for step in range(start, steps):
+            if enough(step):
+                break
             state, metrics = advance(state, step)
             if pending is not None:
                 bar(1, **report(*pending))
@@ -83,8 +86,6 @@ def run_steps(
                 bar(1, **report(*pending))
                 pending = None
             after(step + 1, state, stopping)
-            if enough():
-                break
             if stopping and step + 1 < steps:
                 raise Interrupted(f"{label}: stopped after step {step + 1} of {steps}")
         if pending is not None:

@@ -5,6 +5,7 @@ else path, or random parameters   -> supervised training, if any -> models/NAME
 """
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,7 +33,10 @@ def once(session: Session, spec: ModelSpec, name: str, make: Make) -> Params:
         return restore_params(home, random_params(session, spec))
     home.mkdir(parents=True, exist_ok=True)
     params = make(home)
+    if not spec.builtin_tokenizer:
+        spec.tokenizer.save_pretrained(home / "tokenizer")
     save_model(home, params, spec.description())
+    shutil.rmtree(home / "checkpoints", ignore_errors=True)  # of supervised training
     return params
 
 
@@ -48,7 +52,7 @@ def make_teacher(session: Session, index: int) -> Params:
     spec = session.setup.teachers[index]
     if spec.config.path is None and spec.config.sft is None:
         session.log(f"{spec.name}: neither path nor sft is given, its parameters are random")
-    rows = session.own_rows(session.setup.train, index)
+    rows = session.setup.own_rows(session.setup.train, index)
     return once(session, spec, spec.slug, _maker(session, spec, rows, ()))
 
 
@@ -112,7 +116,7 @@ def _answered_by_teachers(
     references: list[np.ndarray | None] = [None] * len(setup.rows)
     chosen = rows[np.isin(rows, setup.encoded.kept)][:limit]
     for index, (spec, params) in enumerate(zip(setup.teachers, teachers, strict=True)):
-        own = session.own_rows(chosen, index)
+        own = session.setup.own_rows(chosen, index)
         batches = eval_prompts(setup.encoded, own, 1, setup.config.eval.batch_size)
         with progress(f"answers of {spec.name}", len(batches)) as bar:
             for prompts in batches:

@@ -155,7 +155,12 @@ def check(config: Config, origins: Origins) -> list[str]:
     for problem in _conflicts(config):
         raise UserError(problem)
     for name in config.run.compare:
-        for problem in _conflicts(with_method(config, name)):
+        control = with_method(config, name)
+        if control.method == config.method:
+            raise UserError(
+                f"run.compare: {name} is the method of the run itself; take it out (run.compare=[])"
+            )
+        for problem in _conflicts(control):
             raise UserError(f"run.compare: {name}: {problem}")
     order, overruled = list(origins), []
     for key, switch, reason in _ineffective(config):
@@ -201,6 +206,20 @@ def _conflicts(config: Config) -> Iterator[str]:
             f"{method.loss.kind} is exact only for unfiltered rollouts: with rollout.top_p, top_k "
             "or min_p set, give method.loss.importance_cap too"
         )
+    if isinstance(method.filter, TeacherQuantile) and method.filter.scope == "batch":
+        rho, rows = method.filter.drop_fraction, rollout.batch_size
+        if rho == 1:
+            yield "method.filter.drop_fraction=1: every trajectory is dropped, nothing is learnt"
+        elif rho > 0 and int(rho * rows + 1e-9) == 0:
+            yield (
+                f"method.filter.drop_fraction={rho} of {rows} rows drops none: expected 0, or at "
+                f"least {1 / rows:.3g}, or a larger rollout.batch_size"
+            )
+    for key, optim, updates in _optimizers(config):
+        if optim.warmup_steps >= updates:
+            yield f"{key}.warmup_steps={optim.warmup_steps}: there are only {updates} updates"
+    if len(set(config.run.compare)) < len(config.run.compare):
+        yield f"run.compare={list(config.run.compare)}: a method is named twice"
     if len(config.teachers) > 1 and config.data.teacher_column is None:
         yield (
             f"data.teacher_column: with {len(config.teachers)} teachers, expected the column that "
@@ -228,6 +247,14 @@ def _models(config: Config) -> Iterator[tuple[str, StudentConfig]]:
         yield f"teachers.{name}", teacher
 
 
+def _optimizers(config: Config) -> Iterator[tuple[str, OptimConfig, int]]:
+    """List the optimizers with the number of their updates."""
+    yield "optim", config.optim, config.run.steps * config.run.updates_per_rollout
+    for key, model in _models(config):
+        if model.sft is not None:
+            yield f"{key}.sft.optim", model.sft.optim, model.sft.steps
+
+
 def _ineffective(config: Config) -> Iterator[tuple[str, str, str]]:
     """List keys that are never read, each with the key that decides so and the reason."""
     if config.run.updates_per_rollout == 1:
@@ -240,23 +267,33 @@ def _ineffective(config: Config) -> Iterator[tuple[str, str, str]]:
         ):
             if value == "teacher":
                 yield key, "teachers", "as 'teacher' with a single teacher"
-    optimizers = [("optim", config.optim)]
+    if config.run.dir is not None:
+        yield "run.name", "run.dir", "beside run.dir"
+    else:
+        yield "run.resume", "run.dir", "without run.dir: a run by name is always new"
+    reweight = config.method.reweight
+    if isinstance(reweight, ConfidenceConfusion) and reweight.alpha == reweight.beta == 0:
+        yield "method.reweight.max_scope", "method.reweight.alpha", "with alpha = beta = 0"
+    if config.eval.temperature == 0:
+        yield "eval.top_p", "eval.temperature", "with eval.temperature=0, which is greedy"
+    stages = [model.sft for _, model in _models(config) if model.sft is not None]
+    if not any(stage.source == "rows" for stage in stages):
+        yield "data.reference_column", "student.sft", "without supervised training on rows"
     for key, model in _models(config):
-        if model.sft is not None:
-            optimizers.append((f"{key}.sft.optim", model.sft.optim))
-            if model.sft.source == "rows":
-                yield f"{key}.sft.teacher_rows", f"{key}.sft.source", "with source: rows"
+        if model.sft is not None and model.sft.source == "rows":
+            yield f"{key}.sft.teacher_rows", f"{key}.sft.source", "with source: rows"
         if model.path is not None:
             path = f"{key}.path"
             yield f"{key}.tokenizer", path, f"beside {key}.path: the folder names its tokenizer"
             for field in dataclasses.fields(DecoderConfig):
                 reason = f"beside {key}.path: the folder holds the architecture"
                 yield f"{key}.architecture.{field.name}", path, reason
-    for key, optim in optimizers:
+    for key, optim, _ in _optimizers(config):
         if optim.schedule == "constant":
             yield f"{key}.final_fraction", f"{key}.schedule", "with schedule: constant"
     if not config.eval.every:
         yield "eval.every_problems", "eval.every", "with eval.every=0"
+        yield "run.keep_best", "eval.every", "with eval.every=0: no step is graded"
     if not config.eval.problems:
         # The teachers' answers for supervised training come in batches of this size, too.
         answering = config.student.sft is not None and config.student.sft.source == "teacher"

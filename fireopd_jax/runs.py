@@ -168,6 +168,11 @@ class RunFolder:
         self.close()
 
 
+def is_complete(config: RunConfig) -> bool:
+    """Tell whether `run.dir` holds a run that has come to its end."""
+    return config.dir is not None and (Path(config.dir).expanduser() / "summary.json").exists()
+
+
 def open_run(
     config: RunConfig, resolved: Mapping[str, Any], *, root: Path = Path("runs")
 ) -> RunFolder:

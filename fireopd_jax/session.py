@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,44 +62,56 @@ class Session:
         setup, config = self.setup, self.setup.config.eval
         samples = samples or config.samples
         indices = setup.held_out if indices is None else indices
-        batches = eval_prompts(setup.encoded, indices, samples, config.batch_size)
-        sampling = setup.sampling("eval", temperature=config.temperature, top_p=config.top_p)
 
-        def answer(prompts: Prompts) -> Rollout:
+        def draw(prompts: Prompts, sampling: Sampling) -> Rollout:
             if self.stop and not quiet:
                 raise Interrupted(f"eval {label}: stopped")
-            prompts = prompts if spec is setup.student else as_teacher(prompts)
             return self.generate(spec, params, prompts, sampling)
 
-        def grade(advance: Callable[[int], None]) -> EvalResult:
-            return evaluate(
-                answer,
-                batches,
-                lambda ids: decode(spec.tokenizer, ids.tolist()),
-                lambda row: setup.rows[row].answer or "",
-                samples,
-                advance=advance,
-                out=self.folder.evaluation / f"{label}.jsonl",
-            )
-
+        out = self.folder.evaluation / f"{label}.jsonl"
         if quiet:
-            return grade(lambda rows: None)
-        with progress(f"eval {label}", len(batches)) as bar:
-            return grade(bar)
-
-    def own_rows(self, indices: np.ndarray, teacher: int) -> np.ndarray:
-        """Pick the rows that are routed to one teacher."""
-        return indices[self.setup.encoded.route[indices] == teacher]
+            return grade(setup, spec, draw, indices, samples, lambda rows: None, out)
+        batches = -(-len(indices) * samples // config.batch_size)
+        with progress(f"eval {label}", batches) as bar:
+            return grade(setup, spec, draw, indices, samples, bar, out)
 
     def evaluate_teachers(self, teachers: Sequence[Params]) -> list[EvalResult]:
         """Grade each teacher on its own problems."""
         specs = self.setup.teachers
         return [
             self.evaluate(
-                spec, params, spec.slug, indices=self.own_rows(self.setup.held_out, index)
+                spec, params, spec.slug, indices=self.setup.own_rows(self.setup.held_out, index)
             )
             for index, (spec, params) in enumerate(zip(specs, teachers, strict=True))
         ]
+
+
+def grade(
+    setup: Setup,
+    spec: ModelSpec,
+    draw: Callable[[Prompts, Sampling], Rollout],
+    indices: np.ndarray,
+    samples: int,
+    advance: Callable[[int], None],
+    out: Path | None = None,
+) -> EvalResult:
+    """Grade what `draw` answers to the rows of `indices`; each model reads its own template."""
+    config = setup.config.eval
+    sampling = setup.sampling("eval", temperature=config.temperature, top_p=config.top_p)
+    own = spec in setup.teachers
+
+    def answer(prompts: Prompts) -> Rollout:
+        return draw(as_teacher(prompts) if own else prompts, sampling)
+
+    return evaluate(
+        answer,
+        eval_prompts(setup.encoded, indices, samples, config.batch_size),
+        lambda ids: decode(spec.tokenizer, ids.tolist()),
+        lambda row: setup.rows[row].answer or "",
+        samples,
+        advance=advance,
+        out=out,
+    )
 
 
 def as_teacher(prompts: Prompts) -> Prompts:

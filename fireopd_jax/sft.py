@@ -6,17 +6,16 @@ A reference is treated as a rollout that was drawn elsewhere, so alignment, mask
 and the optimizer step are those of distillation.
 """
 
-import shutil
-from collections import deque
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 
 from fireopd_jax.batch import coefficients
 from fireopd_jax.checkpoint import Checkpoints
@@ -29,7 +28,14 @@ from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.sharding import place_rows, place_whole, replicated
 from fireopd_jax.tracking import Tracker
 from fireopd_jax.types import Batch, Prompts, Rollout, Scores, TokenStats
-from fireopd_jax.update import Metrics, OptimConfig, init_state, make_optimizer, make_update
+from fireopd_jax.update import (
+    Metrics,
+    OptimConfig,
+    init_state,
+    make_optimizer,
+    make_update,
+    skip_reason,
+)
 
 LOSS_WINDOW = 10
 """Steps over which the loss is averaged before it may end the stage."""
@@ -41,7 +47,7 @@ class SftConfig:
 
     steps: PositiveInt = 100
     """Optimizer updates, at most."""
-    stop_loss: PositiveFloat | None = None
+    stop_loss: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Ends the stage early, once the loss averaged over ten steps is this low, in nats a token."""
     batch_size: PositiveInt = 64
     """Rows a step."""
@@ -116,7 +122,7 @@ def supervise(
 
     with Tracker(home) as tracker:
         tracker.truncate(start + 1)
-        recent = deque((loss for _, loss in tracker.history("loss")), maxlen=LOSS_WINDOW)
+        losses = dict(tracker.history("loss"))
 
         def advance(state, step):
             return update(state, place_rows(mesh, next(loader)))
@@ -124,12 +130,15 @@ def supervise(
         def report(step: int, metrics: Metrics) -> dict[str, object]:
             values = results(metrics)
             tracker.log(step, {k: v for k, v in values.items() if not k.startswith("policy/")})
-            recent.append(values["loss"])
+            losses[step] = values["loss"]
+            if values["skipped"]:
+                log(f"{name}: step {step} skipped: {skip_reason(values)}")
             return {"loss": values["loss"]}
 
-        def enough() -> bool:
-            full = len(recent) == LOSS_WINDOW
-            return config.stop_loss is not None and full and fmean(recent) <= config.stop_loss
+        def enough(done: int) -> bool:
+            # The newest loss may not be reported yet; whether it is must not matter.
+            recent = [losses.get(step, inf) for step in range(done - LOSS_WINDOW, done)]
+            return config.stop_loss is not None and fmean(recent) <= config.stop_loss
 
         def saves(done: int) -> bool:
             return done % config.save_every == 0 and done < config.steps
@@ -143,8 +152,7 @@ def supervise(
         state = run_steps(
             f"sft {name}", state, start, config.steps, advance, report, after, stop, saves, enough
         )
-        if enough():
-            log(f"{name}: the loss came down to {fmean(recent):.4f}, that is enough")
     checkpoints.close()
-    shutil.rmtree(home / "checkpoints")
+    if skipped := int(state.skipped):
+        log(f"{name}: {skipped} of {int(state.updates)} updates were skipped")
     return state.params

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 from fireopd_jax import runs
-from fireopd_jax.build import set_up
+from fireopd_jax.build import check_training_batches, set_up
 from fireopd_jax.compilation import compile_cache
 from fireopd_jax.distill import Distillation
 from fireopd_jax.evaluation.evaluator import EvalResult
-from fireopd_jax.loop import stop_on_signal
+from fireopd_jax.loop import Interrupted, stop_on_signal
 from fireopd_jax.models.decoder import parameter_count
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.prepare import make_student, make_teacher, once
@@ -53,16 +53,24 @@ def sft(config: Config) -> Summary:
 def _in_folder(config: Config, work: Callable[[Session], Summary], record: str) -> Summary:
     start = time.monotonic()
     compile_cache(config.run.compilation_cache)
+    # Mistakes in the data must not leave a run folder behind.
+    setup = None if runs.is_complete(config.run) else set_up(config)
+    if setup is not None:
+        check_training_batches(config, setup.mesh)
     with runs.open_run(config.run, as_tree(config)) as folder:
-        if folder.state == "complete":
+        if setup is None or folder.state == "complete":
             print(f"{folder.path}: this run is complete, nothing is left to do")
             return json.loads(folder.summary.read_text(encoding="utf-8"))
         with stop_on_signal() as stop, Log(folder.logs) as log:
             log(f"{'resuming' if folder.state == 'resume' else 'writing'} {folder.path}")
             folder.write_json("env.json", runs.environment([str(d) for d in jax.devices()]))
-            session = Session(set_up(config), folder, stop, log)
+            session = Session(setup, folder, stop, log)
             introduce(session)
-            summary = work(session) | {"seconds": round(time.monotonic() - start, 1)}
+            try:
+                summary = work(session)
+            except Interrupted as stopped:
+                raise Interrupted(f"{stopped}; go on with run.dir={folder.path}") from None
+            summary |= {"seconds": round(time.monotonic() - start, 1)}
             folder.write_json(record, summary)
             log(f"done in {summary['seconds']:.0f} s: {folder.path / record}")
     return summary

@@ -7,14 +7,15 @@ add up. A step without a usable gradient changes nothing but the counters, and i
 what was not finite.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from math import isfinite
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Float, Float32, Int32
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fireopd_jax.batch import total_loss
 from fireopd_jax.config import UnitInterval, config
@@ -26,12 +27,19 @@ from fireopd_jax.types import Array, Batch, TokenStats, pytree
 Metrics = dict[str, Any]
 """Name -> Mean or Max."""
 
+CAUSES = {
+    "nonfinite/teacher_logprob": "the teacher's log-probs",
+    "nonfinite/scored_student_logprob": "the student's log-probs when scored",
+    "nonfinite/token_weight": "the token weights",
+    "nonfinite/student_logprob": "the student's log-probs in the update",
+}
+
 
 @config
 class OptimConfig:
     """AdamW, its schedule, and how a batch is cut."""
 
-    learning_rate: PositiveFloat = 1e-6
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up."""
@@ -39,11 +47,11 @@ class OptimConfig:
     """Updates of linear rise from 0."""
     final_fraction: UnitInterval = 0.1
     """Learning rate at the end over its peak; has no meaning for `constant`."""
-    beta1: UnitInterval = 0.9
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of AdamW's first moment."""
-    beta2: UnitInterval = 0.999
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of AdamW's second moment."""
-    weight_decay: NonNegativeFloat = 0.01
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     """AdamW's decoupled weight decay, on every parameter."""
     clip_norm: PositiveFloat | None = 1.0
     """Largest global norm of the gradient; null is no clipping."""
@@ -176,6 +184,16 @@ def _sum(total: Array) -> Mean:
     return Mean(total=total, count=jnp.float32(0))
 
 
+def skip_reason(values: Mapping[str, float]) -> str:
+    """Say, from a step's metrics, why its update was skipped."""
+    if not values["loss_tokens"]:
+        return "no valid row is left in the batch"
+    causes = [f"{text} ({values[key]:.0f} tokens)" for key, text in CAUSES.items() if values[key]]
+    if not causes:
+        causes = ["the gradient" if not isfinite(values["grad_norm"]) else "the optimizer's step"]
+    return f"not finite: {', '.join(causes)}"
+
+
 def make_update(
     model: LanguageModel,
     loss: Loss,
@@ -193,9 +211,10 @@ def make_update(
         )  # fmt: skip
         norm = optax.tree.norm(grads)
         usable = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
-        usable &= (batch.coefficient > 0).any()
-
+        counted = (batch.coefficient > 0).sum()
+        usable &= counted > 0
         steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        usable &= jnp.isfinite(optax.tree.norm(steps))
         moved = (optax.apply_updates(state.params, steps), opt_state)
         kept = (state.params, state.opt_state)
         params, opt_state = jax.tree.map(lambda new, old: jnp.where(usable, new, old), moved, kept)
@@ -209,6 +228,7 @@ def make_update(
         for name in metrics:
             if name == "loss" or name.startswith("nonfinite/"):
                 metrics[name] = Mean(total=metrics[name].total, count=one)
+        metrics["loss_tokens"] = Mean(total=counted.astype(jnp.float32), count=one)
         metrics["grad_norm"] = Mean(total=norm, count=one)
         metrics["skipped"] = Mean(total=1 - usable.astype(jnp.float32), count=one)
         return state, metrics

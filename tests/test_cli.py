@@ -135,7 +135,7 @@ def test_an_interrupt_is_status_130(monkeypatch, capsys):
 
     monkeypatch.setattr("fireopd_jax.recipe.load_config", stop)
     assert call(monkeypatch, "train", "smoke") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert capsys.readouterr().err == "fireopd: distil student: stopped after step 2 of 5\n"
 
 
 def test_the_environment_is_json(monkeypatch, capsys):

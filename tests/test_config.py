@@ -105,12 +105,12 @@ def test_values_are_yaml():
     config = load_config(
         [
             TEACHER,
-            "run.compare=[opd, fire_opd]",
+            "run.compare=[opd, fire_opd_released]",
             "data.path=[a.jsonl, b.parquet]",
             "optim.clip_norm=null",
         ]
     )
-    assert config.run.compare == ("opd", "fire_opd")
+    assert config.run.compare == ("opd", "fire_opd_released")
     assert config.data.path == ("a.jsonl", "b.parquet")
     assert config.optim.clip_norm is None
     assert read_override("a.b=x=y") == ({"a": {"b": "x=y"}}, {"a.b": "command line"})

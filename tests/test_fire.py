@@ -1,6 +1,7 @@
 """Golden vectors of FiRe-OPD: the paper's mode, and the authors' released mode."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -121,3 +122,12 @@ def test_one_call_passes_its_options():
     by_teacher, _ = fire_weights(*stats, mask, max_scope="teacher", teacher=teacher, num_teachers=2)
     truth = oracle.weights(*stats[1:], mask, expected, scope="teacher", teacher=teacher)
     np.testing.assert_allclose(by_teacher, truth, rtol=2e-6)
+
+
+def test_a_route_and_its_number_of_teachers_go_together():
+    zeros = jnp.zeros((2, 3))
+    mask = jnp.ones((2, 3), bool)
+    with pytest.raises(ValueError, match="go together"):
+        fire_weights(zeros, zeros, zeros, mask, teacher=jnp.array([0, 1], jnp.int32))
+    with pytest.raises(ValueError, match="go together"):
+        fire_weights(zeros, zeros, zeros, mask, num_teachers=2)

@@ -126,10 +126,21 @@ def test_an_unknown_model_is_answered_by_those_there_are(run, prompts, tmp_path)
         open_model(tmp_path, "student")
 
 
-def test_a_prompt_that_is_too_long_is_refused(run, tmp_path):
+def test_prompts_of_any_length_are_answered(run, tmp_path):
     folder, _ = run
     file = tmp_path / "long.jsonl"
     file.write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "x" * 600}) + "\n")
-    with pytest.raises(UserError, match=r"long\.jsonl"):
-        answers(folder, file, tmp_path / "out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
+    rows = answers(folder, file, tmp_path / "out.jsonl")
+    assert [len(row["prompt"]) for row in rows] == [1, 600]
+
+
+def test_a_teacher_is_graded_as_the_run_graded_it(run):
+    folder, summary = run
+    again = evaluate_model(folder, "teacher_default", [])
+    assert again == summary["teacher"]
+
+
+def test_only_problems_that_were_held_out_are_graded(run):
+    folder, _ = run
+    with pytest.raises(UserError, match=r"eval\.problems=17: the run has held out"):
+        evaluate_model(folder, "student", ["eval.problems=17"])

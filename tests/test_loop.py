@@ -100,3 +100,19 @@ def test_outside_the_main_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [False] and signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("settled", [lambda done: False, lambda done: True])
+def test_a_loop_that_has_had_enough_ends_at_the_same_step_however_it_saves(settled):
+    reported = []
+
+    def report(done, metrics):
+        reported.append(done)
+        return {}
+
+    state = run_steps(
+        "count", 0, 0, 9, lambda state, step: (state + 1, None), report,
+        lambda done, state, stopping: None, StopFlag(), settled,
+        enough=lambda done: 3 in range(done),
+    )  # fmt: skip
+    assert state == 4 and reported == [1, 2, 3, 4]

@@ -82,6 +82,15 @@ def test_the_paper_is_the_default():
         (TWO, "data.teacher_column"),
         ([TEACHER, "teacher.sft.source=teacher"], "teachers.default.sft.source"),
         ([TEACHER, "run.compare=[odp]"], "odp"),
+        ([TEACHER, "run.compare=[opd, opd]"], "named twice"),
+        ([TEACHER, "run.compare=[fire_opd]"], "the method of the run itself"),
+        ([TEACHER, "rollout.batch_size=16", "method.filter.drop_fraction=0.05"], "drops none"),
+        ([TEACHER, "method.filter.drop_fraction=1"], "method.filter.drop_fraction=1"),
+        ([TEACHER, "run.steps=5", "optim.warmup_steps=5"], "optim.warmup_steps=5"),
+        ([TEACHER, "student.sft.steps=5", "student.sft.optim.warmup_steps=5"], "only 5 updates"),
+        ([TEACHER, "optim.beta2=1"], "optim.beta2"),
+        ([TEACHER, "optim.learning_rate=.inf"], "optim.learning_rate"),
+        ([TEACHER, "rollout.temperature=.inf"], "rollout.temperature"),
     ],
 )
 def test_sections_that_do_not_fit_together(arguments, named):
@@ -109,6 +118,15 @@ def test_what_fits_together():
         (["teacher.sft.optim.final_fraction=0.5"], "teachers.default.sft.optim.final_fraction"),
         (["eval.every_problems=3"], "eval.every_problems"),
         (["eval.problems=0", "eval.samples=3"], "eval.samples"),
+        (["run.name=x", "run.dir=y"], "run.name"),
+        (["run.resume=never"], "run.resume"),
+        (["run.keep_best=3"], "run.keep_best"),
+        (["data.reference_column=x"], "data.reference_column"),
+        (["eval.temperature=0", "eval.top_p=0.5"], "eval.top_p"),
+        (
+            ["method.reweight.alpha=0", "method.reweight.beta=0", "method.reweight.max_scope=row"],
+            "method.reweight.max_scope",
+        ),
         (["eval.problems=0", "eval.every=3"], "eval.every"),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Whole runs: the same to the bit when repeated, killed and resumed; every mistake in one line."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 from fireopd_jax.compilation import CompileCounter
 from fireopd_jax.config import UserError
 from fireopd_jax.distill import Distillation
+from fireopd_jax.filtering import TeacherQuantile
 from fireopd_jax.recipe import load_config
 from fireopd_jax.train import sft, train
 
@@ -215,7 +217,10 @@ def test_an_interrupted_run_saves_and_goes_on_to_the_same_bits(tmp_path):
     folder = tmp_path / "run"
     interrupted = command(folder, settings, INTERRUPT_AT_STEP_2)
     assert interrupted.returncode == 130, interrupted.stdout
-    assert "goes on" in interrupted.stdout and "Traceback" not in interrupted.stdout
+    assert (
+        f"go on with run.dir={folder}" in interrupted.stdout
+        and "Traceback" not in interrupted.stdout
+    )
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["3"]
     with pytest.raises(UserError, match=r"run\.resume"):
         run(folder, *settings, "run.resume=never")
@@ -300,7 +305,9 @@ def test_two_routed_teachers(tmp_path):
 
 def test_a_run_in_which_everything_is_dropped_says_so(tmp_path):
     settings = [*ONE, NO_EVAL, "run.steps=2", "run.updates_per_rollout=2"]
-    run(tmp_path / "run", *settings, "method.filter.drop_fraction=1.0")
+    config = load_config([*settings, f"run.dir={tmp_path / 'run'}"])
+    method = dataclasses.replace(config.method, filter=TeacherQuantile(drop_fraction=1.0))
+    train(dataclasses.replace(config, method=method))
     assert [line["skipped"] for line in lines(tmp_path / "run")] == [1, 1]
     log = (tmp_path / "run" / "logs" / "run.log").read_text()
     assert "step 2 skipped: no valid row is left" in log
@@ -353,3 +360,36 @@ def test_mistakes_in_rows_and_models_are_one_line(tmp_path, rows, settings, mess
     with pytest.raises(UserError, match=message) as caught:
         run(tmp_path / "run", *base, "teacher={}", f"data.path={file}", *settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_in_the_data_leaves_no_run_folder(tmp_path):
+    with pytest.raises(UserError, match="no file"):
+        run(tmp_path / "run", *ONE, f"data.path={tmp_path}/none.jsonl")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_without_rows_is_refused(tmp_path):
+    teachers = f"teachers={{addition: {{architecture: {MODEL}}}, idle: {{architecture: {MODEL}}}}}"
+    with pytest.raises(UserError, match=r"teachers\.idle: no row is routed to it"):
+        run(tmp_path / "run", *BASE, teachers, "data.teacher_column=domain", NO_EVAL)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
+    with pytest.raises(UserError, match="its head has 261 words, the student's 300"):
+        run(tmp_path / "run", *ONE, NO_EVAL, "student.architecture.vocab_size=300")
+
+
+def test_supervised_training_that_ends_by_its_loss_resumes_to_the_same_bits(tmp_path):
+    sft = "{steps: 40, batch_size: 8, save_every: 3, stop_loss: 4.5, optim: {learning_rate: 1e-2}}"
+    settings = [*ONE, f"student.sft={sft}", NO_EVAL]
+    whole = run(tmp_path / "whole", *settings)
+    ended = len(lines(tmp_path / "whole" / "models" / "student_start"))
+    assert 11 <= ended < 40
+    folder = tmp_path / "run"
+    last = ended - ended % 3
+    kill = KILL_AT_SAVE.format(place="student_start", step=last, whole=True)
+    assert command(folder, settings, kill).returncode == -signal.SIGKILL
+    assert command(folder, settings).returncode == 0
+    assert len(lines(folder / "models" / "student_start")) == ended
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["params_sha256"] == whole["params_sha256"]

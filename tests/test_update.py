@@ -26,6 +26,7 @@ from fireopd_jax.update import (
     learning_rate,
     make_optimizer,
     make_update,
+    skip_reason,
 )
 
 ARCHITECTURE = DecoderConfig(
@@ -284,6 +285,15 @@ def test_infinite_gradients_are_skipped():
     huge = dataclasses.replace(batch, weight=jnp.where(batch.rollout.mask, 1e38, 0.0))
     state, values = step(fresh(), huge)
     assert values["skipped"] == 1
+    assert_same_bits(state.params, STUDENT)
+
+
+def test_a_step_that_would_not_be_finite_is_skipped():
+    batch, _ = make_batch()
+    boundless = OptimConfig(learning_rate=3e38, weight_decay=10.0)
+    state, values = step(fresh(boundless), batch, boundless)
+    assert np.isfinite(values["grad_norm"]) and values["skipped"] == 1
+    assert skip_reason(values) == "not finite: the optimizer's step"
     assert_same_bits(state.params, STUDENT)
 
 

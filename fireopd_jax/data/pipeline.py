@@ -53,18 +53,21 @@ def split(
     """Set `held_out` distinct prompts aside: indices of the rows to train on, and of the others.
 
     The prompts with the smallest SHA-256 are held out, so the choice does not depend on the order
-    of the rows, and rows of equal prompts fall on one side.
+    of the rows, and rows of equal prompts fall on one side. The held-out rows come in the order of
+    their hashes: the first few are a fair sample, however the file is sorted.
     """
     digests = [prompt_digest(row) for row in rows]
     distinct = sorted(set(digests))
     if held_out >= len(distinct):
         raise UserError(
-            f"nothing is left to train on: {held_out} prompts are to be held out of "
-            f"{len(distinct)} distinct ones"
+            f"eval.problems={held_out}: nothing is left to train on, the rows that fit have "
+            f"{len(distinct)} distinct prompts"
         )
     chosen = set(distinct[:held_out])
-    held = np.asarray([digest in chosen for digest in digests])
-    return np.flatnonzero(~held), np.flatnonzero(held)
+    held = [index for index, digest in enumerate(digests) if digest in chosen]
+    train = [index for index, digest in enumerate(digests) if digest not in chosen]
+    held.sort(key=lambda index: digests[index])
+    return np.asarray(train, np.int64), np.asarray(held, np.int64)
 
 
 def prompt_digest(row: Row) -> bytes:
@@ -198,7 +201,7 @@ class PromptLoader:
         self.references = references
         self.stream = grain.MapDataset.source(drawn).seed(seed).shuffle().repeat()
         self.position = 0
-        self.identity = {"data": data_digest(encoded, drawn), "seed": seed}
+        self.identity = {"data": data_digest(encoded, drawn, references), "seed": seed}
 
     def __iter__(self) -> Iterator[Prompts]:
         """Return the loader: it has one position."""
@@ -235,12 +238,15 @@ class PromptLoader:
         self.position = int(state["position"])
 
 
-def data_digest(encoded: Encoded, indices: Sequence[int]) -> str:
-    """Hash the prompts that a stream is made of, so that a position is not used on another one."""
+def data_digest(encoded: Encoded, indices: Sequence[int], references: bool) -> str:
+    """Hash all that a stream yields, so that a position is not used on another one."""
     digest = hashlib.sha256()
     for index in indices:
-        ids = encoded.prompts[index]
-        digest.update(np.asarray([index, len(ids), *ids], "<i8").tobytes())
+        parts = [encoded.prompts[index], encoded.teacher_prompts[index]]
+        if references and (reference := encoded.references[index]) is not None:
+            parts.append(reference)
+        for ids in ([index, encoded.route[index]], *parts):
+            digest.update(np.asarray([len(ids), *ids], "<i8").tobytes())
     return digest.hexdigest()[:16]
 
 

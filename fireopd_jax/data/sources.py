@@ -19,8 +19,8 @@ import pyarrow.parquet
 from jaxtyping import Int32
 from pydantic import Field
 
-from fireopd_jax.config import UserError, config
-from fireopd_jax.data.tasks import nearest, task_names, task_rows
+from fireopd_jax.config import UserError, config, nearest
+from fireopd_jax.data.tasks import task_names, task_rows
 from fireopd_jax.text.chat import Message
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -39,8 +39,6 @@ class DataConfig:
     """Column of the answer that grades a response. null takes `answer` where a row has it."""
     reference_column: str | None = None
     """Column of a reference response. null takes `reference` where a row has it."""
-    privileged_column: str | None = None
-    """Column of what only a teacher may see. null takes `privileged` where a row has it."""
     teacher_column: str | None = None
     """Column that names each row's teacher. null is for a single teacher."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 512
@@ -58,7 +56,6 @@ class Row:
     prompt: tuple[Message, ...]
     answer: str | None
     reference: str | None
-    privileged: str | None
     teacher: str | None
     origin: str
     """File and line, for error messages."""
@@ -161,7 +158,6 @@ def parse_row(record: Mapping[str, Any], origin: str, config: DataConfig) -> Row
         prompt=parse_prompt(prompt, config.prompt_column, origin),
         answer=optional_text(record, "answer", config.answer_column, origin),
         reference=optional_text(record, "reference", config.reference_column, origin),
-        privileged=optional_text(record, "privileged", config.privileged_column, origin),
         # No column is a teacher's by its name alone: routing is asked for.
         teacher=config.teacher_column
         and optional_text(record, "teacher", config.teacher_column, origin),

@@ -7,12 +7,10 @@ The reference response works from the lowest digit up and writes each carry `c` 
 so that a small model can learn it. All rows of a task have prompts of one length.
 """
 
-import difflib
 import random
 import re
-from collections.abc import Iterable
 
-from fireopd_jax.config import UserError
+from fireopd_jax.config import UserError, nearest
 
 ROWS_MAX = 20_000
 SEED = 0
@@ -73,9 +71,3 @@ def arithmetic_row(domain: str, a: int, b: int, digits: int) -> dict[str, str]:
         "privileged": f"The answer is {answer}.",
         "domain": domain,
     }
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """End an error message with the known word that the user most likely meant, if there is one."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -7,10 +7,11 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fireopd_jax.config import UnitInterval, config
 from fireopd_jax.evaluation.graders import grade
@@ -27,7 +28,7 @@ class EvalConfig:
     """Responses a problem: the k of avg@k."""
     batch_size: PositiveInt = 256
     """Responses drawn at a time."""
-    temperature: NonNegativeFloat = 1.0
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Of the responses; 0 is greedy."""
     top_p: UnitInterval = 1.0
     """Nucleus of the responses."""

@@ -7,12 +7,12 @@ the same token in any batch.
 """
 
 import hashlib
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int32, Key, UInt32
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fireopd_jax.config import UnitInterval, config
 from fireopd_jax.types import Array, pytree
@@ -30,7 +30,7 @@ class RolloutConfig:
     """Responses of each prompt; divides the batch size."""
     max_tokens: PositiveInt = 512
     """Longest response, its end-of-sequence token included."""
-    temperature: NonNegativeFloat = 1.0
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Divides the logits; models score at it too. 0 is greedy."""
     top_p: UnitInterval = 1.0
     """Smallest set of tokens with at least this mass."""

@@ -12,12 +12,13 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Float, Int32
 from pydantic import PositiveInt
 
 from fireopd_jax.config import config
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.sharding import join_micro_batches, micro_batches
+from fireopd_jax.sharding import by_rows, join_micro_batches, micro_batches
 from fireopd_jax.types import Array, Rollout, Scores, TokenStats
 
 
@@ -41,8 +42,9 @@ class SampledToken:
         teachers: Sequence[tuple[LanguageModel, Params]],
         rollout: Rollout,
         temperature: Float[Array, ""] | float,
+        mesh: Mesh | None = None,
     ) -> Scores:
-        """Score a batch of rollouts."""
+        """Score a batch of rollouts, its rows split over the mesh where one is given."""
         rows = rollout.tokens.shape[0]
         prompts = rollout.prompts
         own = (prompts.tokens, prompts.length)
@@ -62,7 +64,8 @@ class SampledToken:
                 [lambda x, teacher=teacher: stats(teacher, *x) for teacher in teachers],
                 (theirs, rollout.tokens, rollout.mask),
                 prompts.teacher,
-                size if self.micro_batch_size or len(teachers) == 1 else -(-rows // 8),
+                size if self.micro_batch_size or len(teachers) == 1 else _block(rows, mesh),
+                mesh,
             ),
         )
         return jax.lax.stop_gradient(scores)
@@ -74,11 +77,22 @@ def _in_micro_batches(score, inputs, count: int) -> TokenStats:
     return join_micro_batches(jax.lax.map(score, micro_batches(inputs, count)))
 
 
-def _routed(scorers, inputs, route: Int32[Array, " B"], size: int) -> TokenStats:
+def _block(rows: int, mesh: Mesh | None) -> int:
+    """Give the rows that a teacher scores at a time: an eighth, an even share for each device."""
+    devices = 1 if mesh is None else mesh.shape["data"]
+    return -(-rows // (8 * devices)) * devices
+
+
+def _routed(scorers, inputs, route: Int32[Array, " B"], size: int, mesh: Mesh | None) -> TokenStats:
     """Let each scorer run over its own rows in blocks of `size`; how many blocks is traced."""
     rows = route.shape[0]
     if len(scorers) == 1:
         return _in_micro_batches(scorers[0], inputs, rows // size)
+
+    def share(tree):
+        """Split rows over the devices: gathered by an index they would stand whole on each."""
+        return tree if mesh is None else jax.lax.with_sharding_constraint(tree, by_rows(mesh))
+
     order = jnp.argsort(route, stable=True)
     zeros = jnp.zeros_like(inputs[1], jnp.float32)
     out = TokenStats(logprob=zeros, entropy=zeros)
@@ -89,7 +103,7 @@ def _routed(scorers, inputs, route: Int32[Array, " B"], size: int) -> TokenStats
         def block(i, out, score=score, start=start, end=end):
             at = start + i * size + jnp.arange(size)
             mine = order[jnp.minimum(at, rows - 1)]
-            part = score(jax.tree.map(lambda x: x[mine], inputs))
+            part = share(score(share(jax.tree.map(lambda x: x[mine], inputs))))
             target = jnp.where(at < end, mine, rows)
             return jax.tree.map(lambda o, p: o.at[target].set(p, mode="drop"), out, part)
 

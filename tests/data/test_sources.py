@@ -18,7 +18,7 @@ def jsonl(folder, *records, name="rows.jsonl"):
 
 def row(teacher=None):
     prompt = ({"role": "user", "content": "x"},)
-    return Row(prompt, answer=None, reference=None, privileged=None, teacher=teacher, origin="f:7")
+    return Row(prompt, answer=None, reference=None, teacher=teacher, origin="f:7")
 
 
 def test_json_lines(tmp_path):
@@ -37,7 +37,6 @@ def test_json_lines(tmp_path):
         prompt=({"role": "user", "content": "1+1"},),
         answer="2",
         reference="r",
-        privileged="p",
         teacher=None,
         origin=f"{path}:1",
     )
@@ -84,17 +83,17 @@ def test_sources_are_joined(tmp_path):
 def test_the_default_is_the_built_in_task():
     rows = read_rows(DataConfig())
     assert len(rows) == 10_000
-    assert rows[0].answer is not None and rows[0].privileged is not None
+    assert rows[0].answer is not None
     assert rows[0].teacher is None
 
 
 def test_named_columns_must_exist(tmp_path):
     path = jsonl(tmp_path, {"prompt": "a", "solution": "1"}, {"prompt": "b"})
     assert [row.answer for row in read_rows(DataConfig(path=path))] == [None, None]
-    for key in ("answer", "reference", "privileged", "teacher"):
+    for key in ("answer", "reference", "teacher"):
         with pytest.raises(UserError, match=rf"rows.jsonl:2: no column 'solution' \(data.{key}_c"):
             read_rows(DataConfig(path=path, **{f"{key}_column": "solution"}))
-    with pytest.raises(UserError, match="the row has 'prompt', 'solution'; did you mean 'prompt'"):
+    with pytest.raises(UserError, match=r"has 'prompt', 'solution' \(did you mean 'prompt'"):
         read_rows(DataConfig(path=path, prompt_column="promt"))
 
 
@@ -131,7 +130,7 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 
 def test_bad_files_are_named(tmp_path):
     jsonl(tmp_path, {"prompt": "a"}, name="train.jsonl")
-    with pytest.raises(UserError, match=r"no file '.*'; did you mean 'train.jsonl'"):
+    with pytest.raises(UserError, match=r"no file '.*' \(did you mean 'train.jsonl'"):
         read_rows(DataConfig(path=str(tmp_path / "tain.jsonl")))
     with pytest.raises(UserError, match="no file"):
         read_rows(DataConfig(path=str(tmp_path / "absent" / "train.jsonl")))
@@ -165,7 +164,7 @@ def test_rows_go_to_their_teachers():
 
 
 def test_routes_without_a_teacher_are_named():
-    with pytest.raises(UserError, match=r"f:7: .*'maths'; known are code, math; did you .*'math'"):
+    with pytest.raises(UserError, match=r"f:7: .*'maths'; known are code, math \(did you .*'math'"):
         route([row("math"), row("maths")], ["code", "math"], "domain")
     with pytest.raises(UserError, match="names no known teacher: null"):
         route([row()], ["code"], "domain")
