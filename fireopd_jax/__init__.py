@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
     from fireopd_jax.rollout.engine import generate
     from fireopd_jax.rollout.sampling import Sampling
-    from fireopd_jax.train import sft, train
+    from fireopd_jax.training import train
     from fireopd_jax.types import Batch, Prompts, Rollout, Scores, TokenStats
 
 _HOME = {
@@ -37,7 +37,7 @@ _HOME = {
     "reweighting": ("ConfidenceConfusion", "Uniform"),
     "rollout.engine": ("generate",),
     "rollout.sampling": ("Sampling",),
-    "train": ("sft", "train"),
+    "training": ("train",),
     "types": ("Batch", "Prompts", "Rollout", "Scores", "TokenStats"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
@@ -68,7 +68,6 @@ __all__ = [
     "head_topk",
     "load_config",
     "sampled_reverse_kl",
-    "sft",
     "total_loss",
     "train",
 ]

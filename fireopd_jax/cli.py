@@ -116,42 +116,34 @@ Settings = Annotated[
 ]
 
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Resolve and check the configuration, print it, stop.")
+]
+
+
 @app.command(cls=KeysCommand)
-def train(
-    settings: Settings = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Resolve and check the configuration, print it, stop.")
-    ] = False,
-) -> None:
+def train(settings: Settings = None, dry_run: DryRun = False) -> None:
     """Distil: make or read the models, train the student, evaluate it before and after."""
-    from fireopd_jax.recipe import load_config
-
-    config = load_config(settings or [])
-    if dry_run:
-        print_config(config)
-        return
-    from fireopd_jax.train import train as run
-
-    run(config)
+    launch("train", settings, dry_run)
 
 
 @app.command(cls=KeysCommand)
-def sft(
-    settings: Settings = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Resolve and check the configuration, print it, stop.")
-    ] = False,
-) -> None:
+def sft(settings: Settings = None, dry_run: DryRun = False) -> None:
     """Do the supervised part alone: the embedded teachers and the student's cold start."""
+    launch("sft", settings, dry_run)
+
+
+def launch(work: str, settings: list[str] | None, dry_run: bool) -> None:
+    """Resolve the configuration, then print it or do the work of that name."""
     from fireopd_jax.recipe import load_config
 
     config = load_config(settings or [])
     if dry_run:
         print_config(config)
-        return
-    from fireopd_jax.train import sft as run
+    else:
+        from fireopd_jax import training
 
-    run(config)
+        getattr(training, work)(config)
 
 
 def print_config(config: Any) -> None:

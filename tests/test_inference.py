@@ -7,7 +7,7 @@ import pytest
 from fireopd_jax.config import UserError
 from fireopd_jax.inference import evaluate_model, generate_to_file, open_model
 from fireopd_jax.recipe import load_config
-from fireopd_jax.train import train
+from fireopd_jax.training import train
 
 MODEL = (
     "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, "

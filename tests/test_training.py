@@ -18,7 +18,7 @@ from fireopd_jax.config import UserError
 from fireopd_jax.distill import Distillation
 from fireopd_jax.filtering import TeacherQuantile
 from fireopd_jax.recipe import load_config
-from fireopd_jax.train import sft, train
+from fireopd_jax.training import sft, train
 
 MODEL = (
     "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, "
