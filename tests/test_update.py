@@ -47,7 +47,7 @@ ROWS, P, T = 8, 4, 6
 def params_of(seed):
     params = MODEL.init(jax.random.key(seed))
     # Sharper than at initialisation, so that scores and weights differ.
-    return jax.tree.map(lambda x: x * 3, params)
+    return jax.tree.map(lambda x: x * 2, params)
 
 
 STUDENT, TEACHER = params_of(0), params_of(1)
