@@ -6,6 +6,7 @@ The device never waits for a report. A signal ends the loop between two steps, a
 """
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -40,12 +41,10 @@ def stop_on_signal() -> Iterator[StopFlag]:
     """Catch the signals while the block runs (in the main thread; elsewhere they are not ours)."""
     flag = StopFlag()
     old = {}
+    ours = threading.current_thread() is threading.main_thread()
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if ours else ():
             old[number] = signal.signal(number, flag)
-    except ValueError:
-        pass  # not the main thread: the program around us handles its own signals
-    try:
         yield flag
     finally:
         for number, handler in old.items():
