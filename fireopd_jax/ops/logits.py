@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Float32, Int32
 
+from fireopd_jax.ops.blocks import Blocks
 from fireopd_jax.types import Array
 
 
@@ -23,6 +24,10 @@ class Settings:
     softcap: float | None = None
     k: int = 0
     """Length of the top-K list; 0 where none is asked for."""
+    blocks: Blocks | None = None
+    """Of a kernel, where its own formula shall not choose."""
+    interpret: bool = False
+    """Run a kernel in the interpreter of its platform, on a CPU: for tests."""
 
 
 def dot(left: Array, right: Array, contract: tuple[int, int]) -> Array:
