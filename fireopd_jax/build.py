@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,15 @@ from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import Encoded, encode, split
 from fireopd_jax.data.sources import Row, read_rows, route
 from fireopd_jax.models.decoder import DecoderConfig
+from fireopd_jax.models.hf_load import read_config, resolve
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.recipe import Config, MethodConfig, StudentConfig
+from fireopd_jax.recipe import Config, MethodConfig, StudentConfig, TeacherConfig
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling, stream
 from fireopd_jax.sharding import by_rows, make_mesh, replicated
 from fireopd_jax.text.chat import stop_ids
-from fireopd_jax.text.tokenizer import load_tokenizer
+from fireopd_jax.text.checks import Speaker, check_ids, check_teacher, valid_rows
+from fireopd_jax.text.tokenizer import load_tokenizer, read_generation
 from fireopd_jax.types import Batch, Prompts, Rollout
 from fireopd_jax.update import Metrics, OptimConfig, TrainState, make_optimizer, make_update
 
@@ -44,6 +46,25 @@ class ModelSpec:
     tokenizer: PreTrainedTokenizerBase
     tokenizer_name: str
     config: StudentConfig
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What its `generation_config.json` says, if it has one."""
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """The ids that end a response, its usual one first."""
+        return stop_ids(self.tokenizer, self.generation)
+
+    @property
+    def speaker(self) -> Speaker:
+        """What the checks compare."""
+        kwargs = self.config.chat_template_kwargs
+        return Speaker(self.name, self.tokenizer, self.tokenizer_name, self.stop, kwargs)
+
+    def limited(self, size: int) -> "ModelSpec":
+        """Let the model say no id from `size` on."""
+        if size >= self.model.size:
+            return self
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, valid=size))
 
     @property
     def slug(self) -> str:
@@ -56,6 +77,7 @@ class ModelSpec:
             "architecture": dataclasses.asdict(self.model.config),
             "vocab_size": self.model.vocab_size,
             "tokenizer": self.tokenizer_name if self.builtin_tokenizer else "tokenizer",
+            "generation": dict(self.generation),
         }
 
     @property
@@ -81,10 +103,17 @@ class Setup:
         """Pick the rows that are routed to one teacher."""
         return indices[self.encoded.route[indices] == teacher]
 
-    def sampling(self, purpose: str, *, temperature: float, **filters: float | int) -> Sampling:
-        """Give the sampler's knobs with the seed of one purpose."""
+    def sampling(
+        self,
+        purpose: str,
+        *,
+        temperature: float,
+        spec: ModelSpec | None = None,
+        **filters: float | int,
+    ) -> Sampling:
+        """Give the sampler's knobs with the seed of one purpose; by default the student's."""
         return Sampling.of(
-            stop_ids(self.student.tokenizer),
+            (spec or self.student).stop,
             self.config.rollout.max_tokens,
             stream(self.config.run.seed, purpose),
             temperature=temperature,
@@ -95,37 +124,62 @@ class Setup:
 
 
 def make_spec(name: str, config: StudentConfig) -> ModelSpec:
-    """Describe an embedded model, or one that a run has saved."""
+    """Describe an embedded model, or one of a folder or the hub."""
     if config.path is not None:
-        return load_spec(name, Path(config.path), config)
+        return load_spec(name, resolve(config.path), config)
     tokenizer = load_tokenizer(config.tokenizer)
     size = config.architecture.vocab_size or len(tokenizer)
-    if size < len(tokenizer):
-        raise UserError(
-            f"{name}: vocab_size={size} is less than the {len(tokenizer)} ids of its tokenizer"
-        )
-    model = LanguageModel(config.architecture, size)
+    model = LanguageModel(config.architecture, size, valid_rows(tokenizer, size, name))
     return ModelSpec(name, model, tokenizer, config.tokenizer, config)
 
 
 def load_spec(name: str, folder: Path, config: StudentConfig) -> ModelSpec:
-    """Read the description of a saved model."""
+    """Read the description of a model that a run has saved, or of one of Hugging Face."""
     file = folder / "model.json"
     if not file.is_file():
-        raise UserError(
-            f"{name}: {folder} holds no model.json; expected a model that a run has saved, such as "
-            "runs/NAME/models/student"
-        )
+        return _hugging_face(name, folder, config)
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
-        model = LanguageModel(DecoderConfig(**described["architecture"]), described["vocab_size"])
-        tokenizer = described["tokenizer"]
+        architecture, size = DecoderConfig(**described["architecture"]), described["vocab_size"]
+        tokenizer, generation = described["tokenizer"], described.get("generation", {})
     except (ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{name}: {file} does not describe a model of ours: {reason}") from error
     if not tokenizer.startswith("builtin:"):
         tokenizer = str(folder / tokenizer)
-    return ModelSpec(name, model, load_tokenizer(tokenizer), tokenizer, config)
+    architecture = _typed(architecture, config, architecture.param_dtype)
+    loaded = load_tokenizer(tokenizer)
+    model = LanguageModel(architecture, size, valid_rows(loaded, size, name))
+    return ModelSpec(name, model, loaded, tokenizer, config, generation)
+
+
+def _hugging_face(name: str, folder: Path, config: StudentConfig) -> ModelSpec:
+    """Read the description of a model in Hugging Face's format."""
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{name}: {folder} holds neither model.json nor config.json; expected a model that a "
+            "run has saved, such as runs/NAME/models/student, or one of Hugging Face"
+        )
+    architecture = read_config(folder)
+    # What learns is kept in float32; a frozen model is read in the type that it computes in.
+    learns = config.sft is not None or not isinstance(config, TeacherConfig)
+    frozen = config.dtype or architecture.dtype
+    architecture = _typed(architecture, config, "float32" if learns else frozen)
+    assert architecture.vocab_size is not None
+    loaded = load_tokenizer(str(folder))
+    valid = valid_rows(loaded, architecture.vocab_size, name)
+    model = LanguageModel(architecture, architecture.vocab_size, valid)
+    return ModelSpec(name, model, loaded, str(folder), config, read_generation(folder))
+
+
+def _typed(
+    architecture: DecoderConfig, config: StudentConfig, param_dtype: Literal["float32", "bfloat16"]
+) -> DecoderConfig:
+    return dataclasses.replace(
+        architecture,
+        dtype=config.dtype or architecture.dtype,
+        param_dtype=config.param_dtype or param_dtype,
+    )
 
 
 def set_up(config: Config) -> Setup:
@@ -134,7 +188,11 @@ def set_up(config: Config) -> Setup:
     student = make_spec("student", config.student)
     teachers = tuple(make_spec(f"teacher {n}", teacher) for n, teacher in config.teachers.items())
     for teacher in teachers:
-        check_vocabulary(student, teacher)
+        check_teacher(student.speaker, teacher.speaker, config.checks.allow)
+    for spec in (student, *teachers):
+        check_length(spec, config)
+    # What a teacher has no token for, it cannot score.
+    student = student.limited(min(teacher.model.size for teacher in teachers))
     rows = read_rows(config.data)
     routes = route(rows, list(config.teachers), config.data.teacher_column)
     for index, name in enumerate(config.teachers):
@@ -143,12 +201,14 @@ def set_up(config: Config) -> Setup:
     encoded = encode(
         rows,
         tokenizer=student.tokenizer,
+        template_kwargs=config.student.chat_template_kwargs,
         teacher_tokenizers=[teacher.tokenizer for teacher in teachers],
         teacher_template_kwargs=[t.chat_template_kwargs for t in config.teachers.values()],
         route=routes,
         config=config.data,
         max_reference_tokens=config.rollout.max_tokens,
     )
+    check_rows(student, teachers, encoded)
     kept = encoded.kept
     train, held_out = (kept[side] for side in split([rows[i] for i in kept], config.eval.problems))
     for index in held_out:
@@ -158,6 +218,27 @@ def set_up(config: Config) -> Setup:
                 "data.answer_column, or set eval.problems=0"
             )
     return Setup(config, mesh, student, teachers, rows, encoded, train, held_out)
+
+
+def check_rows(student: ModelSpec, teachers: Sequence[ModelSpec], encoded: Encoded) -> None:
+    """Refuse rows with ids that a model has no row for."""
+    check_ids("student: a prompt", encoded.prompts, student.model.vocab_size)
+    check_ids("student: a reference", encoded.references, student.model.size)
+    for index, teacher in enumerate(teachers):
+        own = (encoded.teacher_prompts[row] for row in np.flatnonzero(encoded.route == index))
+        check_ids(f"{teacher.name}: a prompt", own, teacher.model.vocab_size)
+
+
+def check_length(spec: ModelSpec, config: Config) -> None:
+    """Refuse texts longer than the model is made for: its positions mean nothing there."""
+    room, limit = config.data.max_prompt_tokens, spec.model.config.max_position_embeddings
+    longest = room + config.rollout.max_tokens
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"{spec.name}: data.max_prompt_tokens={room} and "
+            f"rollout.max_tokens={config.rollout.max_tokens} make {longest} tokens, the model is "
+            f"made for {limit} (max_position_embeddings)"
+        )
 
 
 def check_training_batches(config: Config, mesh: Mesh) -> None:
@@ -185,26 +266,6 @@ def check_divisible(sizes: Mapping[str, int | None], mesh: Mesh) -> None:
                 f"{key}={size} is not divisible by the {devices} devices of the data axis "
                 "(mesh.data)"
             )
-
-
-def check_vocabulary(student: ModelSpec, teacher: ModelSpec) -> None:
-    """Refuse a teacher whose tokens are not the student's: its scores would mean other words."""
-    ours, theirs = student.tokenizer, teacher.tokenizer
-    if ours is not theirs and ours.get_vocab() != theirs.get_vocab():
-        raise UserError(
-            f"{teacher.name}: its tokenizer ({teacher.tokenizer_name}) differs from the student's "
-            f"({student.tokenizer_name}); teachers that score tokens need the same vocabulary"
-        )
-    if student.model.vocab_size != teacher.model.vocab_size:
-        raise UserError(
-            f"{teacher.name}: its head has {teacher.model.vocab_size} words, the student's "
-            f"{student.model.vocab_size}; expected the same vocab_size"
-        )
-    if stop_ids(ours) != stop_ids(theirs):
-        raise UserError(
-            f"{teacher.name}: it ends responses with {theirs.eos_token!r}, the student with "
-            f"{ours.eos_token!r}"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,3 +94,24 @@ def restore_params(folder: Path, like: Tree) -> Tree:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore((folder / "params").absolute(), abstract)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """List the whole checkpoints in a folder that another process may be writing to."""
+    # Orbax writes beside, under another name, and renames.
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+
+
+def restore_step_params(folder: Path, step: int, like: Tree) -> Tree:
+    """Read the parameters alone, without the optimizer, from one checkpoint of training."""
+    item = {"params": like}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore(
+            (folder / str(step) / "state").absolute(),
+            ocp.args.PyTreeRestore(
+                item=item,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                partial_restore=True,
+            ),
+        )
+    return restored["params"]

@@ -1,4 +1,4 @@
-"""The command line: `fireopd train | sft | eval | generate | bench | env`.
+"""The command line: `fireopd train | sft | eval | generate | export | bench | env`.
 
 Nothing heavy is imported before a command needs it, so that `--help` answers at once. The keys it
 lists come from `configs/schema.json`, which `fireopd schema` writes from the config classes.
@@ -199,6 +199,35 @@ def generate(
         seed=seed,
         batch_size=batch_size,
     )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")],
+    to: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
+    step: Annotated[
+        int | None, typer.Option(help="A checkpoint's step; by default the finished model.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Which of its models/, or with --step: student or a control.")
+    ] = "student",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; by default as trained.")
+    ] = None,
+    max_shard_gib: Annotated[
+        float, typer.Option(min=0, help="Largest file of weights, in GiB.")
+    ] = 4.0,
+) -> None:
+    """Write a model of a run as a Hugging Face folder, which `transformers` loads."""
+    from fireopd_jax.config import UserError, nearest
+    from fireopd_jax.exporting import export_run
+
+    known = ("float32", "bfloat16")
+    if dtype not in (None, *known):
+        raise UserError(f"--dtype {dtype}: expected {' or '.join(known)}{nearest(dtype, known)}")
+    size = int(max_shard_gib * 2**30)
+    export_run(run, to, model=model, step=step, dtype=dtype, max_shard_bytes=size)
+    print(to)
 
 
 @bench.command("head")

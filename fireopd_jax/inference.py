@@ -27,7 +27,7 @@ from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling, stream
 from fireopd_jax.session import grade
 from fireopd_jax.sharding import place_rows, place_whole
-from fireopd_jax.text.chat import decode, stop_ids
+from fireopd_jax.text.chat import decode
 from fireopd_jax.tracking import progress
 
 PROMPT_STEP = 16
@@ -116,14 +116,16 @@ def generate_to_file(
 ) -> None:
     """Answer each prompt of a file `samples` times, in order; `out` appears when it is whole.
 
-    Prompts are rendered as in the run: its template arguments; the column is `prompt`.
+    Prompts are rendered as this model read them in the run; the column is `prompt`.
     """
     if out.exists():
         raise UserError(f"{out} exists; expected a new file, nothing is overwritten")
     spec, params = open_model(run, model)
     compile_cache()
+    whole = run_config(run)
+    template_kwargs = own_template_kwargs(whole, model)
     config = dataclasses.replace(
-        run_config(run).data,
+        whole.data,
         path=str(prompts),
         prompt_column="prompt",
         answer_column=None,
@@ -136,7 +138,8 @@ def generate_to_file(
         rows,
         tokenizer=spec.tokenizer,
         teacher_tokenizers=[spec.tokenizer],
-        teacher_template_kwargs=[config.chat_template_kwargs],
+        template_kwargs=template_kwargs,
+        teacher_template_kwargs=[template_kwargs],
         route=np.zeros(len(rows), np.int32),
         config=config,
         max_reference_tokens=max_tokens,
@@ -145,7 +148,7 @@ def generate_to_file(
     width = -(-longest // PROMPT_STEP) * PROMPT_STEP
     encoded = dataclasses.replace(encoded, max_prompt_tokens=width)
     sampling = Sampling.of(
-        stop_ids(spec.tokenizer),
+        spec.stop,
         max_tokens,
         stream(seed, "generate"),
         temperature=temperature,
@@ -170,6 +173,14 @@ def generate_to_file(
         out.hardlink_to(beside)  # fails, where a rename would overwrite a file made meanwhile
     finally:
         beside.unlink(missing_ok=True)
+
+
+def own_template_kwargs(config: Config, model: str) -> dict[str, Any]:
+    """Give the template arguments that a model of the run was used with."""
+    for name, teacher in config.teachers.items():
+        if model == f"teacher_{name.replace(' ', '_')}":
+            return teacher.chat_template_kwargs
+    return config.student.chat_template_kwargs
 
 
 def _record(spec: ModelSpec, prompt: Sequence[Any], rollout: Any, i: int) -> dict[str, Any]:

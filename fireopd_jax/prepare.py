@@ -16,11 +16,12 @@ from fireopd_jax.build import ModelSpec
 from fireopd_jax.checkpoint import restore_params, save_model
 from fireopd_jax.data.pipeline import Encoded, PromptLoader, eval_prompts
 from fireopd_jax.loop import Interrupted
+from fireopd_jax.models.hf_load import load, resolve
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.rollout.sampling import stream
 from fireopd_jax.session import Session, as_teacher
 from fireopd_jax.sft import SftConfig, supervise
-from fireopd_jax.sharding import place_whole
+from fireopd_jax.sharding import place_whole, replicated
 from fireopd_jax.tracking import progress
 
 Make = Callable[[Path], Params]
@@ -30,7 +31,7 @@ def once(session: Session, spec: ModelSpec, name: str, make: Make) -> Params:
     """Read the finished model `name` of this run, or make it and write it down."""
     home = session.folder.path / "models" / name
     if (home / "model.json").is_file():
-        return restore_params(home, random_params(session, spec))
+        return restore_params(home, _shapes(session, spec))
     home.mkdir(parents=True, exist_ok=True)
     params = make(home)
     if not spec.builtin_tokenizer:
@@ -45,6 +46,26 @@ def random_params(session: Session, spec: ModelSpec) -> Params:
     seed = stream(session.setup.config.run.seed, f"init {spec.name}")
     key = jax.random.key(seed, impl="threefry2x32")
     return place_whole(session.setup.mesh, jax.jit(spec.model.init)(key))
+
+
+def _shapes(session: Session, spec: ModelSpec) -> Params:
+    """Give shapes, types and places of the parameters, none of which is allocated."""
+    place = replicated(session.setup.mesh)
+    shapes = jax.eval_shape(spec.model.init, jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
+    )
+
+
+def _first_params(session: Session, spec: ModelSpec) -> Params:
+    """Read the parameters from the folder that is given, or draw them."""
+    if spec.config.path is None:
+        return random_params(session, spec)
+    folder = resolve(spec.config.path)
+    if (folder / "model.json").is_file():
+        return restore_params(folder, _shapes(session, spec))
+    place = replicated(session.setup.mesh)
+    return load(folder, spec.model.config, spec.model.vocab_size, place)
 
 
 def make_teacher(session: Session, index: int) -> Params:
@@ -66,9 +87,7 @@ def make_student(session: Session, teachers: Sequence[Params]) -> Params:
 
 def _maker(session: Session, spec: ModelSpec, rows: np.ndarray, teachers: Sequence[Params]) -> Make:
     def make(home: Path) -> Params:
-        params = random_params(session, spec)
-        if spec.config.path is not None:
-            params = restore_params(Path(spec.config.path), params)
+        params = _first_params(session, spec)
         if spec.config.sft is None:
             return params
         loader = _loader(session, spec, spec.config.sft, rows, teachers)
@@ -97,6 +116,8 @@ def _loader(
     encoded = session.setup.encoded
     if config.source == "teacher":
         encoded = _answered_by_teachers(session, teachers, rows, config.teacher_rows)
+    if spec is not session.setup.student:
+        encoded = as_teacher_learns(spec, encoded)
     return PromptLoader(
         encoded,
         rows,
@@ -112,11 +133,11 @@ def _answered_by_teachers(
 ) -> Encoded:
     """Take as references what each row's own teacher answers, where it comes to an end."""
     setup = session.setup
-    sampling = setup.sampling("teacher references", temperature=1.0)
     references: list[np.ndarray | None] = [None] * len(setup.rows)
     chosen = rows[np.isin(rows, setup.encoded.kept)][:limit]
     for index, (spec, params) in enumerate(zip(setup.teachers, teachers, strict=True)):
         own = session.setup.own_rows(chosen, index)
+        sampling = setup.sampling("teacher references", temperature=1.0, spec=spec)
         batches = eval_prompts(setup.encoded, own, 1, setup.config.eval.batch_size)
         with progress(f"answers of {spec.name}", len(batches)) as bar:
             for prompts in batches:
@@ -125,6 +146,20 @@ def _answered_by_teachers(
                 rollout = session.generate(spec, params, as_teacher(prompts), sampling)
                 rollout = jax.device_get(rollout)
                 for i in np.flatnonzero(rollout.finished):
-                    references[int(prompts.row[i])] = rollout.tokens[i][rollout.mask[i]]
+                    ids = rollout.tokens[i][rollout.mask[i]]
+                    references[int(prompts.row[i])] = said_by(setup.student, ids)
                 bar(1)
     return dataclasses.replace(setup.encoded, references=references)
+
+
+def as_teacher_learns(spec: ModelSpec, encoded: Encoded) -> Encoded:
+    """Give the rows in a teacher's own template, with references that end as it does."""
+    references = [None if ids is None else said_by(spec, ids) for ids in encoded.references]
+    return dataclasses.replace(encoded, prompts=encoded.teacher_prompts, references=references)
+
+
+def said_by(spec: ModelSpec, ids: np.ndarray) -> np.ndarray | None:
+    """Let a response end as a model's own do; None if it has a token that the model lacks."""
+    if ids[-1] not in spec.stop:
+        ids = np.append(ids[:-1], np.int32(spec.stop[0]))
+    return ids if ids.max() < spec.model.size else None

@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
-from fireopd_jax.config import Origins, UserError, config, find_config, lay, read_yaml, resolve
+from fireopd_jax.config import (
+    Origins,
+    UserError,
+    config,
+    find_config,
+    keys,
+    lay,
+    read_yaml,
+    resolve,
+)
 from fireopd_jax.config import validate as validate_tree
 from fireopd_jax.data.sources import DataConfig
 from fireopd_jax.evaluation.evaluator import EvalConfig
@@ -24,6 +33,7 @@ from fireopd_jax.runs import RunConfig
 from fireopd_jax.scoring import SampledToken
 from fireopd_jax.sft import SftConfig
 from fireopd_jax.sharding import MeshConfig
+from fireopd_jax.text.checks import ChecksConfig
 from fireopd_jax.update import OptimConfig
 
 
@@ -32,11 +42,17 @@ class StudentConfig:
     """A model: embedded, or read from a folder; with or without supervised training first."""
 
     path: str | None = None
-    """Folder of a model that a run has saved, such as `runs/x/models/student`."""
+    """A folder of Hugging Face, a name on its hub, or a model of a run: `runs/x/models/student`."""
     architecture: DecoderConfig = DecoderConfig()
     """Architecture of an embedded model, which starts from random parameters."""
     tokenizer: str = "builtin:bytes"
     """Tokenizer of an embedded model: `builtin:bytes`, or a Hugging Face folder."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the computation with a model from `path`; by default as the folder says."""
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the parameters from `path`; by default float32, of a frozen teacher `dtype`."""
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of this model's chat template, such as `{enable_thinking: false}`."""
     sft: SftConfig | None = None
     """Supervised training before distillation; null is none."""
 
@@ -44,9 +60,6 @@ class StudentConfig:
 @config
 class TeacherConfig(StudentConfig):
     """A teacher: frozen while the student learns."""
-
-    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Arguments of this teacher's chat template."""
 
 
 @config
@@ -87,6 +100,8 @@ class Config:
     """The student's optimizer."""
     eval: EvalConfig = EvalConfig()
     """How models are evaluated."""
+    checks: ChecksConfig = ChecksConfig()
+    """What may differ between the student and its teachers."""
     mesh: MeshConfig = MeshConfig()
     """How devices are used."""
 
@@ -110,7 +125,7 @@ ALIASES = {
     "save_steps": "run.save_every",
     "save_total_limit": "run.keep",
     "resume_from_checkpoint": "run.resume",
-    "chat_template_kwargs": "data.chat_template_kwargs",
+    "chat_template_kwargs": "student.chat_template_kwargs",
     # verl and the FiRe-OPD scripts
     "max_response_length": "rollout.max_tokens",
     "train_batch_size": "rollout.batch_size",
@@ -285,9 +300,14 @@ def _ineffective(config: Config) -> Iterator[tuple[str, str, str]]:
         if model.path is not None:
             path = f"{key}.path"
             yield f"{key}.tokenizer", path, f"beside {key}.path: the folder names its tokenizer"
-            for field in dataclasses.fields(DecoderConfig):
+            for name in dict.fromkeys(keys(DecoderConfig)):
                 reason = f"beside {key}.path: the folder holds the architecture"
-                yield f"{key}.architecture.{field.name}", path, reason
+                if not name.endswith(".kind"):
+                    yield f"{key}.architecture.{name}", path, reason
+        else:
+            for name in ("dtype", "param_dtype"):
+                reason = f"without {key}.path: expected {key}.architecture.{name}"
+                yield f"{key}.{name}", f"{key}.path", reason
     for key, optim, _ in _optimizers(config):
         if optim.schedule == "constant":
             yield f"{key}.final_fraction", f"{key}.schedule", "with schedule: constant"

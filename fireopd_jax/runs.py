@@ -42,6 +42,7 @@ INCIDENTAL = frozenset(
         "run.keep_best",
         "run.log_every",
         "run.completions_every",
+        "run.export",
     }
 )
 SHOWN_DIFFERENCES = 8
@@ -87,6 +88,8 @@ class RunConfig:
     """Steps between lines of metrics.jsonl."""
     completions_every: NonNegativeInt = 50
     """Steps between saved samples of prompts and responses; 0 saves none."""
+    export: bool = False
+    """Write the finished student to `models/student_hf` too, as a Hugging Face folder."""
     compilation_cache: bool = True
     """Keep compiled programs on disk for later runs."""
 

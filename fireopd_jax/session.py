@@ -97,7 +97,7 @@ def grade(
 ) -> EvalResult:
     """Grade what `draw` answers to the rows of `indices`; each model reads its own template."""
     config = setup.config.eval
-    sampling = setup.sampling("eval", temperature=config.temperature, top_p=config.top_p)
+    sampling = setup.sampling("eval", temperature=config.temperature, top_p=config.top_p, spec=spec)
     own = spec in setup.teachers
 
     def answer(prompts: Prompts) -> Rollout:

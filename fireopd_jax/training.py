@@ -15,10 +15,11 @@ import jax
 import numpy as np
 
 from fireopd_jax import runs
-from fireopd_jax.build import check_training_batches, set_up
+from fireopd_jax.build import ModelSpec, check_training_batches, set_up
 from fireopd_jax.compilation import compile_cache
 from fireopd_jax.distill import Distillation
 from fireopd_jax.evaluation.evaluator import EvalResult
+from fireopd_jax.exporting import check_exportable, export
 from fireopd_jax.loop import Interrupted, stop_on_signal
 from fireopd_jax.models.decoder import parameter_count
 from fireopd_jax.models.language_model import Params
@@ -31,6 +32,7 @@ from fireopd_jax.tracking import Log
 Summary = dict[str, Any]
 
 SHOWN_IDS = 24
+SHOWN_TEXT = 400
 
 
 def train(config: Config) -> Summary:
@@ -57,6 +59,8 @@ def _in_folder(config: Config, work: Callable[[Session], Summary], record: str) 
     setup = None if runs.is_complete(config.run) else set_up(config)
     if setup is not None:
         check_training_batches(config, setup.mesh)
+        if config.run.export:
+            check_exportable(setup.student)
     with runs.open_run(config.run, as_tree(config)) as folder:
         if setup is None or folder.state == "complete":
             print(f"{folder.path}: this run is complete, nothing is left to do")
@@ -89,13 +93,20 @@ def introduce(session: Session) -> None:
         f" dropped; {encoded.dropped_references} references longer than"
         f" {encoded.max_reference_tokens} not used"
     )
-    first = int(encoded.kept[0])
-    for spec, ids in (
-        (setup.student, encoded.prompts[first]),
-        (setup.teachers[encoded.route[first]], encoded.teacher_prompts[first]),
-    ):
-        shown = " ".join(map(str, ids[:SHOWN_IDS])) + (" ..." if len(ids) > SHOWN_IDS else "")
-        log(f"{spec.name} reads {spec.tokenizer.decode(ids)!r}, {len(ids)} tokens: {shown}")
+    log(reading(setup.student, encoded.prompts[int(encoded.kept[0])]))
+    for index, spec in enumerate(setup.teachers):
+        for row in setup.own_rows(encoded.kept, index)[:1]:
+            log(reading(spec, encoded.teacher_prompts[int(row)]))
+
+
+def reading(spec: ModelSpec, ids: np.ndarray) -> str:
+    """Show a prompt as a model reads it: its text, and its ids as far as they fit a few lines."""
+    text = repr(spec.tokenizer.decode(ids))
+    if len(text) > SHOWN_TEXT:
+        text = f"{text[: SHOWN_TEXT // 2]} ... {text[-SHOWN_TEXT // 2 :]}"
+    shown = " ".join(map(str, ids[:SHOWN_IDS])) + (" ..." if len(ids) > SHOWN_IDS else "")
+    stop = ", ".join(map(str, spec.tokenizer.convert_ids_to_tokens(list(spec.stop))))
+    return f"{spec.name} reads {text}, {len(ids)} tokens: {shown}; its answers end with {stop}"
 
 
 def _prepare(session: Session) -> tuple[list[Params], Params, Summary]:
@@ -131,6 +142,9 @@ def _train(session: Session) -> Summary:
         )
 
     student = distil(config.method, session.folder.path, "student")
+    exported = session.folder.path / "models" / "student_hf"
+    if config.run.export and not exported.exists():
+        export(exported, session.setup.student, student, session.folder.path)
     others = {
         name: distil(
             with_method(config, name).method, session.folder.path / "controls" / name, name

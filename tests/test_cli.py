@@ -63,7 +63,7 @@ def test_help_lists_every_key(monkeypatch, capsys, command):
 def test_help_names_the_commands(monkeypatch, capsys):
     assert call(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in ("train", "sft", "eval", "generate", "env"))
+    assert all(name in text for name in ("train", "sft", "eval", "generate", "export", "env"))
     assert "schema" not in text
 
 
@@ -104,6 +104,8 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
         (["sft", "smoke", "optim.beta1=2"], "optim.beta1"),
         (["eval", "nowhere"], "nowhere: no finished model"),
         (["eval", "nowhere", "run.seed=3"], "only eval.*"),
+        (["export", "nowhere", "--to", "out"], "no finished model"),
+        (["export", "nowhere", "--to", "out", "--dtype", "bf16"], "--dtype bf16: expected float32"),
         (["generate", "nowhere", "--prompts", "p.jsonl", "--out", "o.jsonl"], "no finished model"),
     ],
 )

@@ -80,6 +80,7 @@ def encode(
     rows: Sequence[Row],
     *,
     tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any],
     teacher_tokenizers: Sequence[PreTrainedTokenizerBase],
     teacher_template_kwargs: Sequence[Mapping[str, Any]],
     route: Int32[np.ndarray, " N"],
@@ -90,11 +91,11 @@ def encode(
 
     The teachers' tokenizers and template arguments are listed by route.
     """
-    prompts = render(tokenizer, rows, config.chat_template_kwargs)
+    prompts = render(tokenizer, rows, template_kwargs)
     teacher_prompts = list(prompts)
     routes = zip(teacher_tokenizers, teacher_template_kwargs, strict=True)
     for teacher, (teacher_tokenizer, kwargs) in enumerate(routes):
-        if teacher_tokenizer is tokenizer and kwargs == config.chat_template_kwargs:
+        if teacher_tokenizer is tokenizer and kwargs == template_kwargs:
             continue
         own = np.flatnonzero(route == teacher)
         rendered = render(teacher_tokenizer, [rows[int(index)] for index in own], kwargs)

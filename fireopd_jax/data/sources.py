@@ -45,8 +45,6 @@ class DataConfig:
     """Longest prompt, in tokens of the student and of the row's teacher; prompts pad to it."""
     overlong: Literal["drop", "error"] = "drop"
     """What happens to a row whose prompt is longer: dropped and counted, or an error."""
-    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Arguments of the student's chat template, such as `enable_thinking: false`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -30,6 +30,14 @@ class LanguageModel:
 
     config: DecoderConfig
     vocab_size: int
+    """Rows of the embedding and of the head."""
+    valid: int | None = None
+    """Rows that are tokens, where the others only pad the head: they have no probability."""
+
+    @property
+    def size(self) -> int:
+        """Count the ids that the model may say."""
+        return self.vocab_size if self.valid is None else self.valid
 
     def _module(self, rngs: nnx.Rngs) -> Decoder:
         return Decoder(self.config, self.vocab_size, rngs=rngs)
@@ -42,6 +50,12 @@ class LanguageModel:
         """Put the parameters into the module."""
         graph, _ = nnx.split(nnx.eval_shape(lambda: self._module(nnx.Rngs(0))))
         return nnx.merge(graph, params)
+
+    def real(self, logits: Float[Array, "B V"]) -> Float[Array, "B W"]:
+        """Make what the head gives the logits of the tokens: softcapped, the padding cut off."""
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        return logits[:, : self.size]
 
     def response_stats(
         self,
@@ -65,6 +79,8 @@ class LanguageModel:
             decoder.head,
             tokens,
             logit_scale=1.0 / temperature,
+            softcap=self.config.final_logit_softcapping,
+            valid=self.valid,
             implementation=implementation,
         )
         return TokenStats(logprob=stats.logprob, entropy=stats.entropy)

@@ -12,11 +12,12 @@ def attend(
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
+    scale: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Mix values by softmax(q k / sqrt(H)) over the allowed slots; N query heads share K key heads.
+    """Mix values by softmax(scale q k) over the allowed slots; N query heads share K key heads.
 
-    Scores and softmax are float32. A query that may see nothing gets a plain mean (its row is
-    padding).
+    The scale is 1 / sqrt(H) by default. Scores and softmax are float32. A query that may see
+    nothing gets a plain mean (its row is padding).
     """
     rows, length, heads, width = q.shape
     group = heads // k.shape[1]
@@ -25,7 +26,7 @@ def attend(
     q = q.reshape(rows, -1, group * length, width)
     scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
     allowed = jnp.tile(mask, (1, group, 1))[:, None]
-    scores = jnp.where(allowed, scores * width**-0.5, -1e30)
+    scores = jnp.where(allowed, scores * (width**-0.5 if scale is None else scale), -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkts,bksh->bkth", weights, v)
     out = out.reshape(rows, -1, group, length, width).transpose(0, 3, 1, 2, 4)

@@ -9,7 +9,6 @@ log-sum-exp = m + log s and H = log s - t/s, two terms that are never negative: 
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float32, Int32

@@ -55,6 +55,7 @@ def generate(
     def decode(state: _State) -> _State:
         logits = jnp.einsum("bd,vd->bv", state.hidden.astype(head.dtype), head,
                             preferred_element_type=jnp.float32)  # fmt: skip
+        logits = model.real(logits)
         keys = row_keys(sampling.seed, prompts.sample_id, state.step)
         drawn = draw(logits, keys, sampling)
 

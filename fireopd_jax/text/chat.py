@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fireopd_jax.config import UserError
 
+STOP_SLOTS = 8
+"""As many ids as the sampler can watch for."""
 FIXED_ARGUMENTS = ("conversation", "add_generation_prompt", "tokenize", "return_dict", "padding")
 
 
@@ -72,7 +74,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Encode responses as a model would write them, the end-of-sequence token last."""
-    (end,) = stop_ids(tokenizer)
+    end = stop_ids(tokenizer)[0]
     if not texts:
         return []
     ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -88,9 +90,22 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return text
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """List the ids that end a response."""
+def stop_ids(
+    tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
+    """List the ids that end a response: the tokenizer's, then those of a generation config.
+
+    The first is the one that references end with.
+    """
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token")
-    return (end,)
+    others = (generation or {}).get("eos_token_id")
+    others = [others] if isinstance(others, int) else others or []
+    ids = tuple(dict.fromkeys([end, *others]))
+    if len(ids) > STOP_SLOTS or not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise UserError(
+            f"generation_config.json: eos_token_id is {others!r}; expected at most "
+            f"{STOP_SLOTS} token ids in all"
+        )
+    return ids

@@ -5,7 +5,9 @@ survives the round trip. Nothing here reaches for the network, and no code of a 
 """
 
 import functools
+import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -40,13 +42,27 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         )
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         raise UserError(f"tokenizer {name!r}: the folder holds no tokenizer.json")
+    # Of a model type that it knows, AutoTokenizer builds the class anew, whatever the file says.
+    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # The library raises a bare Exception for a broken file.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"tokenizer {name!r}: cannot be loaded: {reason[:300]}") from error
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """Read a folder's generation_config.json, which may name further ends of a response."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected an object, found {type(content).__name__}")
+    return content
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -32,6 +32,7 @@ def encoded_rows(rows, *, limit=8, reference_limit=4, overlong="drop"):
     return encode(
         rows,
         tokenizer=TOKENIZER,
+        template_kwargs={},
         teacher_tokenizers=[TOKENIZER],
         teacher_template_kwargs=[{}],
         route=np.zeros(len(rows), np.int32),
@@ -80,6 +81,7 @@ def test_each_row_is_encoded_for_its_own_teacher():
     encoded = encode(
         [row("a"), row("b"), row("c")],
         tokenizer=TOKENIZER,
+        template_kwargs={},
         teacher_tokenizers=[TOKENIZER, other_teacher()],
         teacher_template_kwargs=[{}, {"loud": True}],
         route=np.asarray([0, 1, 0], np.int32),
@@ -106,6 +108,7 @@ def test_the_teachers_prompt_must_fit_too():
     encoded = encode(
         [row("a"), row("b")],
         tokenizer=TOKENIZER,
+        template_kwargs={},
         teacher_tokenizers=[TOKENIZER, teacher],
         teacher_template_kwargs=[{}, {}],
         route=np.asarray([0, 1], np.int32),

@@ -1,5 +1,6 @@
 """Scoring given responses: against a decoder in plain NumPy, and what padding must not change."""
 
+import dataclasses
 import functools
 
 import jax
@@ -149,3 +150,49 @@ def test_fresh_parameters_depend_on_the_key_alone():
 )
 def test_parameters_of_another_model_are_told_apart(architecture):
     assert not same_structure(random_params(tiny_model(**architecture)), tiny_model())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_pad_the_head_do_not_exist(tied):
+    plain = tiny_model(VOCABULARY, tie_word_embeddings=tied)
+    padded = dataclasses.replace(plain, vocab_size=VOCABULARY + 9, valid=VOCABULARY)
+    assert (plain.size, padded.size) == (VOCABULARY, VOCABULARY)
+    params = random_params(plain, seed=1)
+    tables = ("embed_tokens",) if tied else ("embed_tokens", "lm_head")
+    wide = params | {
+        name: np.concatenate([params[name], 9 * np.ones((9, 16), np.float32)]) for name in tables
+    }
+    case = ragged()
+
+    def total(model):
+        def of(params):
+            stats = model.response_stats(params, *case)
+            return np.float32(1) * (stats.logprob + 2 * stats.entropy)[case[3]].sum(), stats
+
+        return jax.jit(jax.grad(of, has_aux=True))
+
+    wanted, stats = total(plain)(params)
+    got, of_padded = total(padded)(wide)
+    for name in ("logprob", "entropy"):
+        one, other = getattr(stats, name), getattr(of_padded, name)
+        np.testing.assert_allclose(one[case[3]], other[case[3]], atol=1e-6)
+    for name in tables:
+        assert not np.asarray(got[name][VOCABULARY:]).any()
+        np.testing.assert_allclose(got[name][:VOCABULARY], wanted[name], atol=1e-5)
+
+
+def test_logits_are_softcapped_before_the_temperature():
+    cap, temperature = 0.8, 0.7
+    model = dataclasses.replace(
+        SHAPES["tied"],
+        config=dataclasses.replace(SHAPES["tied"].config, final_logit_softcapping=cap),
+    )
+    prompt, length, tokens, mask = ragged()
+    params = parameters("tied")
+    stats = jax.jit(model.response_stats)(params, prompt, length, tokens, mask, temperature)
+    z = plain_logits(SHAPES["tied"], params, prompt[0, : length[0]])[-1]
+    z = cap * np.tanh(z / cap) / temperature
+    wanted = z[tokens[0, 0]] - np.log(np.exp(z).sum())
+    assert abs(stats.logprob[0, 0] - wanted) < 2e-5
+    logits = np.linspace(-9, 9, 2 * VOCABULARY, dtype=np.float32).reshape(2, -1)
+    np.testing.assert_allclose(model.real(logits), cap * np.tanh(logits / cap), rtol=1e-5)

@@ -221,3 +221,32 @@ def test_eight_devices_draw_what_one_draws():
     np.testing.assert_array_equal(rollout.tokens, wanted.tokens)
     np.testing.assert_array_equal(rollout.mask, wanted.mask)
     np.testing.assert_allclose(rollout.logprob, wanted.logprob, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_that_pads_the_head_is_never_drawn():
+    padded = dataclasses.replace(MODEL, vocab_size=40, valid=MODEL.vocab_size)
+    # The padding would be by far the most likely.
+    rows = 50 * PARAMS["embed_tokens"][:8]
+    wide = PARAMS | {"embed_tokens": jnp.concatenate([PARAMS["embed_tokens"], rows])}
+    for knobs in ({}, {"temperature": 0.0}, {"top_p": 0.9}):
+        sampling = Sampling.of((), ROOM, 3, **knobs)
+        rollout = jax.jit(lambda p, s: generate(padded, p, PROMPTS, s, jnp.int32(4),
+                                                max_tokens=ROOM))(wide, sampling)  # fmt: skip
+        wanted = respond(**knobs)
+        np.testing.assert_array_equal(rollout.tokens, wanted.tokens)
+        np.testing.assert_allclose(rollout.logprob, wanted.logprob, atol=1e-5)
+        np.testing.assert_allclose(rollout.model_logprob, wanted.model_logprob, atol=1e-5)
+
+
+def test_softcapped_logits_are_drawn_as_they_are_scored():
+    capped = dataclasses.replace(
+        MODEL, config=dataclasses.replace(MODEL.config, final_logit_softcapping=0.5)
+    )
+    sampling = Sampling.of((), ROOM, 3)
+    rollout = jax.jit(lambda p: generate(capped, p, PROMPTS, sampling, jnp.int32(4),
+                                         max_tokens=ROOM))(PARAMS)  # fmt: skip
+    stats = jax.jit(capped.response_stats)(
+        PARAMS, PROMPTS.tokens, PROMPTS.length, rollout.tokens, rollout.mask
+    )
+    assert (np.abs(rollout.model_logprob - respond().model_logprob)[REAL] > 1e-3).any()
+    np.testing.assert_allclose(rollout.model_logprob[REAL], stats.logprob[REAL], atol=1e-5)

@@ -63,3 +63,12 @@ def test_a_response_ends_with_the_end_token_alone():
 def test_decoding_leaves_specials_out_and_spaces_in():
     (ids,) = response_ids(TOKENIZER, [" a , b é"])
     assert decode(TOKENIZER, [ASSISTANT, *ids, PAD]) == " a , b é"
+
+
+def test_a_generation_config_adds_ends():
+    assert stop_ids(TOKENIZER, {"eos_token_id": USER}) == (END, USER)
+    assert stop_ids(TOKENIZER, {"eos_token_id": [USER, END, 7]}) == (END, USER, 7)
+    assert stop_ids(TOKENIZER, {"eos_token_id": None, "top_p": 0.9}) == (END,)
+    for wrong in (["<|end|>"], [-1], list(range(8))):
+        with pytest.raises(UserError, match="expected at most 8 token ids"):
+            stop_ids(TOKENIZER, {"eos_token_id": wrong})

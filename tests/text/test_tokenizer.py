@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fireopd_jax.config import UserError
-from fireopd_jax.text.tokenizer import BUILTIN, SPECIALS, load_tokenizer
+from fireopd_jax.text.tokenizer import BUILTIN, SPECIALS, load_tokenizer, read_generation
 
 TEXTS = [
     "",
@@ -75,3 +75,25 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_the_file_decides_and_not_the_model_beside_it(tmp_path):
+    tokenizer = load_tokenizer(BUILTIN)
+    tokenizer.save_pretrained(tmp_path)
+    # AutoTokenizer would build Qwen 2's own class, which adds a token.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    text = "I'm  12 \u00e9"
+    assert loaded.encode(text) == tokenizer.encode(text)
+
+
+def test_a_generation_config_is_read_where_there_is_one(tmp_path):
+    assert read_generation(tmp_path) == {}
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"eos_token_id": [1, 2]}')
+    assert read_generation(tmp_path) == {"eos_token_id": [1, 2]}
+    for wrong, words in (("{", "not valid JSON"), ("[]", "expected an object, found list")):
+        file.write_text(wrong)
+        with pytest.raises(UserError, match=words):
+            read_generation(tmp_path)

@@ -1,0 +1,300 @@
+"""Between Hugging Face's `config.json` and our architecture, in both of its spellings.
+
+    config.json -> one family's defaults -> every key read, harmless or refused -> DecoderConfig
+
+A key that is neither read nor known to be harmless is refused by name: a model that is loaded with
+a field ignored gives other logits and no error. (Null counts as absent.)
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from fireopd_jax.config import UserError
+from fireopd_jax.models.architecture import DecoderConfig, MoEConfig
+from fireopd_jax.models.hf_forms import FORMS, Json, Reader
+from fireopd_jax.models.rope import LinearRope, Llama3Rope, YarnRope
+
+
+def architecture(config_json: Json, source: str) -> DecoderConfig:
+    """Read the architecture that a `config.json` describes; `source` names the file in errors."""
+    reader = Reader(config_json, source)
+    reader.refuse_others()
+    fields = dict(reader.form.fixed) | _sizes(reader) | _biases(reader) | _windows(reader)
+    fields |= _rope(reader, "sliding_window" in fields)
+    if reader.form.model_type == "qwen3_moe":
+        fields |= _experts(reader)
+    if reader.form.model_type == "gemma3_text":
+        fields["query_pre_attn_scalar"] = float(reader.get("query_pre_attn_scalar", 256))
+        fields["final_logit_softcapping"] = reader.get("final_logit_softcapping")
+    try:
+        return DecoderConfig(model_type=reader.form.model_type, **fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "config"
+        raise reader.error(key, first["msg"].removeprefix("Value error, ")) from None
+
+
+def _sizes(reader: Reader) -> dict[str, Any]:
+    family, heads = reader.form.model_type, reader.need("num_attention_heads")
+    gated, default = "hidden_act", "silu"
+    if family == "gemma3_text":
+        gated, default = "hidden_activation", "gelu_pytorch_tanh"
+    activation = reader.get(gated, default)
+    if activation not in ("silu", "gelu_pytorch_tanh"):
+        raise reader.error(gated, f"expected silu or gelu_pytorch_tanh (it is {activation!r})")
+    head_dim = reader.get("head_dim")
+    if head_dim is None:
+        head_dim = reader.need("hidden_size") // heads
+    shared = reader.values.get("num_key_value_heads")
+    # What the family's class takes for an absent key depends on no other key of the file.
+    if shared is None and "num_key_value_heads" not in reader.nulls and family != "llama":
+        raise reader.error("num_key_value_heads", "missing; expected a value for it")
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+    return {name: reader.need(name) for name in names} | {
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if shared is None else shared,
+        "head_dim": head_dim,
+        "hidden_act": activation,
+        "rms_norm_eps": reader.get("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": reader.get("tie_word_embeddings"),
+        "max_position_embeddings": reader.get("max_position_embeddings"),
+        "dtype": _dtype(reader),
+    }
+
+
+def _dtype(reader: Reader) -> Literal["float32", "bfloat16"]:
+    name = str(reader.get("dtype", reader.get("torch_dtype", "float32"))).removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise reader.error("dtype", f"expected float32, bfloat16 or float16 (it is {name!r})")
+    # Float16 has a range of its own; float32 holds all of it.
+    return "bfloat16" if name == "bfloat16" else "float32"
+
+
+def _biases(reader: Reader) -> dict[str, Any]:
+    if reader.form.model_type == "qwen2":  # fixed in code there
+        return {"attention_bias": True}
+    bias = reader.get("attention_bias", False)
+    return {
+        "attention_bias": bias,
+        "attention_output_bias": bias,
+        "mlp_bias": reader.get("mlp_bias", False),
+    }
+
+
+def _experts(reader: Reader) -> dict[str, Any]:
+    step, dense = reader.get("decoder_sparse_step", 1), reader.get("mlp_only_layers", [])
+    layers = range(reader.need("num_hidden_layers"))
+    sparse = [i not in dense and (i + 1) % step == 0 for i in layers]
+    if not all(sparse):
+        key = "mlp_only_layers" if dense else "decoder_sparse_step"
+        if any(sparse):
+            raise reader.error(key, "layers with and without experts cannot be mixed here")
+        return {}
+    count = reader.get("num_experts", reader.get("num_local_experts"))
+    if count is None:
+        raise reader.error("num_experts", "missing; expected a value for it")
+    return {
+        "moe": MoEConfig(
+            num_experts=count,
+            num_experts_per_tok=reader.need("num_experts_per_tok"),
+            moe_intermediate_size=reader.need("moe_intermediate_size"),
+            norm_topk_prob=reader.get("norm_topk_prob", False),
+        )
+    }
+
+
+def _windows(reader: Reader) -> dict[str, Any]:
+    """Read which layers slide; a family's rule gives way to a list of layers."""
+    family, layers = reader.form.model_type, reader.need("num_hidden_layers")
+    window, types = reader.get("sliding_window"), reader.get("layer_types")
+    if family == "llama":
+        return {}
+    if family in ("qwen2", "qwen3", "qwen3_moe") and not reader.get("use_sliding_window", False):
+        window = None
+    if family == "gemma3_text":
+        window = reader.need("sliding_window")
+        pattern = reader.get("sliding_window_pattern", reader.get("_sliding_window_pattern", 6))
+        sliding = [bool((i + 1) % pattern) for i in range(layers)]
+    elif family in ("qwen2", "qwen3"):
+        first = reader.get("max_window_layers", 28)
+        sliding = [window is not None and i >= first for i in range(layers)]
+    else:
+        sliding = [window is not None] * layers
+    if types is None:
+        types = ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    elif family == "mistral" and types != [
+        "sliding_attention" if slides else "full_attention" for slides in sliding
+    ]:
+        raise reader.error("layer_types", "a mistral model slides in every layer or in none")
+    for name in types:
+        if name not in ("full_attention", "sliding_attention"):
+            raise reader.error("layer_types", f"{name!r} is not supported")
+    if "sliding_attention" not in types:
+        return {}
+    if window is None:
+        raise reader.error("layer_types", "sliding layers without a sliding_window")
+    every = all(name == "sliding_attention" for name in types)
+    return {"sliding_window": window, "layer_types": None if every else tuple(types)}
+
+
+def _rope(reader: Reader, slides: bool) -> dict[str, Any]:
+    """Read base and scaling, in the old spelling or the new."""
+    old, new = reader.get("rope_scaling"), reader.get("rope_parameters")
+    if old is not None and new is not None and old != new:
+        raise reader.error("rope_scaling", "rope_parameters says otherwise; expected one of them")
+    given = new or old or {}
+    gemma = reader.form.model_type == "gemma3_text"
+    local: Json = {}
+    if gemma:
+        local = {"rope_theta": reader.get("rope_local_base_freq", 10000.0)}
+        local = local | (given.get("sliding_attention") or {})
+    nested = [key for key in ("full_attention", "sliding_attention") if key in given]
+    if nested and not gemma:
+        raise reader.error(f"rope_parameters.{nested[0]}", "only a gemma3_text model can have it")
+    given = given.get("full_attention") or {} if nested else given
+    theta = float(given.get("rope_theta", reader.get("rope_theta")))
+    fields = {"rope_theta": theta, "rope_scaling": _scaling(reader, given)}
+    if gemma and slides:
+        if _scaling(reader, local) is not None:
+            raise reader.error("rope_parameters", "scaling in sliding layers is not supported")
+        fields["rope_local_theta"] = float(local["rope_theta"])
+    return fields
+
+
+SCALINGS = {
+    "linear": (LinearRope, ()),
+    "llama3": (Llama3Rope, ("low_freq_factor", "high_freq_factor",
+                            "original_max_position_embeddings")),
+    "yarn": (YarnRope, ("original_max_position_embeddings", "beta_fast", "beta_slow",
+                        "attention_factor", "truncate")),
+}  # fmt: skip
+
+
+def _scaling(reader: Reader, given: Json) -> LinearRope | Llama3Rope | YarnRope | None:
+    given = {key: value for key, value in given.items() if value is not None}
+    kind = given.get("rope_type", given.get("type", "default"))
+    where = "rope_parameters" if "rope_parameters" in reader.values else "rope_scaling"
+    if given.get("partial_rotary_factor", 1) != 1:
+        raise reader.error(f"{where}.partial_rotary_factor", "only 1 is supported")
+    if kind == "default":
+        return None
+    if kind not in SCALINGS:
+        raise reader.error(
+            f"{where}.rope_type", f"expected default, {', '.join(SCALINGS)} (it is {kind!r})"
+        )
+    make, names = SCALINGS[kind]
+    names = ("factor", *names)
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *names}
+    known |= {"mscale", "mscale_all_dim"} if kind == "yarn" else set()
+    for key in given:
+        if key not in known:
+            raise reader.error(f"{where}.{key}", f"unknown with rope_type {kind}")
+    fields = {name: given[name] for name in names if name in given}
+    needed = [n for n in ("factor", "low_freq_factor", "high_freq_factor") if n in names]
+    for name in needed:
+        if name not in fields:
+            raise reader.error(f"{where}.{name}", f"missing; rope_type {kind} needs it")
+    if "original_max_position_embeddings" in names:
+        length = "original_max_position_embeddings"
+        fields[length] = fields.get(length) or reader.need("max_position_embeddings")
+    scales = [given.get(key) for key in ("mscale", "mscale_all_dim")]
+    if "attention_factor" not in fields and all(scales):
+        over, under = (_magnitude(fields["factor"], float(scale)) for scale in scales if scale)
+        fields["attention_factor"] = over / under
+    try:
+        return make(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise reader.error(f"{where}.{first['loc'][0]}", first["msg"]) from None
+
+
+def _magnitude(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def hf_config_json(
+    config: DecoderConfig, vocab_size: int, *, dtype: str | None = None, **token_ids: Any
+) -> dict[str, Any]:
+    """Describe an architecture as `config.json` does, in the older spelling, which all can read."""
+    form = next(form for form in FORMS if form.model_type == config.model_type)
+    layers, sliding = config.num_hidden_layers, config.sliding_window is not None
+    out: dict[str, Any] = {
+        "architectures": [form.architecture],
+        "model_type": form.model_type,
+        "vocab_size": vocab_size,
+    }
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                 "head_dim", "intermediate_size", "rms_norm_eps", "tie_word_embeddings",
+                 "rope_theta", "max_position_embeddings"):  # fmt: skip
+        if getattr(config, name) is not None:
+            out[name] = getattr(config, name)
+    gemma = form.model_type == "gemma3_text"
+    out["hidden_activation" if gemma else "hidden_act"] = config.hidden_act
+    if config.rope_scaling is not None:
+        out["rope_scaling"] = _scaling_json(config.rope_scaling)
+    for name in ("attention_bias", "mlp_bias"):
+        if name in form.keys:
+            out[name] = getattr(config, name)
+    types = tuple("full_attention" if k.window is None else "sliding_attention"
+                  for k in config.kinds)  # fmt: skip
+    if sliding and "sliding_window" in form.keys:
+        out["sliding_window"] = config.sliding_window
+        out |= {"use_sliding_window": True} if "use_sliding_window" in form.keys else {}
+        # Their rule for these families: the layers from this one on.
+        out |= {"max_window_layers": 0} if "max_window_layers" in form.keys else {}
+    elif form.model_type == "mistral":
+        out["sliding_window"] = None
+    if "layer_types" in form.keys and form.model_type != "mistral":
+        out["layer_types"] = list(types)
+    if config.moe is not None and "num_experts" in form.keys:
+        out |= dataclasses.asdict(config.moe) | {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    elif form.model_type == "qwen3_moe":
+        out["mlp_only_layers"] = list(range(layers))
+        out |= {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 1}
+    if gemma:
+        # Sliding layers have a base of their own there, never the scaling.
+        out["sliding_window"] = config.sliding_window or 1
+        out["rope_local_base_freq"] = config.rope_local_theta or config.rope_theta
+        scalar = config.query_pre_attn_scalar or config.head_dim
+        out["query_pre_attn_scalar"] = int(scalar) if scalar == int(scalar) else scalar
+        out["final_logit_softcapping"] = config.final_logit_softcapping
+    out["torch_dtype"] = dtype or config.param_dtype
+    _check_form(config, out)
+    return out | {key: ids for key, ids in token_ids.items() if ids is not None}
+
+
+def _scaling_json(scaling: LinearRope | Llama3Rope | YarnRope) -> dict[str, Any]:
+    values = {k: v for k, v in dataclasses.asdict(scaling).items() if v is not None}
+    kind = values.pop("kind")
+    return {"rope_type": kind, **values}
+
+
+# What does not change the numbers, or is said otherwise in the file.
+FREE = {"vocab_size", "dtype", "param_dtype"}
+
+
+def _check_form(config: DecoderConfig, out: Json) -> None:
+    """Refuse an architecture that its family cannot say: the file would mean another model."""
+    again = architecture(out, "config.json")
+    meant = _plainly(config)
+    for field in dataclasses.fields(DecoderConfig):
+        if field.name in FREE:
+            continue
+        wanted, got = meant[field.name], _plainly(again)[field.name]
+        if wanted != got:
+            raise UserError(
+                f"a {config.model_type} model of Hugging Face cannot have {field.name}={wanted!r} "
+                f"(it would be {got!r}); give another architecture.model_type"
+            )
+
+
+def _plainly(config: DecoderConfig) -> dict[str, Any]:
+    """Give the fields with what they mean by default written out."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values["query_pre_attn_scalar"] = config.query_pre_attn_scalar or config.head_dim
+    del values["rope_local_theta"], values["layer_types"], values["sliding_window"]
+    kinds = tuple(config.kinds)
+    return values | {"rope_local_theta": kinds, "layer_types": kinds, "sliding_window": kinds}

@@ -1,0 +1,112 @@
+"""The safetensors format, read lazily: the header says where each tensor lies in the file.
+
+    8 bytes: length of the header | header: JSON, name -> type, shape, offsets | the tensors' bytes
+
+Reads are plain reads, not a memory map: mapped pages would count as memory of the process.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+
+from fireopd_jax.config import UserError
+
+TYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One tensor in a file."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Read some of the first axis."""
+        inner = math.prod(self.shape[1:])
+        values = np.fromfile(
+            self.file,
+            self.dtype,
+            count=(stop - start) * inner,
+            offset=self.offset + start * inner * self.dtype.itemsize,
+        )
+        return values.reshape(stop - start, *self.shape[1:])
+
+    def place(self, sharding: Sharding, transposed: bool = False) -> jax.Array:
+        """Put the tensor, or its transpose, on devices; only rows that live here are read."""
+        read: dict[tuple[int, int], np.ndarray] = {}
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            if transposed:
+                return rows(index[::-1]).T
+            return rows(index)
+
+        def rows(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(self.shape[0])
+            if (start, stop) not in read:
+                read.clear()
+                read[start, stop] = self.rows(start, stop)
+            return read[start, stop][(slice(None), *index[1:])]
+
+        shape = self.shape[::-1] if transposed else self.shape
+        return jax.make_array_from_callback(shape, sharding, part)
+
+
+def stored_tensors(file: Path) -> dict[str, Stored]:
+    """Read the header of a file and check that the file holds what it promises."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise UserError(f"{file}: not a whole safetensors file: its header is cut off")
+        try:
+            header = json.loads(stream.read(length))
+            found = {
+                name: _stored(file, name, entry, 8 + length)
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{file}: not a safetensors file: {reason}") from None
+    for name, tensor in found.items():
+        if tensor.offset + tensor.bytes > size:
+            raise UserError(
+                f"{file}: cut off: {name} ends at byte {tensor.offset + tensor.bytes}, the file "
+                f"at {size}"
+            )
+    return found
+
+
+def _stored(file: Path, name: str, entry: Any, start: int) -> Stored:
+    if entry["dtype"] not in TYPES:
+        raise UserError(
+            f"{file}: {name} is {entry['dtype']}; expected {', '.join(TYPES)} (quantised "
+            "checkpoints are not read)"
+        )
+    first, last = entry["data_offsets"]
+    tensor = Stored(file, TYPES[entry["dtype"]], tuple(entry["shape"]), start + first)
+    if first < 0 or last - first != tensor.bytes or min(tensor.shape, default=1) < 0:
+        raise UserError(
+            f"{file}: {name}: shape {entry['shape']} does not fill its {last - first} bytes"
+        )
+    return tensor

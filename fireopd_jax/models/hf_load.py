@@ -1,0 +1,239 @@
+"""From a folder or a hub name to parameters: safetensors, tensor by tensor, to their places.
+
+    name -> folder -> config.json -> architecture
+    folder -> index, headers -> names and shapes checked -> each tensor -> its slice on the devices
+
+The host holds one tensor and a small buffer; what a stack of layers takes, it takes on the devices.
+Nothing is unpickled and no code of a folder is run.
+"""
+
+import functools
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from fireopd_jax.config import UserError
+from fireopd_jax.models.architecture import DecoderConfig
+from fireopd_jax.models.hf_config import architecture
+from fireopd_jax.models.hf_files import Stored, stored_tensors
+from fireopd_jax.models.hf_names import Weight, flat, hf_shapes, indices, weights
+from fireopd_jax.models.language_model import Params
+
+BUFFER = 2**27
+"""Bytes that are read ahead of their use."""
+READERS = 2
+SHOWN = 4
+WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt")
+UNWANTED = ("*/*", "consolidated*")
+
+
+def resolve(name: str) -> Path:
+    """Find a local folder, or fetch `owner/name` from the hub: weights, configs, tokenizer."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is None:
+        raise UserError(f"{name}: no such folder; expected a folder, or OWNER/NAME of the hub")
+    return _download(name)
+
+
+@functools.cache
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
+    except Exception as error:  # its own errors, and those of three network libraries
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{name}: no such folder here, and the Hugging Face hub does not give it "
+            f"(offline, misspelt, or gated?): {reason[:300]}"
+        ) from error
+    return Path(found)
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """Read the architecture of a folder."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder}: no config.json; expected a model folder of Hugging Face")
+    return architecture(_read_json(file), str(file))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return values
+
+
+def load(folder: Path, config: DecoderConfig, vocab_size: int, sharding: Any) -> Params:
+    """Read the parameters of a folder in `config.param_dtype`.
+
+    `sharding` is one for all, or a tree of them like the parameters.
+    """
+    stored = _open(folder)
+    _check(folder, stored, config, vocab_size)
+    places: Mapping = {}
+    if not isinstance(sharding, Sharding):
+        places = {flat(path): leaf for path, leaf in jax.tree.leaves_with_path(sharding)}
+    params: Params = {}
+    for row, ours in weights(config, vocab_size):
+        place = sharding if isinstance(sharding, Sharding) else places[row.path]
+        *sections, last = row.path
+        section = params
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[last] = _fill(row, ours, place, stored)
+    return params
+
+
+def _fill(
+    row: Weight, ours: jax.ShapeDtypeStruct, place: Sharding, stored: Mapping[str, Stored]
+) -> jax.Array:
+    """Put the tensors of one parameter where they belong, one after another."""
+    axes = row.axes
+    # The host's copy to a CPU device transposes fast, its compiler does not; others do it better.
+    on_host = row.transposed and all(d.platform == "cpu" for d in place.device_set)
+    on_device = row.transposed and not on_host
+    piece_place = _of_piece(row, ours, place, on_device)
+
+    def laid(piece: jax.Array) -> jax.Array:
+        return (piece.T if on_device else piece).astype(ours.dtype)
+
+    def read(tensor: Stored) -> jax.Array:
+        return tensor.place(piece_place, transposed=on_host)
+
+    if not axes:
+        piece = read(stored[row.name])
+        return piece if piece.dtype == ours.dtype else jax.jit(laid, out_shardings=place)(piece)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=place)
+    def put(stack: jax.Array, piece: jax.Array, index: jax.Array) -> jax.Array:
+        start = (*index, *[0] * (len(ours.shape) - axes))
+        return jax.lax.dynamic_update_slice(stack, laid(piece)[(None,) * axes], start)
+
+    stack = jax.jit(lambda: jnp.zeros(ours.shape, ours.dtype), out_shardings=place)()
+    every = [(index, stored[row.theirs(index)]) for index in indices(row, ours.shape)]
+    for index, piece in _ahead(every, read):
+        stack = put(stack, piece, np.array(index, np.int32))
+    return jax.block_until_ready(stack)
+
+
+Index = tuple[int, ...]
+
+
+def _ahead(
+    tensors: Sequence[tuple[Index, Stored]], read: Callable[[Stored], jax.Array]
+) -> Iterator[tuple[Index, jax.Array]]:
+    """Read tensors in order, some ahead of their use, within the buffer."""
+    coming: deque[tuple[Index, int, Future[jax.Array]]] = deque()
+
+    def first() -> tuple[Index, jax.Array]:
+        index, _, piece = coming.popleft()
+        return index, jax.block_until_ready(piece.result())
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for index, tensor in tensors:
+            while coming and sum(size for _, size, _ in coming) + tensor.bytes > BUFFER:
+                yield first()
+            coming.append((index, tensor.bytes, pool.submit(read, tensor)))
+        while coming:
+            yield first()
+
+
+def _of_piece(row: Weight, ours: jax.ShapeDtypeStruct, place: Sharding, reverse: bool) -> Sharding:
+    """Give the sharding of one of their tensors, so that devices get what they will keep."""
+    if not isinstance(place, NamedSharding):
+        return place
+    spec = [*place.spec, *[None] * (len(ours.shape) - len(place.spec))][row.axes :]
+    return NamedSharding(place.mesh, PartitionSpec(*(spec[::-1] if reverse else spec)))
+
+
+def _open(folder: Path) -> dict[str, Stored]:
+    """List the tensors of a folder: by its index, or of its only file."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        if single.is_file():
+            return stored_tensors(single)
+        other = sorted(path.name for path in folder.glob("*.bin"))
+        other += sorted(path.name for path in folder.glob("*.pt*"))
+        hint = f" (it holds {other[0]}, which could run code when read)" if other else ""
+        raise UserError(
+            f"{folder}: no model.safetensors and no model.safetensors.index.json; only "
+            f"safetensors are read{hint}"
+        )
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise UserError(f"{index}: expected an object weight_map: tensor -> file")
+    shards: dict[str, dict[str, Stored]] = {}
+    for name in dict.fromkeys(places.values()):
+        if Path(str(name)).name != name or not (folder / name).is_file():
+            raise UserError(f"{index}: names the shard {name}, which is not in the folder")
+        shards[name] = stored_tensors(folder / name)
+    for tensor, name in places.items():
+        if tensor not in shards[name]:
+            raise UserError(f"{index}: {tensor} should be in {name}, but is not")
+    return {tensor: shards[name][tensor] for tensor, name in places.items()}
+
+
+def _check(
+    folder: Path, stored: Mapping[str, Stored], config: DecoderConfig, vocab_size: int
+) -> None:
+    """Refuse missing, extra and wrongly shaped tensors before any is read."""
+    expected = hf_shapes(config, vocab_size)
+    if missing := [name for name in expected if name not in stored]:
+        hint = ""
+        if missing == ["lm_head.weight"]:
+            hint = "; does config.json lack tie_word_embeddings: true?"
+        raise UserError(f"{folder}: missing tensors: {_some(missing)}{hint}")
+    extra = [name for name in stored if name not in expected]
+    extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
+    if config.tie_word_embeddings and "lm_head.weight" in extra:
+        if not _equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"]):
+            raise UserError(
+                f"{folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json "
+                "says tie_word_embeddings: true"
+            )
+        extra.remove("lm_head.weight")
+    if extra:
+        raise UserError(
+            f"{folder}: tensors that a {config.model_type} model of this config.json does not "
+            f"have: {_some(extra)}"
+        )
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise UserError(
+                f"{stored[name].file}: {name} has the shape {list(stored[name].shape)}, "
+                f"config.json asks for {list(shape)}"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _equal(a: Stored, b: Stored) -> bool:
+    """Compare two tensors block by block."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+
+    def blocks(tensor: Stored) -> Iterator[np.ndarray]:
+        step = max(1, BUFFER * tensor.shape[0] // max(tensor.bytes, 1))
+        for start in range(0, tensor.shape[0], step):
+            yield tensor.rows(start, min(start + step, tensor.shape[0]))
+
+    return all(np.array_equal(x, y) for x, y in zip(blocks(a), blocks(b), strict=True))

@@ -1,0 +1,116 @@
+"""The parts of a layer: linear maps, norms, attention, the gated MLP."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fireopd_jax.models.architecture import DecoderConfig
+from fireopd_jax.models.rope import rotate
+from fireopd_jax.ops.attention import attend
+from fireopd_jax.types import Array
+
+
+class Linear(nnx.Linear):
+    """A linear map over the rows of one matrix, which XLA:CPU runs faster than [B, S, D]."""
+
+    def __call__(self, x: Array) -> Array:
+        """Multiply by the kernel."""
+        return super().__call__(jnp.reshape(x, (-1, x.shape[-1]))).reshape(*x.shape[:-1], -1)
+
+
+def linear(
+    c: DecoderConfig, inputs: int, outputs: int, *, bias: bool = False, rngs: nnx.Rngs
+) -> Linear:
+    """Make a linear map in the types of the model."""
+    return Linear(
+        inputs,
+        outputs,
+        use_bias=bias,
+        dtype=jnp.dtype(c.dtype),
+        param_dtype=jnp.dtype(c.param_dtype),
+        rngs=rngs,
+    )
+
+
+class ZeroCentredNorm(nnx.Module):
+    """Root mean square norm times 1 + w, all of it in float32."""
+
+    def __init__(self, c: DecoderConfig, width: int):
+        self.epsilon = c.rms_norm_eps
+        self.scale = nnx.Param(jnp.zeros(width, c.param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        """Normalise."""
+        wide = x.astype(jnp.float32)
+        square = (wide**2).mean(axis=-1, keepdims=True)
+        factor = 1 + self.scale[...].astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(square + self.epsilon)
+        return (wide * factor.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def norm(c: DecoderConfig, width: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm | ZeroCentredNorm:
+    """Make the norm of the model."""
+    if c.zero_centered_norms:
+        return ZeroCentredNorm(c, width)
+    return nnx.RMSNorm(
+        width,
+        epsilon=c.rms_norm_eps,
+        dtype=jnp.dtype(c.dtype),
+        param_dtype=jnp.dtype(c.param_dtype),
+        rngs=rngs,
+    )
+
+
+def activation(c: DecoderConfig, x: Array) -> Array:
+    """Apply the activation of the gate."""
+    return jax.nn.silu(x) if c.hidden_act == "silu" else jax.nn.gelu(x, approximate=True)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention over the tokens themselves, or over a cache."""
+
+    def __init__(self, c: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = c
+        heads, shared = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
+        self.q_proj = linear(c, c.hidden_size, heads, bias=c.attention_bias, rngs=rngs)
+        self.k_proj = linear(c, c.hidden_size, shared, bias=c.attention_bias, rngs=rngs)
+        self.v_proj = linear(c, c.hidden_size, shared, bias=c.attention_bias, rngs=rngs)
+        self.o_proj = linear(c, heads, c.hidden_size, bias=c.attention_output_bias, rngs=rngs)
+        if c.qk_norm:
+            self.q_norm = norm(c, c.head_dim, rngs=rngs)
+            self.k_norm = norm(c, c.head_dim, rngs=rngs)
+
+    def __call__(self, x: Array, rope, mask: Array, cache, slot: Array | int):
+        """Attend over the tokens themselves, or over a cache that they are first written to."""
+        c = self.config
+
+        def heads(projection):
+            return projection(x).reshape(*x.shape[:2], -1, c.head_dim)
+
+        q, k = heads(self.q_proj), heads(self.k_proj)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rope), rotate(k, rope).swapaxes(1, 2)
+        v = heads(self.v_proj).swapaxes(1, 2)
+        if cache is not None:
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+            cache = (k, v)
+        out = attend(q, k, v, mask, scale=(c.query_pre_attn_scalar or c.head_dim) ** -0.5)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+
+
+class MLP(nnx.Module):
+    """A gated MLP: SwiGLU, or GeGLU."""
+
+    def __init__(self, c: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = c
+        self.gate_proj = linear(c, c.hidden_size, c.intermediate_size, bias=c.mlp_bias, rngs=rngs)
+        self.up_proj = linear(c, c.hidden_size, c.intermediate_size, bias=c.mlp_bias, rngs=rngs)
+        self.down_proj = linear(c, c.intermediate_size, c.hidden_size, bias=c.mlp_bias, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """Gate, widen, and come back."""
+        return self.down_proj(activation(self.config, self.gate_proj(x)) * self.up_proj(x))

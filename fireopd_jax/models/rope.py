@@ -1,0 +1,117 @@
+"""Rotary positions: a base, a scaling that stretches it to longer texts, and the rotation itself.
+
+    theta -> frequencies -> scaling -> angle of each position -> cos, sin -> rotated queries, keys
+
+A scaling is a function of the frequencies alone, so that one position turns by one angle in any
+sequence. (Dynamic scaling, which depends on the length of the text, cannot be had this way.)
+"""
+
+import math
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int32
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from fireopd_jax.config import config
+from fireopd_jax.types import Array
+
+
+@config
+class LinearRope:
+    """Positions are divided by a factor."""
+
+    kind: Literal["linear"] = "linear"
+    factor: PositiveFloat = 1.0
+    """How much longer texts become."""
+
+    def __call__(self, frequency: Float32[Array, " F"], theta: float) -> tuple[Array, float]:
+        """Scale the frequencies: f / s."""
+        return frequency / self.factor, 1.0
+
+
+@config
+class Llama3Rope:
+    """Long waves are stretched, short ones left, those between interpolated. Llama 3.1."""
+
+    kind: Literal["llama3"] = "llama3"
+    factor: PositiveFloat = 8.0
+    """How much longer texts become."""
+    low_freq_factor: PositiveFloat = 1.0
+    """Waves that fit fewer times than this into the original length are stretched fully."""
+    high_freq_factor: PositiveFloat = 4.0
+    """Waves that fit more often than this into the original length are left alone."""
+    original_max_position_embeddings: PositiveInt = 8192
+    """Length of the texts before the stretching."""
+
+    def __call__(self, frequency: Float32[Array, " F"], theta: float) -> tuple[Array, float]:
+        """Scale the frequencies: f (m + (1 - m) / s), m from 0 (long) to 1 (short waves)."""
+        waves = self.original_max_position_embeddings * frequency / (2 * math.pi)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        keep = jnp.clip((waves - low) / (high - low), 0.0, 1.0)
+        return frequency * (keep + (1 - keep) / self.factor), 1.0
+
+
+@config
+class YarnRope:
+    """As in Llama 3, the ramp over the dimensions, and sharper attention. YaRN, 2309.00071."""
+
+    kind: Literal["yarn"] = "yarn"
+    factor: PositiveFloat = 4.0
+    """How much longer texts become."""
+    original_max_position_embeddings: PositiveInt = 32768
+    """Length of the texts before the stretching."""
+    beta_fast: PositiveFloat = 32.0
+    """Waves that fit this often into the original length begin the ramp."""
+    beta_slow: PositiveFloat = 1.0
+    """Waves that fit this often end it."""
+    attention_factor: NonNegativeFloat | None = None
+    """Multiplies queries and keys; by default 0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """Round the ends of the ramp to whole dimensions."""
+
+    def __call__(self, frequency: Float32[Array, " F"], theta: float) -> tuple[Array, float]:
+        """Scale the frequencies: f (m + (1 - m) / s), and give the factor of attention."""
+        half = len(frequency)
+
+        def dimension(turns: float) -> float:
+            share = self.original_max_position_embeddings / (turns * 2 * math.pi)
+            return half * math.log(share) / math.log(theta)
+
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        width = high - low if high != low else 0.001
+        keep = 1 - jnp.clip((jnp.arange(half, dtype=jnp.float32) - low) / width, 0.0, 1.0)
+        attention = self.attention_factor
+        if attention is None:
+            attention = 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+        return frequency * (keep + (1 - keep) / self.factor), attention
+
+
+RopeScaling = Annotated[LinearRope | Llama3Rope | YarnRope, Field(discriminator="kind")]
+
+
+def rotary(
+    positions: Int32[Array, "B S"],
+    head_dim: int,
+    theta: float,
+    scaling: LinearRope | Llama3Rope | YarnRope | None = None,
+) -> tuple[Array, Array]:
+    """Give the cosine and sine of each position's rotation, f32[B, S, 1, head_dim / 2]."""
+    frequency = theta ** (-jnp.arange(head_dim // 2, dtype=jnp.float32) * 2 / head_dim)
+    factor = 1.0
+    if scaling is not None:
+        frequency, factor = scaling(frequency, theta)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None]
+    if factor == 1.0:
+        return jnp.cos(angle), jnp.sin(angle)
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
+def rotate(x: Float[Array, "B S N H"], rope: tuple[Array, Array]) -> Float[Array, "B S N H"]:
+    """Rotate the pair (i, i + H/2) of each head by its position's angle, in float32."""
+    cos, sin = rope
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
