@@ -50,6 +50,10 @@ class ModelSpec:
         """The name as a file name."""
         return self.name.replace(" ", "_")
 
+    def on(self, mesh: Mesh) -> "ModelSpec":
+        """Let the model run on a mesh."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, mesh=mesh))
+
     def description(self) -> dict[str, Any]:
         """Say all that is needed to load the parameters again."""
         return {
@@ -131,8 +135,10 @@ def load_spec(name: str, folder: Path, config: StudentConfig) -> ModelSpec:
 def set_up(config: Config) -> Setup:
     """Read the data and describe the models."""
     mesh = make_mesh(config.mesh)
-    student = make_spec("student", config.student)
-    teachers = tuple(make_spec(f"teacher {n}", teacher) for n, teacher in config.teachers.items())
+    student = make_spec("student", config.student).on(mesh)
+    teachers = tuple(
+        make_spec(f"teacher {name}", teacher).on(mesh) for name, teacher in config.teachers.items()
+    )
     for teacher in teachers:
         check_vocabulary(student, teacher)
     rows = read_rows(config.data)
@@ -245,7 +251,13 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
             setup.mesh,
         )
         batch, keep = assemble(
-            rollout, scores, method.filter, method.reweight, method.aggregate, len(teachers)
+            rollout,
+            scores,
+            method.filter,
+            method.reweight,
+            method.aggregate,
+            len(teachers),
+            student.vocab_size,
         )
         return batch, keep, diagnostics.of_batch(batch, keep, config.rollout.max_tokens)
 

@@ -13,7 +13,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 LAYOUTS = ("vd", "dv")
 
 
-def check_options(options: Mapping[str, Any], known: tuple[str, ...], names: frozenset[str]) -> None:
+def check_options(
+    options: Mapping[str, Any], known: tuple[str, ...], names: frozenset[str]
+) -> None:
     """Refuse values that no implementation takes."""
     for name in options:
         if name not in names:

@@ -7,7 +7,7 @@ No array of size [N, V] exists, forward or backward. A vocabulary of 151936 = 2^
 divisor, so full chunks are scanned and the rest is one static step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -32,37 +32,23 @@ def forward(
     weigh: tuple[Array, Array] | None = None,
 ) -> State:
     """Fold all chunks into one state; see `state.Forward`."""
+    wanted = jnp.concatenate([ids[:, None], support_ids], axis=1)
 
     def step(carry, first, width):
-        m, s, t, picked, support, best = carry
-        z, _ = _existing(hidden, rows_of(head, first, width, settings), first, scale, limit, settings)
-        top = jnp.maximum(m, z.max(axis=1))
-        u = z - top[:, None]
-        p = jnp.exp(u)
-        d = m - top
-        decay = jnp.exp(d)
-        tilted = jnp.where(u > -jnp.inf, u, 0.0) * p
-        t = decay * (t + d * s) + tilted.sum(axis=1)
-        s = decay * s + p.sum(axis=1)
-        found = (ids >= first) & (ids < first + width)
-        value = jnp.where(_is_id(ids, first, width), z, 0.0).sum(axis=1)
-        picked = jnp.where(found, value, picked)
-        # K compares of every logit would cost more than reading K of them.
-        if support_ids.shape[1]:
-            at = jnp.clip(support_ids - first, 0, width - 1)
-            inside = (support_ids >= first) & (support_ids < first + width)
-            support = jnp.where(inside, jnp.take_along_axis(z, at, axis=1), support)
-        if settings.k:
-            best = topk.update(best, z, first)
-        return top, s, t, picked, support, best
+        rows = rows_of(head, first, width, settings)
+        z, _ = existing(hidden, rows, first, scale, limit, settings)
+        *sums, picked, best = carry
+        at = jnp.clip(wanted - first, 0, width - 1)
+        inside = (wanted >= first) & (wanted < first + width)
+        # Compares of every logit would cost more than reading the few.
+        picked = jnp.where(inside, jnp.take_along_axis(z, at, axis=1), picked)
+        return *fold(sums, z), picked, topk.update(best, z, first) if settings.k else best
 
-    zero = jnp.zeros(ids.shape, jnp.float32)
-    nothing = jnp.full(support_ids.shape, -jnp.inf, jnp.float32)
-    best = topk.empty(ids.shape[0], settings.k)
-    start = (zero + LOWEST, zero, zero, zero - jnp.inf, nothing, best)
-    m, s, t, picked, support, (values, found) = _over_vocabulary(step, start, settings)
+    nothing = jnp.full(wanted.shape, -jnp.inf, jnp.float32)
+    start = (*empty(ids.shape[0]), nothing, topk.empty(ids.shape[0], settings.k))
+    *sums, picked, (values, found) = over_columns(step, start, settings)
     found = jnp.where(values == -jnp.inf, -1, found)
-    state = State(m, s, t, picked, support, values, found)
+    state = State(*sums, picked[:, 0], picked[:, 1:], values, found)
     return with_weight(state, weigh, settings.vocabulary)
 
 
@@ -82,39 +68,20 @@ def backward(
 
     `statistics` are (m, log s, H) of each token over the whole vocabulary, `cotangents` those of
     log-probability, entropy, log-sum-exp and of the support.
-
-    d/dz = p (c0 + c1 log p) + the ids' own cotangents. From dH/dz = -p (log p + H):
-    c1 = -to_entropy, c0 = to_lse - to_logprob - to_entropy H, less all that goes to the support.
-    An id that stands in the support twice collects both.
     """
-    m, log_s, entropy = statistics
-    to_logprob, to_entropy, to_logsumexp, to_support = cotangents
+    to_d_z = gradient_of_logits(ids, support_ids, statistics, cotangents)
     # A token nobody asks about must not turn the whole of d head into NaN by its 0 * NaN.
-    asked = (to_logprob != 0) | (to_entropy != 0) | (to_logsumexp != 0)
-    asked = asked | (to_support != 0).any(axis=1)
-    state = jnp.where(asked[:, None], hidden, 0)
-    c1 = -to_entropy
-    # A zero cotangent of a non-finite entropy is zero, too.
-    c0 = to_logsumexp - to_logprob - jnp.where(to_entropy != 0, to_entropy * entropy, 0.0)
-    c0 = c0 - to_support.sum(axis=1)
+    asked = is_asked(cotangents)[:, None]
+    state = jnp.where(asked, hidden, 0)
     operand = jnp.promote_types(hidden.dtype, head.dtype)
-    tokens = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]
 
     def step(carry, first, width):
         d_hidden, d_head = carry
         rows = rows_of(head, first, width, settings)
-        z, slope = _existing(hidden, rows, first, scale, limit, settings)
-        logp = (z - m[:, None]) - log_s[:, None]
-        finite = jnp.where(logp > -jnp.inf, logp, 0.0)
-        d_z = jnp.exp(logp) * (c0[:, None] + c1[:, None] * finite)
-        d_z = d_z + jnp.where(_is_id(ids, first, width), to_logprob[:, None], 0.0)
-        if support_ids.shape[1]:
-            inside = (support_ids >= first) & (support_ids < first + width)
-            at = jnp.where(inside, support_ids - first, width)
-            d_z = d_z.at[tokens, at].add(to_support, mode="drop")
-        d_x = jnp.where(asked[:, None], d_z * slope, 0.0).astype(operand)
+        z, slope = existing(hidden, rows, first, scale, limit, settings)
+        d_x = jnp.where(asked, to_d_z(z, first) * slope, 0.0).astype(operand)
         d_hidden = d_hidden + dot(d_x, rows, (1, 0))
-        d_rows = dot(state, d_x, (0, 0)) if settings.turned else dot(d_x, state, (0, 0))
+        d_rows = rows_gradient(state, d_x, settings)
         # Each row of d head is complete in one product: written in place, rounded once.
         d_head = lax.dynamic_update_slice_in_dim(
             d_head, d_rows.astype(dtype), first, axis=int(settings.turned)
@@ -122,10 +89,84 @@ def backward(
         return d_hidden, d_head
 
     start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, dtype))
-    return _over_vocabulary(step, start, settings)
+    return over_columns(step, start, settings)
 
 
-def _over_vocabulary(step: Callable[..., Any], carry: Any, settings: Settings) -> Any:
+def empty(tokens: int) -> tuple[Array, Array, Array]:
+    """Start (m, s, t): no column yet."""
+    zero = jnp.zeros((tokens,), jnp.float32)
+    return zero + LOWEST, zero, zero
+
+
+def fold(sums: Sequence[Array], z: Float32[Array, "N C"]) -> tuple[Array, Array, Array]:
+    """Take more columns into (m, s, t)."""
+    m, s, t = sums
+    top = jnp.maximum(m, z.max(axis=1))
+    # Finite: 0 * -inf would be NaN where p is 0.
+    u = jnp.maximum(z - top[:, None], LOWEST)
+    p = jnp.exp(u)
+    gap = m - top
+    decay = jnp.exp(gap)
+    return top, decay * s + p.sum(axis=1), decay * (t + gap * s) + (p * u).sum(axis=1)
+
+
+def is_asked(cotangents: Sequence[Array]) -> Bool[Array, " N"]:
+    """Mark the tokens that have any cotangent."""
+    to_logprob, to_entropy, to_logsumexp, to_support = cotangents
+    asked = (to_logprob != 0) | (to_entropy != 0) | (to_logsumexp != 0)
+    return asked | (to_support != 0).any(axis=1)
+
+
+def gradient_of_logits(
+    ids: Array, support_ids: Array, statistics: Sequence[Array], cotangents: Sequence[Array]
+) -> Callable[[Array, Array | int], Array]:
+    """Return the function from logits z and their first column to d z.
+
+    d/dz = p (c0 + c1 log p) + the ids' own cotangents. From dH/dz = -p (log p + H):
+    c1 = -to_entropy, c0 = to_lse - to_logprob - to_entropy H, less all that goes to the support.
+    An id that stands in the support twice collects both.
+    """
+    m, log_s, entropy = statistics
+    to_logprob, to_entropy, to_logsumexp, to_support = cotangents
+    c1 = -to_entropy
+    # A zero cotangent of a non-finite entropy is zero, too.
+    c0 = to_logsumexp - to_logprob - jnp.where(to_entropy != 0, to_entropy * entropy, 0.0)
+    c0 = c0 - to_support.sum(axis=1)
+    tokens = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]
+
+    def d_logits(z: Array, first: Array | int) -> Array:
+        width = z.shape[1]
+        logp = (z - m[:, None]) - log_s[:, None]
+        finite = jnp.maximum(logp, LOWEST)
+        d_z = jnp.exp(logp) * (c0[:, None] + c1[:, None] * finite)
+        is_id = (ids - first)[:, None] == jnp.arange(width, dtype=jnp.int32)[None, :]
+        d_z = d_z + jnp.where(is_id, to_logprob[:, None], 0.0)
+        if not support_ids.shape[1]:
+            return d_z
+        inside = (support_ids >= first) & (support_ids < first + width)
+        at = jnp.where(inside, support_ids - first, width)
+        return d_z.at[tokens, at].add(to_support, mode="drop")
+
+    return d_logits
+
+
+def rows_gradient(state: Array, d_x: Array, settings: Settings) -> Array:
+    """Multiply d x^T by the states: the gradient of the chunk's rows, as the head is laid."""
+    if settings.turned:
+        return dot(state, d_x, (0, 0))
+
+    def turned(state: Array, d_x: Array) -> Array:
+        # [C, D] straight away takes XLA:CPU half as long again as [D, C] and its transpose; the
+        # barrier keeps it from undoing this.
+        return lax.optimization_barrier(dot(state, d_x, (0, 0))).T
+
+    def straight(state: Array, d_x: Array) -> Array:
+        return dot(d_x, state, (0, 0))
+
+    return lax.platform_dependent(state, d_x, cpu=turned, default=straight)
+
+
+def over_columns(step: Callable[..., Any], carry: Any, settings: Settings) -> Any:
     """Apply `step(carry, first, width)` to all columns that exist, in order."""
     width = min(settings.chunk, settings.vocabulary)
     full, rest = divmod(settings.vocabulary, width)
@@ -137,7 +178,7 @@ def _over_vocabulary(step: Callable[..., Any], carry: Any, settings: Settings) -
     return step(carry, full * width, rest) if rest else carry
 
 
-def _existing(
+def existing(
     hidden: Array,
     rows: Array,
     first: Array | int,
@@ -151,11 +192,3 @@ def _existing(
         return z, slope
     columns = first + jnp.arange(rows.shape[0], dtype=jnp.int32)
     return jnp.where((columns < limit)[None, :], z, -jnp.inf), slope
-
-
-def _is_id(ids: Array, first: Array | int, width: int) -> Bool[Array, "N C"]:
-    """Mark each token's id among the columns [first, first + width).
-
-    A compare fuses into the pass over the chunk; a gather or scatter would be one more.
-    """
-    return (ids - first)[:, None] == jnp.arange(width, dtype=jnp.int32)[None, :]

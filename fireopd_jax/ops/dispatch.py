@@ -8,11 +8,13 @@ that is compiled on a laptop gets the TPU's. CUDA has kernels too, but none of t
 on a GPU; until one is faster there, `chunked` stays the default.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 
-from fireopd_jax.ops import chunked
-from fireopd_jax.ops.logits import Settings
+from fireopd_jax.ops import chunked, pallas_gpu, pallas_gpu_rows, pallas_tpu
+from fireopd_jax.ops.logits import Settings, upright
 from fireopd_jax.ops.state import Forward, State
 from fireopd_jax.types import Array
 
@@ -22,8 +24,10 @@ SMALLEST_VOCABULARY = 4096
 
 PLAIN = "reference"
 """Full logits: no forward, no shards, its own gradient."""
-KERNELS = {}
+KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu, "pallas_gpu_rows": pallas_gpu_rows}
 """Modules with a `forward` for some shapes, and a `refusal` for the others."""
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "pallas_gpu_rows": "gpu"}
+"""What a kernel runs on, outside its interpreter; the others run anywhere."""
 
 
 def forward(
@@ -43,13 +47,23 @@ def forward(
         return chunked.forward(*operands[:-1], settings, operands[-1])
 
     def by_tpu_kernel(*operands) -> State:
-        return pallas_tpu.forward(*operands[:-1], settings, operands[-1])
+        return _upright(pallas_tpu.forward)(*operands[:-1], settings, operands[-1])
 
-    return by_chunks(*operands)
     refused = pallas_tpu.refusal(*_shape(settings, hidden, head, support_ids.shape[1]))
     if refused or _small(hidden, settings):
         return by_chunks(*operands)
     return lax.platform_dependent(*operands, tpu=by_tpu_kernel, default=by_chunks)
+
+
+def _upright(kernel: Forward) -> Forward:
+    """Give a kernel the head as it wants it, one row a word: of [D, V] that is a copy."""
+
+    @functools.wraps(kernel)
+    def run(hidden, head, ids, support_ids, scale, limit, settings, weigh=None) -> State:
+        head = upright(head, settings)
+        return kernel(hidden, head, ids, support_ids, scale, limit, settings, weigh)
+
+    return run
 
 
 def _small(hidden: Array, settings: Settings) -> bool:
@@ -65,7 +79,7 @@ def _shape(settings: Settings, hidden: Array, head: Array, support: int) -> tupl
 FORWARDS: dict[str | None, Forward] = {
     None: forward,
     "chunked": chunked.forward,
-    **{name: kernel.forward for name, kernel in KERNELS.items()},
+    **{name: _upright(kernel.forward) for name, kernel in KERNELS.items()},
 }
 IMPLEMENTATIONS = (PLAIN, *(name for name in FORWARDS if name))
 

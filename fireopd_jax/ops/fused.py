@@ -67,13 +67,20 @@ def _finish(state: State) -> tuple[Array, Array, Array, Array]:
 
 def _with_residuals(forward, hidden, head, ids, support_ids, scale, settings):
     inputs = (hidden, head, ids, support_ids, scale)
-    state = _state(forward, inputs, settings)
+    values, saved = values_of(_state(forward, inputs, settings), support_ids, settings)
+    return values, (inputs, saved)
+
+
+def values_of(
+    state: State, support_ids: Array, settings: Settings
+) -> tuple[tuple[Stats, Stats, Stats, Array], tuple[Stats, Stats, Stats]]:
+    """Return the four statistics of a whole state, and (m, log s, H) for the gradient."""
     logprob, entropy, logsumexp, log_s = _finish(state)
     # A padded id is impossible even in a row of NaN.
     known = exists(support_ids, settings.vocabulary)
     support = (state.support - state.peak[:, None]) - log_s[:, None]
     values = (logprob, entropy, logsumexp, jnp.where(known, support, -jnp.inf))
-    return values, (inputs, (state.peak, log_s, entropy))
+    return values, (state.peak, log_s, entropy)
 
 
 def _gradients(forward, settings, residuals, cotangents):
@@ -83,7 +90,7 @@ def _gradients(forward, settings, residuals, cotangents):
     sharding = settings.sharding
 
     def local(hidden, head, ids, support_ids, scale, saved, cotangents):
-        ids, support_ids, limit, here = _own(head, ids, support_ids, settings)
+        ids, support_ids, limit, here = own(head, ids, support_ids, settings)
         # Rounded once: before the sum over devices the shares of d head stay in float32.
         dtype = jnp.float32 if sharding and sharding.tokens else head.dtype
         d_hidden, d_head = chunked.backward(
@@ -96,7 +103,7 @@ def _gradients(forward, settings, residuals, cotangents):
         return d_hidden, d_head
 
     if sharding:
-        by_token, by_column = _specs(settings)
+        by_token, by_column = specs(settings)
         inputs = (by_token, by_column, by_token, by_token, P(), by_token, by_token)
         local = jax.shard_map(
             local,
@@ -105,9 +112,7 @@ def _gradients(forward, settings, residuals, cotangents):
             out_specs=(by_token, by_column),
             check_vma=False,
         )
-    d_hidden, d_head = local(
-        hidden, head, ids, support_ids, scale, saved, (*to_values, to_support)
-    )
+    d_hidden, d_head = local(hidden, head, ids, support_ids, scale, saved, (*to_values, to_support))
     return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype), None, None, None
 
 
@@ -121,7 +126,7 @@ def _state(forward: Forward, inputs: tuple[Array, ...], settings: Settings, weig
         return forward(*inputs, None, settings, weigh)
 
     def local(hidden, head, ids, support_ids, scale, weigh):
-        ids, support_ids, limit, here = _own(head, ids, support_ids, settings)
+        ids, support_ids, limit, here = own(head, ids, support_ids, settings)
         axis = sharding.vocabulary
         if axis is None:
             return forward(hidden, head, ids, support_ids, scale, limit, here, weigh)
@@ -131,24 +136,25 @@ def _state(forward: Forward, inputs: tuple[Array, ...], settings: Settings, weig
         state = merge_over(axis, dataclasses.replace(state, top_ids=listed), settings.k)
         return with_weight(state, weigh, settings.vocabulary)
 
-    by_token, by_column = _specs(settings)
-    specs = (by_token, by_column, by_token, by_token, P(), (by_token, P()))
+    by_token, by_column = specs(settings)
+    inputs_specs = (by_token, by_column, by_token, by_token, P())
     return jax.shard_map(
         local,
         mesh=sharding.mesh,
-        in_specs=specs if weigh else (*specs[:-1], P()),
+        in_specs=(*inputs_specs, (by_token, P()) if weigh else P()),
         out_specs=by_token,
         check_vma=False,
     )(*inputs, weigh)
 
 
-def _specs(settings: Settings) -> tuple[P, P]:
+def specs(settings: Settings) -> tuple[P, P]:
+    """Give the shardings of what lies by token, and of the head."""
     assert settings.sharding is not None
     columns = settings.sharding.vocabulary
     return P(settings.sharding.tokens), P(None, columns) if settings.turned else P(columns)
 
 
-def _own(head: Array, ids: Array, support_ids: Array, settings: Settings):
+def own(head: Array, ids: Array, support_ids: Array, settings: Settings):
     """Give ids, the limit and the settings as this device's columns see them."""
     here = dataclasses.replace(settings, sharding=None)
     if settings.sharding is None or settings.sharding.vocabulary is None:

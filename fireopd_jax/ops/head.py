@@ -12,13 +12,15 @@ A NaN or infinite state spoils its own row and no other: statistics there are Na
 sums over rows, so a spoilt row must have zero cotangents, as a masked token does.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Literal, TypedDict, Unpack
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Float32, Int32
 
-from fireopd_jax.ops import dispatch, fused, reference
+from fireopd_jax.ops import fused, reference
 from fireopd_jax.ops.blocks import Blocks
 from fireopd_jax.ops.checks import (
     check_arrays,
@@ -28,6 +30,7 @@ from fireopd_jax.ops.checks import (
     check_valid,
 )
 from fireopd_jax.ops.dispatch import FORWARDS, IMPLEMENTATIONS, PLAIN, refuse
+from fireopd_jax.ops.fused_loss import default_token_block, total_loss
 from fireopd_jax.ops.logits import HeadSharding, Settings
 from fireopd_jax.ops.state import student_factor
 from fireopd_jax.types import Array, pytree
@@ -172,6 +175,48 @@ def head_topk(
     return HeadTopK(*(None if each is None else _restored(each, ids) for each in values))
 
 
+def head_loss(
+    loss: Callable[..., Array],
+    hidden: Float[Array, "*N D"],
+    head: Float[Array, "V D"] | Float[Array, "D V"],
+    ids: Int32[Array, "*N"],
+    support_ids: Int32[Array, "*N K"] | None = None,
+    *arguments: Array,
+    token_block: int | None = None,
+    **options: Unpack[HeadOptions],
+) -> Float32[Array, ""]:
+    """Sum `loss(HeadGather, *arguments)` over all tokens, its gradients computed on the way.
+
+    The loss is told the statistics and arguments of n tokens and returns f32[n], each from its own
+    token. Its gradients to `hidden` and `head` cost three matrix products where those of the
+    statistics cost four, and a block of logits, `token_block` x V, exists: by default 2^26
+    elements. `arguments`, arrays with the leading axes of `ids`, have no gradient; the loss must
+    not close over traced values. `implementation`, `chunk` and `blocks` mean nothing here.
+    """
+    for name in ("implementation", "chunk", "blocks", "interpret"):
+        if options.get(name):
+            raise ValueError(f"head_loss has one implementation: {name} has no effect")
+    if support_ids is None:
+        support_ids = jnp.zeros((*ids.shape, 0), jnp.int32)
+    (*inputs, scale), settings = _prepare(hidden, head, ids, support_ids, options, k=0)
+    sharding = settings.sharding
+    columns = settings.vocabulary // (sharding.vocabulary_shards if sharding else 1)
+    block = default_token_block(columns) if token_block is None else token_block
+    if block < 1:
+        raise ValueError(f"token_block must be at least 1, got {block}")
+    filled = inputs[2].shape[0]
+    size = max(min(block, filled // (sharding.token_shards if sharding else 1)), 1)
+    settings = dataclasses.replace(settings, token_block=size)
+    flat = tuple(_flat(each, ids, settings) for each in arguments)
+    exist = jnp.arange(filled) < ids.size
+
+    def of_tokens(logprob, entropy, logsumexp, support_logprob, exist, *arguments):
+        value = loss(HeadGather(logprob, entropy, logsumexp, support_logprob), *arguments)
+        return jnp.where(exist, value, 0.0)
+
+    return total_loss(of_tokens, *inputs, scale, (exist, *flat), settings)
+
+
 def _statistics(
     hidden: Array, head: Array, ids: Array, support_ids: Array, options: HeadOptions
 ) -> tuple[Array, ...]:
@@ -186,7 +231,7 @@ def _statistics(
 def _prepare(
     hidden: Array, head: Array, ids: Array, support_ids: Array, options: HeadOptions, k: int
 ) -> tuple[tuple[Array, ...], Settings]:
-    """Check everything and flatten the leading axes: hidden, head, ids, support, scale; settings."""
+    """Check everything, flatten the leading axes, and gather what a compilation is fixed to."""
     check_options(options, IMPLEMENTATIONS, HeadOptions.__optional_keys__)
     turned = options.get("head_layout", "vd") == "dv"
     check_arrays(hidden, head, ids, support_ids, turned)

@@ -54,6 +54,8 @@ class Settings:
     sharding: HeadSharding | None = None
     implementation: str | None = None
     """As it was asked for."""
+    token_block: int = 128
+    """Tokens at a time, where all columns are computed at once."""
     blocks: Blocks | None = None
     """Of a kernel, where its own formula shall not choose."""
     interpret: bool = False
@@ -65,9 +67,7 @@ def upright(head: Array, settings: Settings) -> Float[Array, "V D"]:
     return head.T if settings.turned else head
 
 
-def rows_of(
-    head: Array, first: Array | int, width: int, settings: Settings
-) -> Float[Array, "C D"]:
+def rows_of(head: Array, first: Array | int, width: int, settings: Settings) -> Float[Array, "C D"]:
     """Read the rows of the columns [first, first + width)."""
     part = lax.dynamic_slice_in_dim(head, first, width, axis=int(settings.turned))
     return upright(part, settings)

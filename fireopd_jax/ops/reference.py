@@ -14,7 +14,7 @@ Stats = Float32[Array, " N"]
 
 def statistics(
     hidden: Float[Array, "N D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | Float[Array, "D V"],
     ids: Int32[Array, " N"],
     support_ids: Int32[Array, "N K"],
     scale: Float32[Array, ""],
@@ -31,7 +31,7 @@ def statistics(
 
 def top_k(
     hidden: Float[Array, "N D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | Float[Array, "D V"],
     ids: Int32[Array, " N"],
     scale: Float32[Array, ""],
     settings: Settings,

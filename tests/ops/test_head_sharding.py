@@ -133,7 +133,9 @@ def test_no_device_holds_the_whole_head_or_all_tokens():
 
     split = jax.NamedSharding(sharding.mesh, jax.P("data"))
     rows = jax.NamedSharding(sharding.mesh, jax.P("tensor"))
-    program = jax.jit(jax.grad(outcome, (0, 1)), in_shardings=(split, rows), out_shardings=(split, rows))
+    program = jax.jit(
+        jax.grad(outcome, (0, 1)), in_shardings=(split, rows), out_shardings=(split, rows)
+    )
     text = program.lower(hidden, head).compile().as_text()
     assert "f32[1024,16]" in text, "the share of a device does not appear"
     assert "f32[4096,16]" not in text and "f32[32,16]" not in text
