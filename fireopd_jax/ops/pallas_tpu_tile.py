@@ -9,6 +9,11 @@ over whole registers of 8 sublanes by 128 lanes, hence vocabulary on sublanes; b
 can a register be gathered from, hence vocabulary on lanes where ids are read.
 
 Ids are floats, exact below 2^24: a minimum of floats is one instruction.
+
+For 512 x 512 logits of width 4096 and K = 16 a v5e multiplies for 16384 cycles; statistics and bins
+are 770 instruction words, a trip of the list 180. To work on the last tile while this one is
+multiplied would hide the former and add twice as many to the product, whose units seem to have the
+cycles to spare; without a TPU to time it, it is left out.
 """
 
 import functools
