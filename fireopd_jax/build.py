@@ -25,6 +25,7 @@ from fireopd_jax.data.pipeline import Encoded, encode, split
 from fireopd_jax.data.sources import Row, read_rows, route
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
 from fireopd_jax.recipe import Config, MethodConfig, StudentConfig
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling, stream
@@ -167,7 +168,8 @@ def set_up(config: Config) -> Setup:
 
 
 def check_training_batches(config: Config, mesh: Mesh) -> None:
-    """Refuse batches of training that the devices cannot share evenly."""
+    """Refuse what the devices cannot do: share a batch evenly, run another platform's kernel."""
+    check_kernel(config.method.score.head)
     sizes = {
         "rollout.batch_size": config.rollout.batch_size,
         "optim.micro_batch_size": config.optim.micro_batch_size,
@@ -180,6 +182,18 @@ def check_training_batches(config: Config, mesh: Mesh) -> None:
             sizes[f"{key}.sft.batch_size"] = model.sft.batch_size
             sizes[f"{key}.sft.optim.micro_batch_size"] = model.sft.optim.micro_batch_size
     check_divisible(sizes, mesh)
+
+
+def check_kernel(name: str | None) -> None:
+    """Refuse a kernel of another platform."""
+    here = jax.default_backend()
+    if name is None or PLATFORMS.get(name, here) == here:
+        return
+    able = [each for each in IMPLEMENTATIONS if PLATFORMS.get(each, here) == here]
+    raise UserError(
+        f"method.score.head={name} runs on {PLATFORMS[name].upper()} only, this machine has "
+        f"{here.upper()}; here run: {', '.join(able)}"
+    )
 
 
 def check_divisible(sizes: Mapping[str, int | None], mesh: Mesh) -> None:
@@ -267,6 +281,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
         optimizer,
         micro_batch_size=optim.micro_batch_size,
         head=method.score.head,
+        head_chunk=method.score.head_chunk,
     )
     return Programs(
         score=jax.jit(score, out_shardings=(rows, rows, whole)),

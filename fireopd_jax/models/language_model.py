@@ -14,10 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int32
 
 from fireopd_jax.models.decoder import Decoder, DecoderConfig
+from fireopd_jax.ops.dispatch import PLAIN
 from fireopd_jax.ops.head import head_stats
+from fireopd_jax.ops.logits import HeadSharding
 from fireopd_jax.types import Array, TokenStats
 
 Params = dict[str, Any]
@@ -30,6 +33,14 @@ class LanguageModel:
 
     config: DecoderConfig
     vocab_size: int
+    mesh: Mesh | None = None
+    """Devices over whose `data` axis rows are split, where a program runs on several."""
+
+    @property
+    def head_sharding(self) -> HeadSharding | None:
+        """Tell the head's statistics where the tokens lie."""
+        several = self.mesh is not None and self.mesh.size > 1
+        return HeadSharding(self.mesh, ("data",)) if several else None
 
     def _module(self, rngs: nnx.Rngs) -> Decoder:
         return Decoder(self.config, self.vocab_size, rngs=rngs)
@@ -52,6 +63,7 @@ class LanguageModel:
         mask: Bool[Array, "B T"],
         temperature: Float[Array, ""] | float = 1.0,
         implementation: str | None = None,
+        chunk: int | None = None,
     ) -> TokenStats:
         """Score given responses: log-prob of each token and entropy of its distribution, f32[B, T].
 
@@ -66,6 +78,8 @@ class LanguageModel:
             tokens,
             logit_scale=1.0 / temperature,
             implementation=implementation,
+            chunk=chunk,
+            sharding=None if implementation == PLAIN else self.head_sharding,
         )
         return TokenStats(logprob=stats.logprob, entropy=stats.entropy)
 

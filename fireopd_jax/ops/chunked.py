@@ -37,18 +37,19 @@ def forward(
     def step(carry, first, width):
         rows = rows_of(head, first, width, settings)
         z, _ = existing(hidden, rows, first, scale, limit, settings)
-        *sums, picked, best = carry
+        sums, picked, best = carry
         at = jnp.clip(wanted - first, 0, width - 1)
         inside = (wanted >= first) & (wanted < first + width)
         # Compares of every logit would cost more than reading the few.
         picked = jnp.where(inside, jnp.take_along_axis(z, at, axis=1), picked)
-        return *fold(sums, z), picked, topk.update(best, z, first) if settings.k else best
+        best = topk.update(best, z, first) if settings.k else best
+        return fold(sums, z), picked, best
 
     nothing = jnp.full(wanted.shape, -jnp.inf, jnp.float32)
-    start = (*empty(ids.shape[0]), nothing, topk.empty(ids.shape[0], settings.k))
-    *sums, picked, (values, found) = over_columns(step, start, settings)
+    start = (empty(ids.shape[0]), nothing, topk.empty(ids.shape[0], settings.k))
+    (m, s, t), picked, (values, found) = over_columns(step, start, settings)
     found = jnp.where(values == -jnp.inf, -1, found)
-    state = State(*sums, picked[:, 0], picked[:, 1:], values, found)
+    state = State(m, s, t, picked[:, 0], picked[:, 1:], values, found)
     return with_weight(state, weigh, settings.vocabulary)
 
 

@@ -8,13 +8,13 @@ that is compiled on a laptop gets the TPU's. CUDA has kernels too, but none of t
 on a GPU; until one is faster there, `chunked` stays the default.
 """
 
-import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
 
 from fireopd_jax.ops import chunked, pallas_gpu, pallas_gpu_rows, pallas_tpu
-from fireopd_jax.ops.logits import Settings, upright
+from fireopd_jax.ops.logits import Settings
 from fireopd_jax.ops.state import Forward, State
 from fireopd_jax.types import Array
 
@@ -43,27 +43,18 @@ def forward(
     """Run the implementation that fits the platform and the shape; see `state.Forward`."""
     operands = (hidden, head, ids, support_ids, scale, limit, weigh)
 
-    def by_chunks(*operands) -> State:
-        return chunked.forward(*operands[:-1], settings, operands[-1])
+    def by(implementation: Forward) -> Callable[..., State]:
+        def run(hidden, head, ids, support_ids, scale, limit, weigh) -> State:
+            return implementation(hidden, head, ids, support_ids, scale, limit, settings, weigh)
 
-    def by_tpu_kernel(*operands) -> State:
-        return _upright(pallas_tpu.forward)(*operands[:-1], settings, operands[-1])
+        return run
 
     refused = pallas_tpu.refusal(*_shape(settings, hidden, head, support_ids.shape[1]))
     if refused or _small(hidden, settings):
-        return by_chunks(*operands)
-    return lax.platform_dependent(*operands, tpu=by_tpu_kernel, default=by_chunks)
-
-
-def _upright(kernel: Forward) -> Forward:
-    """Give a kernel the head as it wants it, one row a word: of [D, V] that is a copy."""
-
-    @functools.wraps(kernel)
-    def run(hidden, head, ids, support_ids, scale, limit, settings, weigh=None) -> State:
-        head = upright(head, settings)
-        return kernel(hidden, head, ids, support_ids, scale, limit, settings, weigh)
-
-    return run
+        return by(chunked.forward)(*operands)
+    return lax.platform_dependent(
+        *operands, tpu=by(pallas_tpu.forward), default=by(chunked.forward)
+    )
 
 
 def _small(hidden: Array, settings: Settings) -> bool:
@@ -79,7 +70,7 @@ def _shape(settings: Settings, hidden: Array, head: Array, support: int) -> tupl
 FORWARDS: dict[str | None, Forward] = {
     None: forward,
     "chunked": chunked.forward,
-    **{name: _upright(kernel.forward) for name, kernel in KERNELS.items()},
+    **{name: kernel.forward for name, kernel in KERNELS.items()},
 }
 IMPLEMENTATIONS = (PLAIN, *(name for name in FORWARDS if name))
 
@@ -89,6 +80,6 @@ def refuse(settings: Settings, hidden: Array, head: Array, support: int) -> None
     name = settings.implementation
     if name == PLAIN and settings.sharding:
         raise ValueError(f"implementation {PLAIN!r} holds full logits and takes no sharding")
-    if name in KERNELS:
-        if reason := KERNELS[name].refusal(*_shape(settings, hidden, head, support)):
-            raise ValueError(f"implementation {name!r}: {reason}")
+    kernel = KERNELS.get(name or "")
+    if kernel and (reason := kernel.refusal(*_shape(settings, hidden, head, support))):
+        raise ValueError(f"implementation {name!r}: {reason}")

@@ -125,7 +125,7 @@ def _state(forward: Forward, inputs: tuple[Array, ...], settings: Settings, weig
     if sharding is None:
         return forward(*inputs, None, settings, weigh)
 
-    def local(hidden, head, ids, support_ids, scale, weigh):
+    def local(hidden, head, ids, support_ids, scale, weigh) -> State:
         ids, support_ids, limit, here = own(head, ids, support_ids, settings)
         axis = sharding.vocabulary
         if axis is None:
@@ -138,13 +138,14 @@ def _state(forward: Forward, inputs: tuple[Array, ...], settings: Settings, weig
 
     by_token, by_column = specs(settings)
     inputs_specs = (by_token, by_column, by_token, by_token, P())
-    return jax.shard_map(
+    spread = jax.shard_map(
         local,
         mesh=sharding.mesh,
         in_specs=(*inputs_specs, (by_token, P()) if weigh else P()),
         out_specs=by_token,
         check_vma=False,
-    )(*inputs, weigh)
+    )
+    return spread(*inputs, weigh)
 
 
 def specs(settings: Settings) -> tuple[P, P]:

@@ -161,18 +161,21 @@ def head_topk(
     if not 1 <= k <= LARGEST_K:
         raise ValueError(f"k must be 1 to {LARGEST_K}, got {k}")
     nowhere = jnp.zeros((*ids.shape, 0), jnp.int32)
-    (*inputs, _, scale), settings = _prepare(hidden, head, ids, nowhere, options, k)
+    (hidden, head, flat_ids, _, scale), settings = _prepare(hidden, head, ids, nowhere, options, k)
     weigh = None
     if student_entropy is not None:
         check_entropy(student_entropy, ids)
         confusion = student_factor(_flat(student_entropy, ids, settings), beta, settings.vocabulary)
         weigh = lax.stop_gradient((confusion, jnp.asarray(alpha, jnp.float32)))
-    inputs = lax.stop_gradient((*inputs, scale))
+    hidden, head, scale = lax.stop_gradient((hidden, head, scale))
     if settings.implementation == PLAIN:
-        values = reference.top_k(*inputs, settings, weigh)
+        *values, weight = reference.top_k(hidden, head, flat_ids, scale, settings, weigh)
     else:
-        values = fused.top_k(FORWARDS[settings.implementation], *inputs, settings, weigh)
-    return HeadTopK(*(None if each is None else _restored(each, ids) for each in values))
+        forward = FORWARDS[settings.implementation]
+        *values, weight = fused.top_k(forward, hidden, head, flat_ids, scale, settings, weigh)
+    logprob, entropy, logsumexp, top_ids, top_logprob = (_restored(each, ids) for each in values)
+    weight = None if weight is None else _restored(weight, ids)
+    return HeadTopK(logprob, entropy, logsumexp, top_ids, top_logprob, weight)
 
 
 def head_loss(
@@ -198,7 +201,7 @@ def head_loss(
             raise ValueError(f"head_loss has one implementation: {name} has no effect")
     if support_ids is None:
         support_ids = jnp.zeros((*ids.shape, 0), jnp.int32)
-    (*inputs, scale), settings = _prepare(hidden, head, ids, support_ids, options, k=0)
+    inputs, settings = _prepare(hidden, head, ids, support_ids, options, k=0)
     sharding = settings.sharding
     columns = settings.vocabulary // (sharding.vocabulary_shards if sharding else 1)
     block = default_token_block(columns) if token_block is None else token_block
@@ -214,23 +217,24 @@ def head_loss(
         value = loss(HeadGather(logprob, entropy, logsumexp, support_logprob), *arguments)
         return jnp.where(exist, value, 0.0)
 
-    return total_loss(of_tokens, *inputs, scale, (exist, *flat), settings)
+    return total_loss(of_tokens, *inputs, (exist, *flat), settings)
 
 
 def _statistics(
     hidden: Array, head: Array, ids: Array, support_ids: Array, options: HeadOptions
-) -> tuple[Array, ...]:
+) -> tuple[Array, Array, Array, Array]:
     inputs, settings = _prepare(hidden, head, ids, support_ids, options, k=0)
     if settings.implementation == PLAIN:
         values = reference.statistics(*inputs, settings)
     else:
         values = fused.statistics(FORWARDS[settings.implementation], *inputs, settings)
-    return tuple(_restored(each, ids) for each in values)
+    logprob, entropy, logsumexp, support = (_restored(each, ids) for each in values)
+    return logprob, entropy, logsumexp, support
 
 
 def _prepare(
     hidden: Array, head: Array, ids: Array, support_ids: Array, options: HeadOptions, k: int
-) -> tuple[tuple[Array, ...], Settings]:
+) -> tuple[tuple[Array, Array, Array, Array, Array], Settings]:
     """Check everything, flatten the leading axes, and gather what a compilation is fixed to."""
     check_options(options, IMPLEMENTATIONS, HeadOptions.__optional_keys__)
     turned = options.get("head_layout", "vd") == "dv"

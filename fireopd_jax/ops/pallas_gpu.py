@@ -35,6 +35,8 @@ from fireopd_jax.types import Array
 COMPUTING = 2
 """Warpgroups that multiply; one more copies."""
 TOKENS = COMPUTING * tile.ROWS
+DEPTH = 64
+"""Elements of the width at a time: 128 bytes, the widest swizzle of shared memory."""
 STAGES = 4
 """Tiles of operands in shared memory at a time."""
 COPYING_REGISTERS = 40
@@ -49,15 +51,15 @@ def default_blocks(tokens: int, width: int, vocabulary: int, k: int, dtype: DTyp
     4 stages of (128 + 256) * 64 * 2 bytes are 192 KiB of the 227 KiB of shared memory. The
     registers of a list of more than 64 are not left over beside 256 columns.
     """
-    return Blocks(tokens=TOKENS, vocabulary=256 if k <= 64 else 128, width=64)
+    return Blocks(tokens=TOKENS, vocabulary=256 if k <= 64 else 128, width=DEPTH)
 
 
 def refusal(
     tokens: int, width: int, vocabulary: int, support: int, k: int, dtype: DTypeLike
 ) -> str | None:
     """Say why this shape is not for this kernel; None: it is."""
-    if width % 8:
-        return f"width must be a multiple of 8, for TMA reads rows of whole 16 bytes, got {width}"
+    if not width or width % DEPTH:
+        return f"width must be a multiple of {DEPTH}, got {width}"
     return tile.refusal(k, dtype, (jnp.bfloat16, jnp.float16))
 
 
@@ -78,6 +80,8 @@ def forward(
     given = jnp.concatenate([ids[:, None], support_ids], axis=1)
     known = exists(given, settings.vocabulary if limit is None else limit)
     given = jnp.where(known, _logits_at(hidden, head, given, scale, settings), -jnp.inf)
+    # Shared memory is laid out in eights of rows.
+    head = tile.pad(head, 8)
     found, weight = _run(tile.pad(hidden, TOKENS), head, scale, limit, settings, weigh)
     state = tile.assemble(found, given, settings)
     if weight is None:
@@ -114,16 +118,16 @@ class _Plan:
     pair: bool
     """Blocks of tokens come in clusters of two."""
     end: int | None
-    """Columns that exist, if the last tile has more of them and no limit says it."""
-    limited: bool
+    """Columns that exist, if the last tile has more."""
     weighs: bool
+    """In the last step, which needs the whole vocabulary in one range."""
 
     @property
     def tiles(self) -> int:
         return -(-self.settings.vocabulary // self.columns)
 
 
-def _plan(hidden: Array, limit: Array | None, settings: Settings, weighs: bool) -> _Plan:
+def _plan(hidden: Array, settings: Settings, weighs: bool) -> _Plan:
     tokens, width = hidden.shape
     vocabulary = settings.vocabulary
     own = default_blocks(tokens, width, vocabulary, settings.k, hidden.dtype)
@@ -137,7 +141,6 @@ def _plan(hidden: Array, limit: Array | None, settings: Settings, weighs: bool) 
         ranges=ranges,
         pair=tokens // TOKENS % 2 == 0,
         end=vocabulary if vocabulary % blocks.vocabulary else None,
-        limited=limit is not None,
         weighs=weighs and ranges == 1,
     )
 
@@ -153,21 +156,17 @@ def _run(
     """Return the state of each range, as `tile.empty` has it, and the weights if it is one."""
     gpu = tile.plgpu()
     tokens = hidden.shape[0]
-    plan = _plan(hidden, limit, settings, weigh is not None)
-    operands = [jnp.reshape(scale, 1)]
-    if limit is not None:
-        operands.append(jnp.reshape(limit, 1))
-    if plan.weighs:
-        assert weigh is not None
-        operands += [tile.pad(weigh[0], TOKENS), jnp.reshape(weigh[1], 1)]
+    plan = _plan(hidden, settings, weigh is not None)
     start = tile.empty(plan.ranges, tokens, settings.k)
-    results = tile.shapes(start)
-    if plan.weighs:
-        results += (jax.ShapeDtypeStruct((tokens,), jnp.float32),)
+    bound = None if limit is None else jnp.reshape(limit, 1)
+    weighing = weight = None
+    if weigh is not None and plan.weighs:
+        weighing = tile.pad(weigh[0], TOKENS), jnp.reshape(weigh[1], 1)
+        weight = jax.ShapeDtypeStruct((tokens,), jnp.float32)
     cluster = {"cluster": (2,), "cluster_names": ("pair",)} if plan.pair else {}
-    found = gpu.kernel(
+    return gpu.kernel(
         functools.partial(_kernel, plan),
-        out_type=results,
+        out_type=(tile.shapes(start), weight),
         grid=(plan.ranges, tokens // TOKENS // (2 if plan.pair else 1)),
         grid_names=("range", "block"),
         num_threads=COMPUTING + 1,
@@ -176,21 +175,24 @@ def _run(
         kernel_name="head_statistics",
         **cluster,
         **tile.launch(settings),
-    )(hidden, head, *start, *operands)
-    return tuple(found[: len(start)]), found[-1] if plan.weighs else None
+    )(hidden, head, start, jnp.reshape(scale, 1), bound, weighing)
 
 
-def _kernel(plan: _Plan, hidden: Any, head: Any, *refs: Any) -> None:
+def _kernel(
+    plan: _Plan,
+    hidden: Any,
+    head: Any,
+    start: Any,
+    scale: Any,
+    bound: Any,
+    weighing: Any,
+    found: Any,
+    weight: Any,
+    running: Any,
+) -> None:
     """Work on one block of tokens and one range of the vocabulary."""
     from jax.experimental import pallas as pl
 
-    arrays = 5 if plan.settings.k else 3
-    start, (scale, *refs) = refs[:arrays], refs[arrays:]
-    end = plan.end
-    if plan.limited:
-        end, *refs = refs
-        end = end[0]
-    *refs, running = refs
     group = lax.axis_index("group")
     running = running.at[group]
     block = lax.axis_index("block")
@@ -198,8 +200,8 @@ def _kernel(plan: _Plan, hidden: Any, head: Any, *refs: Any) -> None:
         block = 2 * block + lax.axis_index("pair")
     mine = pl.ds(block * TOKENS + group * tile.ROWS, tile.ROWS)
     at = lax.axis_index("range"), mine
-    weighing, results = (refs[:2], refs[2:]) if plan.weighs else ((), refs)
-    lists = [each.at[at] for each in results[3:arrays]]
+    lists = [each.at[at] for each in found[3:]]
+    end = plan.end if bound is None else bound[0]
 
     def fold(products, first):
         tile.fold(products, first, end, scale[0], running, lists, plan.settings)
@@ -212,13 +214,12 @@ def _kernel(plan: _Plan, hidden: Any, head: Any, *refs: Any) -> None:
 
     @pl.when(group < COMPUTING)
     def finish():
-        m, s, t = (tile.row_of(running.at[name]) for name in (tile.PEAK, tile.MASS, tile.TILT))
-        results[0][at], results[1][at], results[2][at] = m, s, t
-        if plan.weighs:
+        _, s, t = tile.end(running, [each.at[at] for each in found[:3]])
+        if weighing is not None:
             confusion, alpha = weighing
             weigh = tile.row_of(confusion.at[mine]), alpha[0]
             entropy = jnp.log(s) - t / s
-            results[-1][mine] = states.weight(entropy, weigh, plan.settings.vocabulary)
+            weight[mine] = states.weight(entropy, weigh, plan.settings.vocabulary)
 
 
 def _multiply(plan: _Plan, hidden: Any, head: Any, fold: Any) -> None:
@@ -272,7 +273,7 @@ def _pipeline(plan: _Plan, hidden: Any, body: Any, compute: Any) -> Any:
     shared = {"collective_axes": ("pair",)} if plan.pair else {}
     return gpu.emit_pipeline_warp_specialized(
         body,
-        grid=(-(-hidden.shape[1] // plan.depth),),
+        grid=(hidden.shape[1] // plan.depth,),
         in_specs=[block(TOKENS), block(plan.columns, **shared)],
         max_concurrent_steps=STAGES,
         memory_registers=COPYING_REGISTERS,

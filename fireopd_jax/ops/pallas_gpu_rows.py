@@ -106,37 +106,40 @@ def _fold(
 ) -> tuple[Array, ...]:
     """Run the kernel over one chunk, whose first column is `first` of the vocabulary."""
     gpu = tile.plgpu()
-    scalars = [jnp.reshape(jnp.asarray(first, jnp.int32), 1), jnp.reshape(scale, 1)]
-    scalars += [] if end is None else [jnp.reshape(end, 1)]
-    return tuple(
-        gpu.kernel(
-            functools.partial(_kernel, columns, end is not None, settings),
-            out_type=tile.shapes(found),
-            grid=(found[0].shape[0], products.shape[0] // tile.ROWS),
-            grid_names=("range", "block"),
-            scratch_types=[gpu.SMEM((tile.RUNNING, tile.ROWS), jnp.float32)],
-            kernel_name="head_rows",
-            **tile.launch(settings),
-        )(products, *found, *scalars)
-    )
+    bound = None if end is None else jnp.reshape(end, 1)
+    first = jnp.reshape(jnp.asarray(first, jnp.int32), 1)
+    (found,) = gpu.kernel(
+        functools.partial(_kernel, columns, settings),
+        out_type=(tile.shapes(found),),
+        grid=(found[0].shape[0], products.shape[0] // tile.ROWS),
+        grid_names=("range", "block"),
+        scratch_types=[gpu.SMEM((tile.RUNNING, tile.ROWS), jnp.float32)],
+        kernel_name="head_rows",
+        **tile.launch(settings),
+    )(products, found, first, bound, jnp.reshape(scale, 1))
+    return found
 
 
-def _kernel(columns: int, bounded: bool, settings: Settings, products: Any, *refs: Any) -> None:
+def _kernel(
+    columns: int,
+    settings: Settings,
+    products: Any,
+    start: Any,
+    first: Any,
+    bound: Any,
+    scale: Any,
+    found: Any,
+    running: Any,
+) -> None:
     """Work on one block of tokens and one range of the chunk's columns."""
     from jax.experimental import pallas as pl
 
     gpu = tile.plgpu()
-    arrays = 5 if settings.k else 3
-    found, (first, scale, *refs) = refs[:arrays], refs[arrays:]
-    end = None
-    if bounded:
-        end, *refs = refs
-        end = end[0]
-    *results, running = refs
     block = pl.ds(lax.axis_index("block") * tile.ROWS, tile.ROWS)
     at = lax.axis_index("range"), block
-    lists = [each.at[at] for each in results[3:]]
-    tile.begin([each.at[at] for each in found], running, lists)
+    end = None if bound is None else bound[0]
+    lists = [each.at[at] for each in found[3:]]
+    tile.begin([each.at[at] for each in start], running, lists)
     tiles = products.shape[1] // columns
     share = -(-tiles // lax.axis_size("range"))
     before = lax.axis_index("range") * share
@@ -153,5 +156,4 @@ def _kernel(columns: int, bounded: bool, settings: Settings, products: Any, *ref
         in_specs=[gpu.BlockSpec((tile.ROWS, columns), lambda i: (0, before + i), transforms=tiled)],
         max_concurrent_steps=STAGES,
     )(products.at[block])
-    for name, result in zip((tile.PEAK, tile.MASS, tile.TILT), results[:3], strict=True):
-        result[at] = tile.row_of(running.at[name])
+    tile.end(running, [each.at[at] for each in found[:3]])

@@ -93,7 +93,7 @@ def ranges(blocks: int, tiles: int) -> int:
 
 
 def pad(x: Array, rows: int) -> Array:
-    """Append zeros until there are whole blocks of tokens, one at least."""
+    """Append rows of zeros until there are whole blocks of them, one at least."""
     lacking = max(1, -(-x.shape[0] // rows)) * rows - x.shape[0]
     return jnp.pad(x, ((0, lacking), *[(0, 0)] * (x.ndim - 1)))
 
@@ -181,6 +181,14 @@ def begin(start: Sequence[Any], running: Any, lists: Sequence[Any]) -> None:
         values, ids = (rows_of(source) for source in start[3:])
         lists[0][...], lists[1][...] = values, ids
         running[THRESHOLD] = jnp.min(values, axis=1)
+
+
+def end(running: Any, results: Sequence[Any]) -> list[Array]:
+    """Return m, s and t, and copy them out; the lists lie there already."""
+    values = [row_of(running.at[name]) for name in (PEAK, MASS, TILT)]
+    for value, result in zip(values, results, strict=True):
+        result[...] = value
+    return values
 
 
 def fold(

@@ -112,7 +112,8 @@ def merge_over(axis: str, state: State, k: int) -> State:
     values, ids = state.top_values, state.top_ids
     if k:
         gathered = lax.all_gather((values, ids), axis)
-        values, ids = best_of(*(_side_by_side(each) for each in gathered), k)
+        values, ids = (_side_by_side(each) for each in gathered)
+        values, ids = best_of(values, ids, k)
     return State(peak, mass, tilt, picked, support, values, ids)
 
 
@@ -120,9 +121,9 @@ def best_of(
     values: Float32[Array, "N C"], ids: Int32[Array, "N C"], k: int
 ) -> tuple[Float32[Array, "N K"], Int32[Array, "N K"]]:
     """Sort candidates, of equals the lowest id first, and keep the first `k`."""
-    negative, ids = lax.sort((-values, ids), dimension=1, num_keys=2)
+    negative, ids = lax.sort((-jnp.asarray(values), jnp.asarray(ids)), dimension=1, num_keys=2)
     return -negative[:, :k], ids[:, :k]
 
 
 def _side_by_side(x: Array) -> Array:
-    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2])
