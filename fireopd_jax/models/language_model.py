@@ -39,8 +39,9 @@ class LanguageModel:
     @property
     def head_sharding(self) -> HeadSharding | None:
         """Tell the head's statistics where the tokens lie."""
-        several = self.mesh is not None and self.mesh.size > 1
-        return HeadSharding(self.mesh, ("data",)) if several else None
+        if self.mesh is None or self.mesh.size == 1:
+            return None
+        return HeadSharding(self.mesh, ("data",))
 
     def _module(self, rngs: nnx.Rngs) -> Decoder:
         return Decoder(self.config, self.vocab_size, rngs=rngs)

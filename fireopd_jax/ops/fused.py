@@ -9,6 +9,7 @@ over a mesh axis is written down where it happens.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,9 @@ def _gradients(forward, settings, residuals, cotangents):
 statistics.defvjp(_with_residuals, _gradients)
 
 
-def _state(forward: Forward, inputs: tuple[Array, ...], settings: Settings, weigh=None) -> State:
+def _state(
+    forward: Forward, inputs: tuple[Array, ...], settings: Settings, weigh: Any = None
+) -> State:
     """Run the implementation, on each device over its own tokens and columns."""
     sharding = settings.sharding
     if sharding is None:
@@ -137,11 +140,11 @@ def _state(forward: Forward, inputs: tuple[Array, ...], settings: Settings, weig
         return with_weight(state, weigh, settings.vocabulary)
 
     by_token, by_column = specs(settings)
-    inputs_specs = (by_token, by_column, by_token, by_token, P())
+    of_weigh = (by_token, P()) if weigh else P()
     spread = jax.shard_map(
         local,
         mesh=sharding.mesh,
-        in_specs=(*inputs_specs, (by_token, P()) if weigh else P()),
+        in_specs=(by_token, by_column, by_token, by_token, P(), of_weigh),
         out_specs=by_token,
         check_vma=False,
     )

@@ -56,8 +56,11 @@ total_loss.defvjp(_with_gradients, _scaled)
 
 
 def default_token_block(vocabulary: int) -> int:
-    """Give as many tokens as make 2^26 logits (256 MiB), 128 to 4096."""
-    return min(max(2**26 // vocabulary // 128, 1) * 128, 4096)
+    """Give as many tokens as make 2^24 logits (64 MiB), 512 to 4096.
+
+    A block reads and writes d head once; below 512 tokens that outweighs the products.
+    """
+    return min(max(2**24 // vocabulary, 512), 4096)
 
 
 def _over_shards(loss, inputs, settings: Settings, gradients: bool):

@@ -192,8 +192,8 @@ def head_loss(
 
     The loss is told the statistics and arguments of n tokens and returns f32[n], each from its own
     token. Its gradients to `hidden` and `head` cost three matrix products where those of the
-    statistics cost four, and a block of logits, `token_block` x V, exists: by default 2^26
-    elements. `arguments`, arrays with the leading axes of `ids`, have no gradient; the loss must
+    statistics cost four, and a block of logits, `token_block` x V, exists: by default 2^24
+    elements, but at least 512 tokens. `arguments`, arrays with the leading axes of `ids`, have no gradient; the loss must
     not close over traced values. `implementation`, `chunk` and `blocks` mean nothing here.
     """
     for name in ("implementation", "chunk", "blocks", "interpret"):
@@ -227,7 +227,8 @@ def _statistics(
     if settings.implementation == PLAIN:
         values = reference.statistics(*inputs, settings)
     else:
-        values = fused.statistics(FORWARDS[settings.implementation], *inputs, settings)
+        forward = FORWARDS[settings.implementation]
+        values: tuple[Array, ...] = fused.statistics(forward, *inputs, settings)
     logprob, entropy, logsumexp, support = (_restored(each, ids) for each in values)
     return logprob, entropy, logsumexp, support
 
