@@ -10,6 +10,7 @@ CREATED := $(VENV)/.created
 RUNTIME := $(VENV)/.installed
 TEST := $(VENV)/.installed-test
 DEV := $(VENV)/.installed-dev
+AOT := $(VENV)-aot/.installed-aot
 PARITY_STAMP := $(if $(filter-out 0,$(PARITY)),$(VENV)/.installed-parity)
 
 .DEFAULT_GOAL := help
@@ -33,8 +34,9 @@ smoke: $(RUNTIME) ## The smallest complete run: does everything work at all
 test: $(TEST) $(PARITY_STAMP) ## Run the tests, without the slow ones
 	@$(BIN)/python -m pytest -n 2 -m "not slow and not aot and not browser" $(ARGS)
 
-test-all: $(TEST) $(PARITY_STAMP) ## Run every test
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+test-all: $(TEST) $(PARITY_STAMP) $(AOT) ## Run every test, compilations for TPUs and GPUs included
+	@$(BIN)/python -m pytest -n 2 -m "not aot" $(ARGS)
+	@$(VENV)-aot/bin/python -m pytest -n 2 -m aot $(ARGS)
 
 schema: $(RUNTIME) ## Write configs/schema.json anew, after a change of any setting
 	$(BIN)/fireopd schema configs/schema.json
@@ -60,6 +62,12 @@ $(CREATED):
 
 $(RUNTIME): pyproject.toml | $(CREATED)
 	$(PIP) -e .
+	@touch $@
+
+# Apart from the others: with libtpu installed, every program without a TPU complains about it.
+$(AOT): pyproject.toml
+	$(PYTHON) -m venv $(VENV)-aot
+	$(VENV)-aot/bin/python -m pip install -q -e ".[test,aot]"
 	@touch $@
 
 $(VENV)/.installed-%: pyproject.toml | $(CREATED)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from fireopd_jax.losses.supervised import NegativeLogLikelihood
     from fireopd_jax.models.decoder import DecoderConfig
     from fireopd_jax.models.language_model import LanguageModel
-    from fireopd_jax.ops.head import head_gather, head_stats, head_topk
+    from fireopd_jax.ops.blocks import Blocks
+    from fireopd_jax.ops.head import head_gather, head_loss, head_stats, head_topk
+    from fireopd_jax.ops.logits import HeadSharding
     from fireopd_jax.recipe import Config, load_config
     from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
     from fireopd_jax.rollout.engine import generate
@@ -32,7 +34,9 @@ _HOME = {
     "losses.supervised": ("NegativeLogLikelihood",),
     "models.decoder": ("DecoderConfig",),
     "models.language_model": ("LanguageModel",),
-    "ops.head": ("head_gather", "head_stats", "head_topk"),
+    "ops.blocks": ("Blocks",),
+    "ops.head": ("head_gather", "head_loss", "head_stats", "head_topk"),
+    "ops.logits": ("HeadSharding",),
     "recipe": ("Config", "load_config"),
     "reweighting": ("ConfidenceConfusion", "Uniform"),
     "rollout.engine": ("generate",),
@@ -44,9 +48,11 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "Batch",
+    "Blocks",
     "ConfidenceConfusion",
     "Config",
     "DecoderConfig",
+    "HeadSharding",
     "KeepAll",
     "LanguageModel",
     "NegativeLogLikelihood",
@@ -64,6 +70,7 @@ __all__ = [
     "fire_weights",
     "generate",
     "head_gather",
+    "head_loss",
     "head_stats",
     "head_topk",
     "load_config",

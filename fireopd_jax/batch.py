@@ -18,7 +18,7 @@ from fireopd_jax.types import Array, Batch, Rollout, Scores
 Keep = Bool[Array, " B"] | Bool[Array, "B T"]
 Filter = Callable[[Scores, Bool[Array, "B T"], Int32[Array, " B"], int], Keep]
 Reweight = Callable[
-    [Scores, Bool[Array, "B T"], Keep, Int32[Array, " B"], int], Float32[Array, "B T"]
+    [Scores, Bool[Array, "B T"], Keep, Int32[Array, " B"], int, int | None], Float32[Array, "B T"]
 ]
 
 
@@ -29,12 +29,14 @@ def assemble(
     reweight: Reweight,
     aggregate: Literal["seq", "token"],
     num_teachers: int,
+    vocab_size: int | None = None,
 ) -> tuple[Batch, Keep]:
     """Return the batch of the update and what the filter kept; no gradient passes."""
     rollout, scores = jax.lax.stop_gradient((rollout, scores))
     teacher, mask = rollout.prompts.teacher, rollout.mask
     keep = filter(scores, mask, teacher, num_teachers)
-    weight = jax.lax.stop_gradient(reweight(scores, mask, keep, teacher, num_teachers))
+    weight = reweight(scores, mask, keep, teacher, num_teachers, vocab_size)
+    weight = jax.lax.stop_gradient(weight)
     return Batch(rollout, scores, weight, coefficients(mask, keep, aggregate)), keep
 
 

@@ -26,7 +26,12 @@ from fireopd_jax.data.sources import Row, read_rows, route
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.hf_load import read_config, resolve
 from fireopd_jax.models.language_model import LanguageModel, Params
+<<<<<<< HEAD
 from fireopd_jax.recipe import Config, MethodConfig, StudentConfig, TeacherConfig
+=======
+from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
+from fireopd_jax.recipe import Config, MethodConfig, StudentConfig
+>>>>>>> main
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling, stream
 from fireopd_jax.sharding import by_rows, make_mesh, replicated
@@ -70,6 +75,10 @@ class ModelSpec:
     def slug(self) -> str:
         """The name as a file name."""
         return self.name.replace(" ", "_")
+
+    def on(self, mesh: Mesh) -> "ModelSpec":
+        """Let the model run on a mesh."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, mesh=mesh))
 
     def description(self) -> dict[str, Any]:
         """Say all that is needed to load the parameters again."""
@@ -185,8 +194,10 @@ def _typed(
 def set_up(config: Config) -> Setup:
     """Read the data and describe the models."""
     mesh = make_mesh(config.mesh)
-    student = make_spec("student", config.student)
-    teachers = tuple(make_spec(f"teacher {n}", teacher) for n, teacher in config.teachers.items())
+    student = make_spec("student", config.student).on(mesh)
+    teachers = tuple(
+        make_spec(f"teacher {name}", teacher).on(mesh) for name, teacher in config.teachers.items()
+    )
     for teacher in teachers:
         check_teacher(student.speaker, teacher.speaker, config.checks.allow)
     for spec in (student, *teachers):
@@ -242,7 +253,8 @@ def check_length(spec: ModelSpec, config: Config) -> None:
 
 
 def check_training_batches(config: Config, mesh: Mesh) -> None:
-    """Refuse batches of training that the devices cannot share evenly."""
+    """Refuse what the devices cannot do: share a batch evenly, run another platform's kernel."""
+    check_kernel(config.method.score.head)
     sizes = {
         "rollout.batch_size": config.rollout.batch_size,
         "optim.micro_batch_size": config.optim.micro_batch_size,
@@ -255,6 +267,18 @@ def check_training_batches(config: Config, mesh: Mesh) -> None:
             sizes[f"{key}.sft.batch_size"] = model.sft.batch_size
             sizes[f"{key}.sft.optim.micro_batch_size"] = model.sft.optim.micro_batch_size
     check_divisible(sizes, mesh)
+
+
+def check_kernel(name: str | None) -> None:
+    """Refuse a kernel of another platform."""
+    here = jax.default_backend()
+    if name is None or PLATFORMS.get(name, here) == here:
+        return
+    able = [each for each in IMPLEMENTATIONS if PLATFORMS.get(each, here) == here]
+    raise UserError(
+        f"method.score.head={name} runs on {PLATFORMS[name].upper()} only, this machine has "
+        f"{here.upper()}; here run: {', '.join(able)}"
+    )
 
 
 def check_divisible(sizes: Mapping[str, int | None], mesh: Mesh) -> None:
@@ -306,7 +330,13 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
             setup.mesh,
         )
         batch, keep = assemble(
-            rollout, scores, method.filter, method.reweight, method.aggregate, len(teachers)
+            rollout,
+            scores,
+            method.filter,
+            method.reweight,
+            method.aggregate,
+            len(teachers),
+            student.vocab_size,
         )
         return batch, keep, diagnostics.of_batch(batch, keep, config.rollout.max_tokens)
 
@@ -316,6 +346,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
         optimizer,
         micro_batch_size=optim.micro_batch_size,
         head=method.score.head,
+        head_chunk=method.score.head_chunk,
     )
     return Programs(
         score=jax.jit(score, out_shardings=(rows, rows, whole)),

@@ -238,18 +238,26 @@ def bench_head(
     top_k: Annotated[int, typer.Option(help="Ids per position, 1 to 128.")] = 16,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     implementations: Annotated[
-        str, typer.Option(metavar="A,B", help="To set beside the naive one.")
-    ] = "chunked",
+        str | None, typer.Option(metavar="A,B", help="By default all that run on this machine.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved; medians are reported.")] = 7,
     chunk: Annotated[int | None, typer.Option(help="Columns at a time, if not the usual.")] = None,
-    file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Time block sizes instead; nothing reads their table."),
+    ] = False,
+    file: Annotated[
+        Path | None,
+        typer.Option("--json", help="File to write; that of --tune gains what it lacks."),
+    ] = None,
 ) -> None:
     """Time the head statistics against full logits with `lax.top_k` and a bare product."""
-    from fireopd_jax.bench.head import Shape
-    from fireopd_jax.bench.head import bench_head as run
+    from fireopd_jax.bench.head import Shape, bench_head
+    from fireopd_jax.bench.tune import tune_head
 
     shape = Shape(tokens, width, vocab, top_k, dtype, chunk)
-    run(shape, [name.strip() for name in implementations.split(",")], rounds, file)
+    names = implementations and [name.strip() for name in implementations.split(",")]
+    (tune_head if tune else bench_head)(shape, names or None, rounds, file)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Float32, Int32
 
 from fireopd_jax.filtering import TeacherQuantile
-from fireopd_jax.reweighting import ConfidenceConfusion
+from fireopd_jax.reweighting import ConfidenceConfusion, Scope
 from fireopd_jax.types import Array, Scores, TokenStats
 
 
@@ -23,16 +23,18 @@ def fire_weights(
     alpha: float = 1.0,
     beta: float = 1.0,
     filter_scope: Literal["batch", "teacher"] = "batch",
-    max_scope: Literal["batch", "kept", "teacher", "row"] = "batch",
+    max_scope: Scope = "batch",
     teacher: Int32[Array, " B"] | None = None,
     num_teachers: int | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[Float32[Array, "B T"], Bool[Array, " B"]]:
     """Return w~ and which trajectories to keep.
 
     Give the global batch, never a micro-batch. Use both results: dropped rows are weighted, too.
-    Rows of several teachers need both `teacher`, the route of each row, and `num_teachers`.
+    Rows of several teachers need both `teacher`, the route of each row, and `num_teachers`; the
+    `max_scope` of `vocabulary` needs `vocab_size`.
 
-    Raises ValueError when only one of the two is given.
+    Raises ValueError when only one of the two is given, or no vocabulary where it is needed.
 
     References: arXiv 2606.02684, Eq. 4-8.
     """
@@ -53,4 +55,4 @@ def fire_weights(
         scores, mask, teacher, num_teachers
     )
     reweight = ConfidenceConfusion(alpha=alpha, beta=beta, max_scope=max_scope)
-    return reweight(scores, mask, keep, teacher, num_teachers), keep
+    return reweight(scores, mask, keep, teacher, num_teachers, vocab_size), keep

@@ -7,6 +7,7 @@ Dropped rows are weighted like the others; `batch.py` leaves them out. Maxima ar
 batch: they must see it at once, never a micro-batch.
 """
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 import jax
@@ -16,6 +17,8 @@ from pydantic import Field
 
 from fireopd_jax.config import config
 from fireopd_jax.types import Array, Scores
+
+Scope = Literal["batch", "kept", "teacher", "row", "vocabulary"]
 
 
 @config
@@ -34,6 +37,7 @@ class Uniform:
         keep: Bool[Array, " B"] | Bool[Array, "B T"],
         teacher: Int32[Array, " B"],
         num_teachers: int,
+        vocab_size: int | None = None,
     ) -> Float32[Array, "B T"]:
         """Return 1 on each response token."""
         return jnp.asarray(mask).astype(jnp.float32)
@@ -55,9 +59,10 @@ class ConfidenceConfusion:
     """Strength of the teacher's confidence c^T; 0 ignores it."""
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Strength of the student's confusion c^S; 0 ignores it."""
-    max_scope: Literal["batch", "kept", "teacher", "row"] = "batch"
+    max_scope: Scope = "batch"
     """Tokens the entropy maxima are taken over: all, those of kept rows, of the rows of the same
-    teacher, or of the row itself: what the authors' code does at the settings it ships."""
+    teacher, or of the row itself: what the authors' code does at the settings it ships. Or none:
+    with `vocabulary` the bound log V stands in place of both maxima, and no outlier sets them."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher.entropy", "student.entropy"})
 
@@ -68,11 +73,15 @@ class ConfidenceConfusion:
         keep: Bool[Array, " B"] | Bool[Array, "B T"],
         teacher: Int32[Array, " B"],
         num_teachers: int,
+        vocab_size: int | None = None,
     ) -> Float32[Array, "B T"]:
         """Return w~, 0 where masked."""
 
         def share(entropy: Array) -> Array:
-            top = self._maximum(entropy, mask, keep, teacher, num_teachers)
+            if self.max_scope == "vocabulary":
+                top = jnp.full((1, 1), math.log(_known(vocab_size)), jnp.float32)
+            else:
+                top = self._maximum(entropy, mask, keep, teacher, num_teachers)
             return jnp.clip(entropy / jnp.maximum(top, 1e-6), 0.0, 1.0)
 
         confidence = 1.0 - share(scores.teacher.entropy)
@@ -102,3 +111,9 @@ class ConfidenceConfusion:
             by_teacher = jnp.max(jnp.where(own, row[:, None], 0.0), axis=0, initial=0.0)
             return by_teacher[jnp.asarray(teacher)][:, None]
         return jnp.max(row, initial=0.0)[None, None]
+
+
+def _known(vocab_size: int | None) -> int:
+    if vocab_size is None:
+        raise ValueError("max_scope 'vocabulary' needs vocab_size, the size of the vocabulary")
+    return vocab_size

@@ -127,6 +127,7 @@ def gradients(
     *,
     micro_batch_size: int | None = None,
     head: str | None = None,
+    head_chunk: int | None = None,
 ) -> tuple[Params, Metrics]:
     """Give the gradient of the batch's loss, and metrics, summed over micro-batches.
 
@@ -143,6 +144,7 @@ def gradients(
             rollout.mask,
             temperature,
             head,
+            head_chunk,
         )
         total = total_loss(loss(student, part), part)
         return total, _update_metrics(total, student, part)
@@ -201,13 +203,14 @@ def make_update(
     *,
     micro_batch_size: int | None = None,
     head: str | None = None,
+    head_chunk: int | None = None,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
     """Close over what is static; the result is pure and ready to be jitted."""
 
     def update(state: TrainState, batch: Batch, temperature: Array):
         grads, metrics = gradients(
             model, loss, state.params, batch, temperature,
-            micro_batch_size=micro_batch_size, head=head,
+            micro_batch_size=micro_batch_size, head=head, head_chunk=head_chunk,
         )  # fmt: skip
         norm = optax.tree.norm(grads)
         usable = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)

@@ -126,9 +126,17 @@ def raw_weight(teacher_entropy, student_entropy, teacher_max, student_max, alpha
 
 
 def weights(
-    teacher_entropy, student_entropy, mask, keep, alpha=1.0, beta=1.0, scope="batch", teacher=None
+    teacher_entropy,
+    student_entropy,
+    mask,
+    keep,
+    alpha=1.0,
+    beta=1.0,
+    scope="batch",
+    teacher=None,
+    vocab_size=None,
 ):
-    """Eq. 5-8: mean 1 over each row's own tokens; maxima over `scope`."""
+    """Eq. 5-8: mean 1 over each row's own tokens; maxima over `scope`, or log V."""
     teacher_entropy = np.asarray(teacher_entropy, np.float64)
     student_entropy = np.asarray(student_entropy, np.float64)
     mask = np.asarray(mask)
@@ -139,9 +147,12 @@ def weights(
             "kept": [j for j in range(len(mask)) if keep[j]],
             "teacher": [j for j in range(len(mask)) if teacher is None or teacher[j] == teacher[i]],
             "row": [i],
+            "vocabulary": [],
         }[scope]
         teacher_max = _maximum(teacher_entropy, mask, rows)
         student_max = _maximum(student_entropy, mask, rows)
+        if scope == "vocabulary":
+            teacher_max = student_max = np.log(vocab_size)
         tokens = [t for t in range(mask.shape[1]) if mask[i, t]]
         for t in tokens:
             result[i, t] = raw_weight(

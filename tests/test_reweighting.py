@@ -8,10 +8,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pydantic import ValidationError
 
+from fireopd_jax.ops.head import head_topk
 from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
 from tests import cases, oracle
 
-SCOPES = pytest.mark.parametrize("scope", ["batch", "kept", "teacher", "row"])
+SCOPES = pytest.mark.parametrize("scope", ["batch", "kept", "teacher", "row", "vocabulary"])
+VOCABULARY = 4000
 
 
 @SCOPES
@@ -21,9 +23,9 @@ def test_equals_oracle(seed, alpha, beta, scope):
     scores, mask, teacher = cases.random_case(seed, rows=9, num_teachers=3)
     keep = np.arange(9) % 3 != 0
     stage = ConfidenceConfusion(alpha=alpha, beta=beta, max_scope=scope)
-    ours = stage(scores, mask, keep, teacher, 3)
+    ours = stage(scores, mask, keep, teacher, 3, VOCABULARY)
     entropies = scores.teacher.entropy, scores.student.entropy
-    expected = oracle.weights(*entropies, mask, keep, alpha, beta, scope, teacher)
+    expected = oracle.weights(*entropies, mask, keep, alpha, beta, scope, teacher, VOCABULARY)
     np.testing.assert_allclose(ours, expected, rtol=2e-6)
     assert ours.dtype == jnp.float32
 
@@ -31,7 +33,8 @@ def test_equals_oracle(seed, alpha, beta, scope):
 @SCOPES
 def test_mean_is_one_on_every_trajectory_and_zero_is_masked(scope):
     scores, mask, teacher = cases.random_case(5)
-    weight = ConfidenceConfusion(max_scope=scope)(scores, mask, np.zeros(7, bool), teacher, 2)
+    stage = ConfidenceConfusion(max_scope=scope)
+    weight = stage(scores, mask, np.zeros(7, bool), teacher, 2, VOCABULARY)
     filled = mask.any(axis=1)
     mean = np.sum(weight, axis=1)[filled] / mask.sum(axis=1)[filled]
     np.testing.assert_allclose(mean, 1.0, rtol=1e-6)
@@ -58,7 +61,8 @@ def test_the_largest_entropy_in_a_dropped_row():
 def test_no_strength_is_exactly_uniform(scope):
     scores, mask, teacher = cases.random_case(6, tokens=13)
     keep = mask.any(axis=1)
-    ours = ConfidenceConfusion(alpha=0, beta=0, max_scope=scope)(scores, mask, keep, teacher, 2)
+    stage = ConfidenceConfusion(alpha=0, beta=0, max_scope=scope)
+    ours = stage(scores, mask, keep, teacher, 2, VOCABULARY)
     np.testing.assert_array_equal(ours, Uniform()(scores, mask, keep, teacher, 2))
     np.testing.assert_array_equal(ours, mask.astype(np.float32))
 
@@ -68,8 +72,9 @@ def test_certain_models_divide_by_no_zero(scope):
     zero = np.zeros((2, 3), np.float32)
     scores = cases.make_scores(zero, zero, zero, zero)
     mask = np.array([[True, True, False], [False, False, False]])
-    nobody = np.zeros(2, bool)
-    weight = ConfidenceConfusion(max_scope=scope)(scores, mask, nobody, nobody.astype(np.int32), 1)
+    nobody, teacher = np.zeros(2, bool), np.zeros(2, np.int32)
+    stage = ConfidenceConfusion(max_scope=scope)
+    weight = stage(scores, mask, nobody, teacher, 1, VOCABULARY)
     np.testing.assert_array_equal(weight, mask.astype(np.float32))
 
 
@@ -91,16 +96,16 @@ def test_row_order_padding_and_devices_do_not_matter(scope):
     scores, mask, teacher = cases.random_case(8, rows=8)
     keep = np.arange(8) != 2
     stage = ConfidenceConfusion(max_scope=scope)
-    weight = np.asarray(stage(scores, mask, keep, teacher, 2))
+    weight = np.asarray(stage(scores, mask, keep, teacher, 2, VOCABULARY))
     order = np.random.default_rng(1).permutation(8)
     shuffled = jax.tree.map(lambda x: x[order], (scores, mask, keep, teacher))
-    np.testing.assert_allclose(stage(*shuffled, 2), weight[order], rtol=1e-6)
+    np.testing.assert_allclose(stage(*shuffled, 2, VOCABULARY), weight[order], rtol=1e-6)
     wide = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 3))), (scores, mask))
     expected = np.pad(weight, ((0, 0), (0, 3)))
-    np.testing.assert_allclose(stage(*wide, keep, teacher, 2), expected, rtol=1e-6)
+    np.testing.assert_allclose(stage(*wide, keep, teacher, 2, VOCABULARY), expected, rtol=1e-6)
     mesh = Mesh(np.array(jax.devices()[:8]), ("data",), axis_types=(AxisType.Auto,))
     spread = jax.device_put((scores, mask, keep, teacher), NamedSharding(mesh, P("data")))
-    sharded = jax.jit(stage, static_argnums=4)(*spread, 2)
+    sharded = jax.jit(stage, static_argnums=(4, 5))(*spread, 2, VOCABULARY)
     np.testing.assert_allclose(sharded, weight, rtol=1e-6)
 
 
@@ -129,3 +134,25 @@ def test_no_gradient_passes():
 def test_negative_strength_is_refused():
     with pytest.raises(ValidationError):
         ConfidenceConfusion(alpha=-1.0)
+
+
+def test_the_bound_of_the_vocabulary_needs_its_size():
+    scores, mask, teacher = cases.random_case(3)
+    with pytest.raises(ValueError, match="'vocabulary' needs vocab_size"):
+        ConfidenceConfusion(max_scope="vocabulary")(scores, mask, np.ones(7, bool), teacher, 2)
+
+
+def test_the_weight_of_the_head_is_that_of_the_vocabulary_scope():
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(2, 3, 5)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(40, 5)), jnp.float32)
+    entropy = jnp.asarray(rng.uniform(0, 3, (2, 3)), jnp.float32)
+    ids, mask = np.zeros((2, 3), np.int32), np.ones((2, 3), bool)
+    found = head_topk(
+        hidden, head, ids, k=4, student_entropy=entropy, alpha=0.5, beta=2.0, valid=37
+    )
+    expected = oracle.weights(
+        found.entropy, entropy, mask, mask.any(axis=1), 0.5, 2.0, "vocabulary", vocab_size=37
+    )
+    ours = found.weight / found.weight.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)

@@ -4,6 +4,9 @@
 
 The naive version is "reference": full logits and `lax.top_k`, compiled like the others, on the same
 inputs. Rounds are interleaved, so that a slow spell of the machine meets every case alike.
+
+"fused_loss" is no implementation of the statistics but `head_loss`: the same loss as the student's,
+its gradients computed in the forward pass.
 """
 
 import dataclasses
@@ -11,7 +14,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fireopd_jax.config import UserError, nearest
-from fireopd_jax.ops.head import IMPLEMENTATIONS, LARGEST_K, head_gather, head_topk
+from fireopd_jax.ops.blocks import Blocks
+from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, KERNELS, PLAIN, PLATFORMS
+from fireopd_jax.ops.head import LARGEST_K, HeadGather, head_gather, head_loss, head_topk
 from fireopd_jax.ops.logits import dot
 from fireopd_jax.types import Array
 
-NAIVE = "reference"
+NAIVE = PLAIN
+FUSED_LOSS = "fused_loss"
 DTYPES = ("bfloat16", "float32")
 CASES = (("teacher", "forward"), ("student", "forward"), ("student", "forward_backward"))
 MIB = 2**20
@@ -63,11 +69,14 @@ class Case:
 
 
 def bench_head(
-    shape: Shape, implementations: list[str], rounds: int, file: Path | None = None
+    shape: Shape, implementations: list[str] | None, rounds: int, file: Path | None = None
 ) -> Row:
-    """Measure each implementation, print a table, write JSON; returns what is written."""
-    check(shape, implementations, rounds)
-    names = list(dict.fromkeys([NAIVE, *implementations]))
+    """Measure each implementation, print a table, write JSON; returns what is written.
+
+    `None` stands for all implementations that run here.
+    """
+    check(shape, rounds)
+    names = list(dict.fromkeys([NAIVE, *choose(shape, implementations)]))
     inputs = make_inputs(shape)
     matmul = compile_case(lambda hidden, head, ids, support: product(hidden, head), inputs)
     cases = {
@@ -75,12 +84,9 @@ def bench_head(
         for name in names
         for role, way in CASES
     }
-    everything = [matmul, *cases.values()]
-    for case in everything:
-        jax.block_until_ready(case.run())
-    for _ in range(rounds):
-        for case in everything:
-            case.round()
+    fused = (FUSED_LOSS, "student", "forward_backward")
+    cases[fused] = compile_case(program(shape, *fused), inputs)
+    measure([matmul, *cases.values()], rounds)
     matmul_s = statistics.median(matmul.wall_s)
     result = {
         "device": jax.devices()[0].device_kind,
@@ -97,8 +103,26 @@ def bench_head(
     return result
 
 
-def check(shape: Shape, implementations: list[str], rounds: int) -> None:
-    """Refuse what cannot be measured."""
+def measure(cases: Iterable[Case], rounds: int) -> None:
+    """Run each case once for nothing, then all in turn."""
+    cases = list(cases)
+    for case in cases:
+        jax.block_until_ready(case.run())
+    for _ in range(rounds):
+        for case in cases:
+            case.round()
+
+
+def choose(shape: Shape, implementations: list[str] | None) -> list[str]:
+    """Return the implementations to measure: those asked for, or all that run here."""
+    platform = jax.default_backend()
+    here = [name for name in IMPLEMENTATIONS if PLATFORMS.get(name, platform) == platform]
+    if implementations is None:
+        reasons = {name: refusal(shape, name) for name in here}
+        for name, reason in reasons.items():
+            if reason:
+                print(f"{name} is left out: {reason}")
+        return [name for name, reason in reasons.items() if reason is None]
     for name in implementations:
         if name not in IMPLEMENTATIONS:
             known = sorted(IMPLEMENTATIONS)
@@ -106,6 +130,27 @@ def check(shape: Shape, implementations: list[str], rounds: int) -> None:
                 f"--implementations: unknown {name!r}{nearest(name, known)}; "
                 f"known: {', '.join(known)}"
             )
+        if name not in here:
+            raise UserError(
+                f"--implementations: {name} runs on {PLATFORMS[name].upper()} only, this machine "
+                f"has {platform.upper()}; here run: {', '.join(here)}"
+            )
+        if reason := refusal(shape, name):
+            raise UserError(f"--implementations: {name} cannot do this: {reason}")
+    return list(implementations)
+
+
+def refusal(shape: Shape, name: str) -> str | None:
+    """Say why a kernel cannot do the shape, as teacher or as student."""
+    if name not in KERNELS:
+        return None
+    refuse, sizes = KERNELS[name].refusal, (shape.tokens, shape.width, shape.vocabulary)
+    of_teacher = refuse(*sizes, 0, shape.k, shape.dtype)
+    return of_teacher or refuse(*sizes, shape.k, 0, shape.dtype)
+
+
+def check(shape: Shape, rounds: int) -> None:
+    """Refuse what cannot be measured."""
     if shape.dtype not in DTYPES:
         raise UserError(f"--dtype: expected {' or '.join(DTYPES)}, got {shape.dtype!r}")
     for option, value in (
@@ -118,6 +163,8 @@ def check(shape: Shape, implementations: list[str], rounds: int) -> None:
             raise UserError(f"{option}: expected at least 1, got {value}")
     if not 1 <= shape.k <= LARGEST_K:
         raise UserError(f"--top-k: expected 1 to {LARGEST_K}, got {shape.k}")
+    if shape.chunk is not None and shape.chunk < 1:
+        raise UserError(f"--chunk: expected at least 1, got {shape.chunk}")
 
 
 def make_inputs(shape: Shape) -> tuple[Array, Array, Array, Array]:
@@ -136,9 +183,11 @@ def product(hidden: Array, head: Array) -> Array:
     return dot(hidden, head, (1, 1)).astype(hidden.dtype)
 
 
-def program(shape: Shape, name: str, role: str, way: str) -> Callable[..., Any]:
+def program(
+    shape: Shape, name: str, role: str, way: str, blocks: Blocks | None = None
+) -> Callable[..., Any]:
     """Return the function to compile: teacher or student, forward or with gradients."""
-    options = {"implementation": name, "chunk": shape.chunk}
+    options = {"implementation": name, "chunk": shape.chunk, "blocks": blocks}
 
     def teacher(hidden, head, ids, support):
         return head_topk(hidden, head, ids, k=shape.k, **options)
@@ -147,18 +196,22 @@ def program(shape: Shape, name: str, role: str, way: str) -> Callable[..., Any]:
         return head_gather(hidden, head, ids, support, **options)
 
     def loss(hidden, head, ids, support):
-        stats = student(hidden, head, ids, support)
-        # Every output has a gradient, and none is a multiple of another.
-        return (
-            stats.logprob.mean()
-            + 0.1 * stats.entropy.mean()
-            + 0.01 * stats.logsumexp.mean()
-            + stats.support_logprob.mean()
-        )
+        return of_token(student(hidden, head, ids, support)).mean()
 
+    def fused_loss(hidden, head, ids, support):
+        return head_loss(of_token, hidden, head, ids, support) / shape.tokens
+
+    if name == FUSED_LOSS:
+        return jax.value_and_grad(fused_loss, argnums=(0, 1))
     if role == "teacher":
         return teacher
     return student if way == "forward" else jax.value_and_grad(loss, argnums=(0, 1))
+
+
+def of_token(stats: HeadGather) -> Array:
+    """Give the loss of each token: every output has a gradient, none a multiple of another."""
+    by_id = stats.logprob + stats.support_logprob.mean(axis=-1)
+    return by_id + 0.1 * stats.entropy + 0.01 * stats.logsumexp
 
 
 def compile_case(function: Callable[..., Any], inputs: tuple[Array, ...]) -> Case:
@@ -189,10 +242,13 @@ def row(key: tuple[str, str, str], case: Case, cases: dict[Any, Case], matmul_s:
 
 def write_whole(file: Path, text: str) -> None:
     """Write beside the file and rename: there is a whole one or none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from error
 
 
 def print_table(result: Row) -> None:

@@ -14,10 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int32
 
 from fireopd_jax.models.decoder import Decoder, DecoderConfig
+from fireopd_jax.ops.dispatch import PLAIN
 from fireopd_jax.ops.head import head_stats
+from fireopd_jax.ops.logits import HeadSharding
 from fireopd_jax.types import Array, TokenStats
 
 Params = dict[str, Any]
@@ -33,11 +36,20 @@ class LanguageModel:
     """Rows of the embedding and of the head."""
     valid: int | None = None
     """Rows that are tokens, where the others only pad the head: they have no probability."""
+    mesh: Mesh | None = None
+    """Devices over whose `data` axis rows are split, where a program runs on several."""
 
     @property
     def size(self) -> int:
         """Count the ids that the model may say."""
         return self.vocab_size if self.valid is None else self.valid
+
+    @property
+    def head_sharding(self) -> HeadSharding | None:
+        """Tell the head's statistics where the tokens lie."""
+        if self.mesh is None or self.mesh.size == 1:
+            return None
+        return HeadSharding(self.mesh, ("data",))
 
     def _module(self, rngs: nnx.Rngs) -> Decoder:
         return Decoder(self.config, self.vocab_size, rngs=rngs)
@@ -66,6 +78,7 @@ class LanguageModel:
         mask: Bool[Array, "B T"],
         temperature: Float[Array, ""] | float = 1.0,
         implementation: str | None = None,
+        chunk: int | None = None,
     ) -> TokenStats:
         """Score given responses: log-prob of each token and entropy of its distribution, f32[B, T].
 
@@ -82,6 +95,8 @@ class LanguageModel:
             softcap=self.config.final_logit_softcapping,
             valid=self.valid,
             implementation=implementation,
+            chunk=chunk,
+            sharding=None if implementation == PLAIN else self.head_sharding,
         )
         return TokenStats(logprob=stats.logprob, entropy=stats.entropy)
 

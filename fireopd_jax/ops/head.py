@@ -14,13 +14,25 @@ sums over rows, so a spoilt row must have zero cotangents, as a masked token doe
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal, TypedDict, Unpack
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Float32, Int32
 
-from fireopd_jax.ops import chunked, reference
-from fireopd_jax.ops.logits import Settings
+from fireopd_jax.ops import fused, reference
+from fireopd_jax.ops.blocks import Blocks
+from fireopd_jax.ops.checks import (
+    check_arrays,
+    check_entropy,
+    check_options,
+    check_sharding,
+    check_valid,
+)
+from fireopd_jax.ops.dispatch import FORWARDS, IMPLEMENTATIONS, PLAIN, refuse
+from fireopd_jax.ops.fused_loss import default_token_block, total_loss
+from fireopd_jax.ops.logits import HeadSharding, Settings
+from fireopd_jax.ops.state import student_factor
 from fireopd_jax.types import Array, pytree
 
 LARGEST_K = 128
@@ -28,22 +40,32 @@ CHUNKS = (2048, 8192)
 """Columns at a time, least and most; a power of two between, by `default_chunk`."""
 CHUNK_ELEMENTS = 2**22
 """Above these a chunk shrinks: 16 MiB of float32."""
-DTYPES = ("bfloat16", "float16", "float32")
 
 
-@dataclasses.dataclass(frozen=True)
-class Implementation:
-    """The two functions behind a name, over flat tokens; see `reference` for both contracts."""
+class HeadOptions(TypedDict, total=False):
+    """Options that all three functions take."""
 
-    statistics: Callable[..., tuple[Array, Array, Array, Array]]
-    """Differentiable to hidden and head."""
-    top_k: Callable[..., tuple[Array, Array, Array, Array, Array]]
-
-
-IMPLEMENTATIONS = {
-    "reference": Implementation(reference.statistics, reference.top_k),
-    "chunked": Implementation(chunked.statistics, chunked.top_k),
-}
+    logit_scale: float | Float32[Array, ""]
+    """One over the temperature. Traced, so a new value compiles nothing; it has no gradient."""
+    softcap: float | None
+    """c bends the model's logits before they are scaled: cap(x) = c tanh(x / c)."""
+    valid: int | None
+    """Only the first `valid` words of the head exist, the rest pads it: no probability, no
+    gradient."""
+    head_layout: Literal["vd", "dv"]
+    """`vd`, one row a word, is the default, and the faster one; `dv` is its transpose."""
+    sharding: HeadSharding | None
+    """Mesh axes over which tokens and vocabulary are split; the statistics are those of the whole.
+    Programs over several devices need it: without, a kernel would gather its operands."""
+    implementation: str | None
+    """Of `IMPLEMENTATIONS`; None picks by platform and shape, see `dispatch`."""
+    chunk: int | None
+    """Columns of logits at a time, in `chunked` and in every gradient: 8192 by default, fewer (at
+    least 2048) for more than 512 tokens or a width above 512."""
+    blocks: Blocks | None
+    """Block sizes of a kernel; by its own formula."""
+    interpret: bool
+    """Run a kernel on a CPU, in the slow interpreter of its platform: for tests."""
 
 
 @pytree
@@ -67,6 +89,8 @@ class HeadTopK:
     top_ids: Int32[Array, "*N K"]
     """-1 where fewer than K ids have a probability above 0."""
     top_logprob: Float32[Array, "*N K"]
+    weight: Float32[Array, "*N"] | None
+    """FiRe-OPD's token weight, where the student's entropy is given."""
 
 
 @pytree
@@ -81,106 +105,163 @@ class HeadGather:
 
 def head_stats(
     hidden: Float[Array, "*N D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | Float[Array, "D V"],
     ids: Int32[Array, "*N"],
-    *,
-    logit_scale: float | Float32[Array, ""] = 1.0,
-    softcap: float | None = None,
-    valid: int | None = None,
-    implementation: str | None = None,
-    chunk: int | None = None,
+    **options: Unpack[HeadOptions],
 ) -> HeadStats:
     """Return log p(ids), H(p) and log-sum-exp, p = softmax(logit_scale * cap(hidden @ head.T)).
 
-    Differentiable to `hidden` and `head` through all three. The scale (one over the temperature) is
-    traced, so a new value compiles nothing; its own gradient is zero by definition. Everything is
-    float32, the gradients' matrix products excepted, which take operands of the inputs' type. An
-    id outside the vocabulary has log-probability -inf.
-
-    `softcap` c bends the model's logits before they are scaled: cap(x) = c tanh(x / c). Only the
-    first `valid` rows of the head exist, the rest pads it: no probability, no gradient. Both are
-    fixed in a compilation.
-
-    `chunk` columns of logits exist at a time: 8192 by default, fewer (at least 2048) for more than
-    512 tokens or a width above 512. `None` picks "chunked"; where the vocabulary is no larger than
-    the chunk it is one chunk, so "reference" would gain nothing there either, and serves the tests.
+    Differentiable to `hidden` and `head` through all three. Everything is float32, the gradients'
+    matrix products excepted, which take operands of the inputs' type. An id outside the vocabulary
+    has log-probability -inf. Options: `HeadOptions`; those that are no arrays are fixed in a
+    compilation.
     """
-    chosen = _choose(implementation)
-    _check(hidden, head, ids)
-    settings = _settings(head, ids, softcap, valid, chunk)
-    nowhere = jnp.zeros((ids.size, 0), jnp.int32)
-    flat = _flatten(hidden, head, ids)
-    values = chosen.statistics(*flat, nowhere, jnp.asarray(logit_scale, jnp.float32), settings)
-    return HeadStats(*(jnp.reshape(value, ids.shape) for value in values[:3]))
-
-
-def head_topk(
-    hidden: Float[Array, "*N D"],
-    head: Float[Array, "V D"],
-    ids: Int32[Array, "*N"],
-    *,
-    k: int,
-    logit_scale: float | Float32[Array, ""] = 1.0,
-    softcap: float | None = None,
-    valid: int | None = None,
-    implementation: str | None = None,
-    chunk: int | None = None,
-) -> HeadTopK:
-    """Return what `head_stats` does and the exact top-`k`, 1 to 128; nothing has a gradient.
-
-    Ties fall as in `lax.top_k`: the lower id first. Equal logits are equal bits: columns that equal
-    each other only in exact arithmetic may round apart. Other options as in `head_stats`.
-    """
-    chosen = _choose(implementation)
-    _check(hidden, head, ids)
-    if not 1 <= k <= LARGEST_K:
-        raise ValueError(f"k must be 1 to {LARGEST_K}, got {k}")
-    settings = dataclasses.replace(_settings(head, ids, softcap, valid, chunk), k=k)
-    flat = lax.stop_gradient(_flatten(hidden, head, ids))
-    scale = lax.stop_gradient(jnp.asarray(logit_scale, jnp.float32))
-    *values, top_ids, top_logprob = chosen.top_k(*flat, scale, settings)
-    logprob, entropy, logsumexp = (jnp.reshape(value, ids.shape) for value in values)
-    top_ids, top_logprob = (jnp.reshape(x, (*ids.shape, k)) for x in (top_ids, top_logprob))
-    return HeadTopK(logprob, entropy, logsumexp, top_ids, top_logprob)
+    nowhere = jnp.zeros((*ids.shape, 0), jnp.int32)
+    values = _statistics(hidden, head, ids, nowhere, options)
+    return HeadStats(*values[:3])
 
 
 def head_gather(
     hidden: Float[Array, "*N D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | Float[Array, "D V"],
     ids: Int32[Array, "*N"],
     support_ids: Int32[Array, "*N K"],
-    *,
-    logit_scale: float | Float32[Array, ""] = 1.0,
-    softcap: float | None = None,
-    valid: int | None = None,
-    implementation: str | None = None,
-    chunk: int | None = None,
+    **options: Unpack[HeadOptions],
 ) -> HeadGather:
     """Return what `head_stats` does and log p(support_ids), differentiable through all four.
 
     A support may name an id twice, or the id itself: gradients add. An id outside the vocabulary,
     such as the -1 of `head_topk`, is padding: log-probability -inf, and no gradient, whatever the
-    cotangent. Other options as in `head_stats`.
+    cotangent.
     """
-    chosen = _choose(implementation)
-    _check(hidden, head, ids, support_ids)
-    settings = _settings(head, ids, softcap, valid, chunk)
-    support = jnp.reshape(support_ids, (ids.size, support_ids.shape[-1]))
-    flat = _flatten(hidden, head, ids)
-    *values, at_support = chosen.statistics(
-        *flat, support, jnp.asarray(logit_scale, jnp.float32), settings
+    return HeadGather(*_statistics(hidden, head, ids, support_ids, options))
+
+
+def head_topk(
+    hidden: Float[Array, "*N D"],
+    head: Float[Array, "V D"] | Float[Array, "D V"],
+    ids: Int32[Array, "*N"],
+    *,
+    k: int,
+    student_entropy: Float32[Array, "*N"] | None = None,
+    alpha: float | Float32[Array, ""] = 1.0,
+    beta: float | Float32[Array, ""] = 1.0,
+    **options: Unpack[HeadOptions],
+) -> HeadTopK:
+    """Return what `head_stats` does and the exact top-`k`, 1 to 128; nothing has a gradient.
+
+    Ties fall as in `lax.top_k`: the lower id first. Equal logits are equal bits: columns that equal
+    each other only in exact arithmetic may round apart.
+
+    With `student_entropy` also the token weight of FiRe-OPD (arXiv 2606.02684, Eq. 5-7) with log V
+    in place of both maxima, w = (1 + alpha (1 - H / log V)) (1 + beta H^S / log V), from the same
+    pass: a kernel computes it in its last step. Weights by the maxima of a batch need the whole
+    batch first; `reweighting` makes them of the entropies.
+    """
+    if not 1 <= k <= LARGEST_K:
+        raise ValueError(f"k must be 1 to {LARGEST_K}, got {k}")
+    nowhere = jnp.zeros((*ids.shape, 0), jnp.int32)
+    (hidden, head, flat_ids, _, scale), settings = _prepare(hidden, head, ids, nowhere, options, k)
+    weigh = None
+    if student_entropy is not None:
+        check_entropy(student_entropy, ids)
+        confusion = student_factor(_flat(student_entropy, ids, settings), beta, settings.vocabulary)
+        weigh = lax.stop_gradient((confusion, jnp.asarray(alpha, jnp.float32)))
+    hidden, head, scale = lax.stop_gradient((hidden, head, scale))
+    if settings.implementation == PLAIN:
+        *values, weight = reference.top_k(hidden, head, flat_ids, scale, settings, weigh)
+    else:
+        forward = FORWARDS[settings.implementation]
+        *values, weight = fused.top_k(forward, hidden, head, flat_ids, scale, settings, weigh)
+    logprob, entropy, logsumexp, top_ids, top_logprob = (_restored(each, ids) for each in values)
+    weight = None if weight is None else _restored(weight, ids)
+    return HeadTopK(logprob, entropy, logsumexp, top_ids, top_logprob, weight)
+
+
+def head_loss(
+    loss: Callable[..., Array],
+    hidden: Float[Array, "*N D"],
+    head: Float[Array, "V D"] | Float[Array, "D V"],
+    ids: Int32[Array, "*N"],
+    support_ids: Int32[Array, "*N K"] | None = None,
+    *arguments: Array,
+    token_block: int | None = None,
+    **options: Unpack[HeadOptions],
+) -> Float32[Array, ""]:
+    """Sum `loss(HeadGather, *arguments)` over all tokens, its gradients computed on the way.
+
+    The loss is told the statistics and arguments of n tokens and returns f32[n], each from its own
+    token. Its gradients to `hidden` and `head` cost three matrix products where those of the
+    statistics cost four, and a block of logits, `token_block` x V, exists: by default 2^24
+    elements, but at least 512 tokens. `arguments`, arrays with the leading axes of `ids`, have no
+    gradient; the loss must not close over traced values. `implementation`, `chunk` and `blocks`
+    mean nothing here.
+    """
+    for name in ("implementation", "chunk", "blocks", "interpret"):
+        if options.get(name):
+            raise ValueError(f"head_loss has one implementation: {name} has no effect")
+    if support_ids is None:
+        support_ids = jnp.zeros((*ids.shape, 0), jnp.int32)
+    inputs, settings = _prepare(hidden, head, ids, support_ids, options, k=0)
+    sharding = settings.sharding
+    columns = settings.vocabulary // (sharding.vocabulary_shards if sharding else 1)
+    block = default_token_block(columns) if token_block is None else token_block
+    if block < 1:
+        raise ValueError(f"token_block must be at least 1, got {block}")
+    filled = inputs[2].shape[0]
+    size = max(min(block, filled // (sharding.token_shards if sharding else 1)), 1)
+    settings = dataclasses.replace(settings, token_block=size)
+    flat = tuple(_flat(each, ids, settings) for each in arguments)
+    exist = jnp.arange(filled) < ids.size
+
+    def of_tokens(logprob, entropy, logsumexp, support_logprob, exist, *arguments):
+        value = loss(HeadGather(logprob, entropy, logsumexp, support_logprob), *arguments)
+        return jnp.where(exist, value, 0.0)
+
+    return total_loss(of_tokens, *inputs, (exist, *flat), settings)
+
+
+def _statistics(
+    hidden: Array, head: Array, ids: Array, support_ids: Array, options: HeadOptions
+) -> tuple[Array, Array, Array, Array]:
+    inputs, settings = _prepare(hidden, head, ids, support_ids, options, k=0)
+    if settings.implementation == PLAIN:
+        values = reference.statistics(*inputs, settings)
+    else:
+        forward = FORWARDS[settings.implementation]
+        values: tuple[Array, ...] = fused.statistics(forward, *inputs, settings)
+    logprob, entropy, logsumexp, support = (_restored(each, ids) for each in values)
+    return logprob, entropy, logsumexp, support
+
+
+def _prepare(
+    hidden: Array, head: Array, ids: Array, support_ids: Array, options: HeadOptions, k: int
+) -> tuple[tuple[Array, Array, Array, Array, Array], Settings]:
+    """Check everything, flatten the leading axes, and gather what a compilation is fixed to."""
+    check_options(options, IMPLEMENTATIONS, HeadOptions.__optional_keys__)
+    turned = options.get("head_layout", "vd") == "dv"
+    check_arrays(hidden, head, ids, support_ids, turned)
+    sharding = options.get("sharding")
+    vocabulary = head.shape[int(turned)]
+    check_sharding(sharding, vocabulary)
+    tokens = -(-ids.size // (sharding.token_shards if sharding else 1))
+    width = hidden.shape[-1]
+    settings = Settings(
+        vocabulary=check_valid(options.get("valid"), vocabulary),
+        chunk=options.get("chunk") or default_chunk(tokens, width),
+        softcap=options.get("softcap"),
+        k=k,
+        turned=turned,
+        sharding=sharding,
+        implementation=options.get("implementation"),
+        blocks=options.get("blocks"),
+        interpret=options.get("interpret", False),
     )
-    logprob, entropy, logsumexp = (jnp.reshape(value, ids.shape) for value in values)
-    return HeadGather(logprob, entropy, logsumexp, jnp.reshape(at_support, support_ids.shape))
-
-
-def _choose(name: str | None) -> Implementation:
-    name = name or "chunked"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"unknown head implementation {name!r}; known: {', '.join(sorted(IMPLEMENTATIONS))}"
-        )
-    return IMPLEMENTATIONS[name]
+    scale = jnp.asarray(options.get("logit_scale", 1.0), jnp.float32)
+    flat = (_flat(hidden, ids, settings), jnp.asarray(head), _flat(ids, ids, settings))
+    inputs = (*flat, _flat(support_ids, ids, settings), scale)
+    refuse(settings, *flat[:2], support_ids.shape[-1])
+    return inputs, settings
 
 
 def default_chunk(tokens: int, width: int) -> int:
@@ -191,53 +272,13 @@ def default_chunk(tokens: int, width: int) -> int:
     return chunk
 
 
-def _settings(
-    head: Array, ids: Array, softcap: float | None, valid: int | None, chunk: int | None
-) -> Settings:
-    vocabulary = head.shape[0]
-    chunk = default_chunk(ids.size, head.shape[1]) if chunk is None else chunk
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0, got {softcap}")
-    columns = int(vocabulary if valid is None else valid)
-    if not 1 <= columns <= vocabulary:
-        raise ValueError(f"valid must be 1 to the {vocabulary} rows of head, got {columns}")
-    return Settings(columns, chunk, softcap)
+def _flat(array: Array, ids: Array, settings: Settings) -> Array:
+    """Flatten the leading axes, and fill up to a share for each device."""
+    flat = jnp.reshape(array, (ids.size, *array.shape[ids.ndim :]))
+    shards = settings.sharding.token_shards if settings.sharding else 1
+    missing = -ids.size % shards
+    return jnp.pad(flat, ((0, missing), *((0, 0) for _ in flat.shape[1:]))) if missing else flat
 
 
-def _check(hidden: Array, head: Array, ids: Array, support_ids: Array | None = None) -> None:
-    """Refuse arrays that do not fit, naming the argument and both shapes."""
-    for name, array in (("hidden", hidden), ("head", head)):
-        if array.dtype.name not in DTYPES:
-            raise TypeError(f"{name} must be {' or '.join(DTYPES)}, got {array.dtype.name}")
-    for name, array in (("ids", ids), ("support_ids", support_ids)):
-        if array is not None and array.dtype != jnp.int32:
-            raise TypeError(f"{name} must be int32, got {array.dtype.name}")
-    of_hidden = f"hidden of shape {tuple(hidden.shape)}"
-    if hidden.ndim < 1 or ids.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"ids of shape {tuple(ids.shape)} must have the leading axes of {of_hidden}"
-        )
-    if head.ndim != 2 or head.shape[1] != hidden.shape[-1]:
-        turned = head.ndim == 2 and head.shape[0] == hidden.shape[-1]
-        hint = "; pass head.T" if turned else ""
-        raise ValueError(
-            f"head of shape {tuple(head.shape)} must be [V, D], D the last axis of {of_hidden}"
-            + hint
-        )
-    if support_ids is not None and (
-        support_ids.ndim != ids.ndim + 1 or support_ids.shape[:-1] != ids.shape
-    ):
-        raise ValueError(
-            f"support_ids of shape {tuple(support_ids.shape)} must have the axes of ids of shape "
-            f"{tuple(ids.shape)} and one more"
-        )
-
-
-def _flatten(hidden: Array, head: Array, ids: Array) -> tuple[Array, Array, Array]:
-    return (
-        jnp.reshape(hidden, (ids.size, hidden.shape[-1])),
-        jnp.asarray(head),
-        jnp.reshape(ids, (ids.size,)),
-    )
+def _restored(value: Array, ids: Array) -> Array:
+    return jnp.reshape(value[: ids.size], (*ids.shape, *value.shape[1:]))

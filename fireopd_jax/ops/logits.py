@@ -7,10 +7,35 @@ import dataclasses
 
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32, Int32
 
 from fireopd_jax.ops.blocks import Blocks
 from fireopd_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSharding:
+    """Where tokens and vocabulary lie on a mesh."""
+
+    mesh: Mesh
+    tokens: tuple[str, ...] = ()
+    """Axes that the tokens are split over."""
+    vocabulary: str | None = None
+    """Axis that the columns of the head are split over."""
+
+    @property
+    def token_shards(self) -> int:
+        """Parts that the tokens are in."""
+        size = 1
+        for axis in self.tokens:
+            size *= self.mesh.shape[axis]
+        return size
+
+    @property
+    def vocabulary_shards(self) -> int:
+        """Parts that the vocabulary is in."""
+        return self.mesh.shape[self.vocabulary] if self.vocabulary else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +49,28 @@ class Settings:
     softcap: float | None = None
     k: int = 0
     """Length of the top-K list; 0 where none is asked for."""
+    turned: bool = False
+    """The head is [D, V]."""
+    sharding: HeadSharding | None = None
+    implementation: str | None = None
+    """As it was asked for."""
+    token_block: int = 128
+    """Tokens at a time, where all columns are computed at once."""
     blocks: Blocks | None = None
     """Of a kernel, where its own formula shall not choose."""
     interpret: bool = False
     """Run a kernel in the interpreter of its platform, on a CPU: for tests."""
+
+
+def upright(head: Array, settings: Settings) -> Float[Array, "V D"]:
+    """Give the head one row a word, for implementations that want no other."""
+    return head.T if settings.turned else head
+
+
+def rows_of(head: Array, first: Array | int, width: int, settings: Settings) -> Float[Array, "C D"]:
+    """Read the rows of the columns [first, first + width)."""
+    part = lax.dynamic_slice_in_dim(head, first, width, axis=int(settings.turned))
+    return upright(part, settings)
 
 
 def dot(left: Array, right: Array, contract: tuple[int, int]) -> Array:
@@ -61,6 +104,6 @@ def logits(
     return softcap * bent * scale, scale * (1.0 - bent * bent)
 
 
-def exists(ids: Int32[Array, "*N"], vocabulary: int) -> Bool[Array, "*N"]:
+def exists(ids: Int32[Array, "*N"], vocabulary: int | Array) -> Bool[Array, "*N"]:
     """Tell ids of the vocabulary from padding and nonsense."""
     return (ids >= 0) & (ids < vocabulary)

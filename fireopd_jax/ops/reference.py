@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Float32, Int32
 
-from fireopd_jax.ops.logits import Settings, exists, logits
+from fireopd_jax.ops.logits import Settings, exists, logits, upright
+from fireopd_jax.ops.state import weight
 from fireopd_jax.types import Array
 
 Stats = Float32[Array, " N"]
@@ -13,7 +14,7 @@ Stats = Float32[Array, " N"]
 
 def statistics(
     hidden: Float[Array, "N D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | Float[Array, "D V"],
     ids: Int32[Array, " N"],
     support_ids: Int32[Array, "N K"],
     scale: Float32[Array, ""],
@@ -30,12 +31,13 @@ def statistics(
 
 def top_k(
     hidden: Float[Array, "N D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | Float[Array, "D V"],
     ids: Int32[Array, " N"],
     scale: Float32[Array, ""],
     settings: Settings,
-) -> tuple[Stats, Stats, Stats, Int32[Array, "N K"], Float32[Array, "N K"]]:
-    """Return log-probability, entropy, log-sum-exp, and the K most probable ids with theirs."""
+    weigh: tuple[Array, Array] | None = None,
+) -> tuple[Stats, Stats, Stats, Int32[Array, "N K"], Float32[Array, "N K"], Stats | None]:
+    """Return log-probability, entropy, log-sum-exp, the K most probable ids with theirs, weight."""
     z = _all_logits(hidden, head, scale, settings)
     logprob, entropy, logsumexp, top = _of_logits(z, ids)
     values, found = lax.top_k(z, min(settings.k, settings.vocabulary))
@@ -48,11 +50,12 @@ def top_k(
         logsumexp,
         jnp.where(values == -jnp.inf, -1, found),
         values - top[:, None] - (logsumexp - top)[:, None],
+        weigh and weight(entropy, weigh, settings.vocabulary),
     )
 
 
 def _all_logits(hidden: Array, head: Array, scale: Array, settings: Settings) -> Array:
-    rows = head[: settings.vocabulary]
+    rows = upright(head, settings)[: settings.vocabulary]
     return logits(hidden, rows, lax.stop_gradient(scale), settings.softcap)[0]
 
 

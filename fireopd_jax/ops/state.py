@@ -7,6 +7,8 @@ With z the logits of the range: m = max z, s = sum e^(z-m), t = sum (z-m) e^(z-m
 log-sum-exp = m + log s and H = log s - t/s, two terms that are never negative: nothing cancels.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -42,9 +44,45 @@ class State:
 
 
 Forward = Callable[..., State]
-"""(hidden [N, D], head [V, D], ids [N], support_ids [N, S], scale [], limit, settings) -> State.
+"""(hidden [N, D], head, ids [N], support_ids [N, S], scale [], limit, settings, weigh) -> State.
 
-`limit`, i32[] or None, is how many of the first `settings.vocabulary` columns exist; None: all."""
+`limit`, i32[] or None, is how many of the first `settings.vocabulary` columns exist; None: all.
+`weigh` is None, or ((1 + beta c^S) [N], alpha []), and then the state has a weight."""
+
+
+def entropy(state: State) -> Float32[Array, " N"]:
+    """Return H = log s - t/s in nats."""
+    return jnp.log(state.mass) - state.tilt / state.mass
+
+
+def student_factor(
+    student_entropy: Float32[Array, "*N"], beta: float | Array, vocabulary: int
+) -> Float32[Array, "*N"]:
+    """Return 1 + beta c^S, c^S = H^S / log V."""
+    return 1.0 + beta * _share(student_entropy, vocabulary)
+
+
+def weight(
+    entropy: Float32[Array, " N"], weigh: tuple[Array, Array], vocabulary: int
+) -> Float32[Array, " N"]:
+    """Return w = (1 + alpha c^T) (1 + beta c^S), c^T = 1 - H / log V.
+
+    References: arXiv 2606.02684, Eq. 5-7.
+    """
+    confusion, alpha = weigh
+    return (1.0 + alpha * (1.0 - _share(entropy, vocabulary))) * confusion
+
+
+def with_weight(state: State, weigh: tuple[Array, Array] | None, vocabulary: int) -> State:
+    """Add the weight, where it is asked for."""
+    if weigh is None:
+        return state
+    return dataclasses.replace(state, weight=weight(entropy(state), weigh, vocabulary))
+
+
+def _share(entropy: Array, vocabulary: int) -> Array:
+    # One word leaves nothing to be unsure of: H = 0 = log V.
+    return jnp.clip(entropy / max(math.log(vocabulary), 1e-6), 0.0, 1.0)
 
 
 def merge(states: State, k: int) -> State:
@@ -74,7 +112,8 @@ def merge_over(axis: str, state: State, k: int) -> State:
     values, ids = state.top_values, state.top_ids
     if k:
         gathered = lax.all_gather((values, ids), axis)
-        values, ids = best_of(*(_side_by_side(each) for each in gathered), k)
+        values, ids = (_side_by_side(each) for each in gathered)
+        values, ids = best_of(values, ids, k)
     return State(peak, mass, tilt, picked, support, values, ids)
 
 
@@ -82,9 +121,9 @@ def best_of(
     values: Float32[Array, "N C"], ids: Int32[Array, "N C"], k: int
 ) -> tuple[Float32[Array, "N K"], Int32[Array, "N K"]]:
     """Sort candidates, of equals the lowest id first, and keep the first `k`."""
-    negative, ids = lax.sort((-values, ids), dimension=1, num_keys=2)
+    negative, ids = lax.sort((-jnp.asarray(values), jnp.asarray(ids)), dimension=1, num_keys=2)
     return -negative[:, :k], ids[:, :k]
 
 
 def _side_by_side(x: Array) -> Array:
-    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2])

@@ -29,8 +29,12 @@ class SampledToken:
     kind: Literal["sampled_token"] = "sampled_token"
     micro_batch_size: PositiveInt | None = None
     """Rows scored at a time; by default all, or an eighth when several teachers share the batch."""
-    head: Literal["reference", "chunked"] | None = None
-    """Implementation of the head statistics; by default the best for the platform."""
+    head: Literal["reference", "chunked", "pallas_tpu", "pallas_gpu", "pallas_gpu_rows"] | None = (
+        None
+    )
+    """Implementation of the head statistics; by default by platform and shape."""
+    head_chunk: PositiveInt | None = None
+    """Columns of logits that exist at a time; by default a formula of the shape."""
 
     gives: ClassVar[frozenset[str]] = frozenset(
         {"student.logprob", "student.entropy", "teacher.logprob", "teacher.entropy"}
@@ -53,7 +57,7 @@ class SampledToken:
         def stats(model: tuple[LanguageModel, Params], context, tokens, mask) -> TokenStats:
             prompt, length = context
             return model[0].response_stats(
-                model[1], prompt, length, tokens, mask, temperature, self.head
+                model[1], prompt, length, tokens, mask, temperature, self.head, self.head_chunk
             )
 
         inputs = (own, rollout.tokens, rollout.mask)

@@ -3,10 +3,14 @@
 import json
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from fireopd_jax import cli
-from fireopd_jax.bench.head import Case
+from fireopd_jax.bench import head as bench
+from fireopd_jax.bench.head import FUSED_LOSS, Case, Shape, make_inputs, program
+from fireopd_jax.ops import pallas_tpu
 
 KEYS = {
     "implementation",
@@ -19,6 +23,7 @@ KEYS = {
     "ratio_to_naive_scratch",
     "ratio_to_matmul",
 }
+FUSED = (FUSED_LOSS, "student", "forward_backward")
 SMALL = ("--tokens", "8", "--width", "4", "--vocab", "64", "--top-k", "2", "--rounds", "2")
 
 
@@ -28,6 +33,11 @@ def call(monkeypatch, *arguments):
     with pytest.raises(SystemExit) as exit_:
         cli.main()
     return exit_.value.code
+
+
+def find(result, *key):
+    keys = ("implementation", "role", "pass")
+    return next(row for row in result["rows"] if tuple(row[name] for name in keys) == key)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -47,11 +57,14 @@ def test_every_case_has_its_row(monkeypatch, capsys, tmp_path, dtype):
             ("student", "forward"),
             ("student", "forward_backward"),
         )
-    }
+    } | {FUSED}
     for row in result["rows"]:
         assert row["seconds"] > 0 and row["scratch_mib"] > 0
         if row["implementation"] == "reference":
             assert row["ratio_to_naive_seconds"] == row["ratio_to_naive_scratch"] == 1.0
+        if row["implementation"] == FUSED_LOSS:
+            naive = find(result, "reference", *FUSED[1:])["seconds"]
+            assert row["ratio_to_naive_seconds"] == row["seconds"] / naive
     assert "chunked" in capsys.readouterr().out
 
 
@@ -67,6 +80,9 @@ def test_scratch_does_not_grow_with_the_vocabulary(monkeypatch, tmp_path):
             {(r["implementation"], r["role"], r["pass"]): r["scratch_mib"] for r in rows}
         )
     for (name, *_), small in scratch[0].items():
+        if name == FUSED_LOSS:
+            # It holds a block of logits, here of all tokens.
+            continue
         grown = scratch[1][(name, *_)] / small
         assert grown > 3 if name == "reference" else grown < 1.1
 
@@ -78,6 +94,48 @@ def test_a_round_waits_for_the_end():
     assert len(case.wall_s) == len(case.cpu_s) == 2 and min(case.wall_s) > 0
 
 
+def test_the_fused_loss_is_the_loss_of_the_others():
+    shape = Shape(8, 4, 64, 3, "float32")
+    inputs = make_inputs(shape)
+    value, gradients = jax.jit(program(shape, *FUSED))(*inputs)
+    wanted, of_naive = jax.jit(program(shape, "reference", *FUSED[1:]))(*inputs)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    for ours, theirs in zip(gradients, of_naive, strict=True):
+        assert np.abs(theirs).max() > 1e-3
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_default_is_all_that_runs_here(monkeypatch, capsys):
+    def refusal(tokens, width, vocabulary, support, k, dtype):
+        return f"not this K, {k}" if k else None
+
+    shape = Shape(8, 4, 64, 2, "float32")
+    assert bench.choose(shape, None) == ["reference", "chunked"]
+    monkeypatch.setitem(bench.PLATFORMS, "pallas_tpu", "cpu")
+    assert bench.choose(shape, None) == ["reference", "chunked", "pallas_tpu"]
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(pallas_tpu, "refusal", refusal)
+    assert bench.choose(shape, None) == ["reference", "chunked"]
+    assert capsys.readouterr().out == "pallas_tpu is left out: not this K, 2\n"
+
+
+@pytest.mark.parametrize("mode", [(), ("--tune",)])
+@pytest.mark.parametrize("width", ["4", "100000"])
+def test_a_kernel_that_cannot_run_is_one_line(monkeypatch, capsys, tmp_path, width, mode):
+    monkeypatch.chdir(tmp_path)
+    if width != "4":
+        monkeypatch.setitem(bench.PLATFORMS, "pallas_tpu", "cpu")
+    shape = ("--tokens", "1", "--width", width, "--vocab", "8", "--top-k", "1")
+    assert call(monkeypatch, *shape, "--implementations", "chunked,pallas_tpu", *mode) == 2
+    error = capsys.readouterr().err
+    assert error == "fireopd: --implementations: pallas_tpu " + (
+        "runs on TPU only, this machine has CPU; here run: reference, chunked\n"
+        if width == "4"
+        else "cannot do this: width 100000 in float32 is too wide for blocks of 44 MiB\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -85,6 +143,8 @@ def test_a_round_waits_for_the_end():
         (("--dtype", "float8"), "--dtype: expected bfloat16 or float32, got 'float8'"),
         (("--top-k", "129"), "--top-k: expected 1 to 128, got 129"),
         (("--tokens", "0"), "--tokens: expected at least 1, got 0"),
+        (("--chunk", "0"), "--chunk: expected at least 1, got 0"),
+        (("--implementations", "pallas_gpu_rows"), "pallas_gpu_rows runs on GPU only"),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, arguments, words):

@@ -241,7 +241,7 @@ def without_shape_checks():
     ("change", "error", "words"),
     [
         ({"head": np.zeros((6, 13), np.float32)}, ValueError, r"head of shape \(6, 13\).*\(4, 6\)"),
-        ({"head": np.zeros((6, 13), np.float32)}, ValueError, "pass head.T"),
+        ({"head": np.zeros((6, 13), np.float32)}, ValueError, "pass head_layout='dv'"),
         ({"ids": np.zeros(3, np.int32)}, ValueError, r"ids of shape \(3,\).*\(4, 6\)"),
         ({"ids": np.zeros(4, np.int64)}, TypeError, "ids must be int32, got int64"),
         ({"hidden": np.zeros((4, 6))}, TypeError, "hidden must be .* got float64"),
@@ -252,7 +252,7 @@ def without_shape_checks():
             r"support_ids of shape \(3, 2\).*\(4,\)",
         ),
         ({"softcap": 0.0}, ValueError, "softcap must be above 0, got 0.0"),
-        ({"valid": 14}, ValueError, "valid must be 1 to the 13 rows of head, got 14"),
+        ({"valid": 14}, ValueError, "valid must be 1 to the 13 words of head, got 14"),
         ({"valid": 0}, ValueError, "got 0"),
     ],
 )

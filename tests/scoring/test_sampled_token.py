@@ -2,14 +2,19 @@
 
 import dataclasses
 import functools
+import sys
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fireopd_jax import build, cli
 from fireopd_jax.compilation import CompileCounter
+from fireopd_jax.config import UserError
 from fireopd_jax.models.language_model import LanguageModel
+from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
 from fireopd_jax.scoring import SampledToken
 from fireopd_jax.sharding import MeshConfig, make_mesh, place_rows, place_whole
 from fireopd_jax.types import Rollout
@@ -44,8 +49,8 @@ def make_case(route=MIXED):
 
 
 @functools.cache
-def program(count=3, micro_batch_size=None, teachers=TEACHERS):
-    scorer = SampledToken(micro_batch_size=micro_batch_size)
+def program(count=3, micro_batch_size=None, teachers=TEACHERS, head_chunk=None):
+    scorer = SampledToken(micro_batch_size=micro_batch_size, head_chunk=head_chunk)
 
     @jax.jit
     def score(params, weights, rollout, temperature):
@@ -167,3 +172,49 @@ def test_eight_devices_score_what_one_scores():
     params, weights = place_whole(mesh, (PARAMS, WEIGHTS))
     scores = program()(params, weights, place_rows(mesh, rollout), jnp.float32(1.0))
     check(scores, rollout, 1.0)
+
+
+def test_the_chunk_reaches_student_and_teachers():
+    rollout = make_case((0,) * ROWS)
+    score = program(1, head_chunk=7)
+    check(score(PARAMS, WEIGHTS[:1], rollout, 1.0), rollout, 1.0)
+    chunk, own = (f"-> tensor<{ROWS * TOKENS}x{columns}xf32>" for columns in (7, 24))
+    for chunked, seen, unseen in ((7, chunk, own), (None, own, chunk)):
+        text = program(1, head_chunk=chunked).lower(PARAMS, WEIGHTS[:1], rollout, 1.0).as_text()
+        # Both models have the same vocabulary: each has its own product.
+        products = [line for line in text.splitlines() if "dot_general" in line]
+        assert sum(seen in line for line in products) >= 2
+        assert not any(unseen in line for line in products)
+
+
+def test_a_recipe_can_name_every_implementation():
+    literal, none = typing.get_args(typing.get_type_hints(SampledToken)["head"])
+    assert typing.get_args(literal) == IMPLEMENTATIONS and none is type(None)
+
+
+@pytest.mark.parametrize("name", sorted(PLATFORMS))
+def test_a_kernel_of_another_platform_is_refused(name):
+    with pytest.raises(UserError) as raised:
+        build.check_kernel(name)
+    platform = PLATFORMS[name].upper()
+    assert str(raised.value) == (
+        f"method.score.head={name} runs on {platform} only, this machine has CPU; "
+        "here run: reference, chunked"
+    )
+
+
+@pytest.mark.parametrize("name", [None, "reference", "chunked", "pallas_tpu"])
+def test_what_runs_here_is_not_refused(monkeypatch, name):
+    monkeypatch.setitem(PLATFORMS, "pallas_tpu", "cpu")
+    build.check_kernel(name)
+
+
+def test_a_run_with_such_a_kernel_does_not_begin(monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "run"
+    arguments = ("smoke", "method.score.head=pallas_tpu", f"run.dir={folder}")
+    monkeypatch.setattr(sys, "argv", ["fireopd", "train", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2 and not folder.exists()
+    error = capsys.readouterr().err
+    assert error.startswith("fireopd: method.score.head=pallas_tpu") and error.count("\n") == 1

@@ -1,0 +1,100 @@
+"""What the head functions refuse: one line that names the argument and both shapes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from fireopd_jax.config import nearest
+from fireopd_jax.ops.logits import HeadSharding
+from fireopd_jax.types import Array
+
+DTYPES = ("bfloat16", "float16", "float32")
+LAYOUTS = ("vd", "dv")
+
+
+def check_options(
+    options: Mapping[str, Any], known: tuple[str, ...], names: frozenset[str]
+) -> None:
+    """Refuse values that no implementation takes."""
+    for name in options:
+        if name not in names:
+            raise TypeError(f"unknown option {name!r}{nearest(name, sorted(names))}")
+    name = options.get("implementation")
+    if name is not None and name not in known:
+        raise ValueError(
+            f"unknown head implementation {name!r}{nearest(name, known)}; known: "
+            f"{', '.join(sorted(known))}"
+        )
+    layout = options.get("head_layout", LAYOUTS[0])
+    if layout not in LAYOUTS:
+        raise ValueError(f"head_layout must be {' or '.join(LAYOUTS)}, got {layout!r}")
+    chunk, softcap = options.get("chunk"), options.get("softcap")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0, got {softcap}")
+
+
+def check_arrays(hidden: Array, head: Array, ids: Array, support_ids: Array, turned: bool) -> None:
+    """Refuse arrays that do not fit."""
+    for name, array in (("hidden", hidden), ("head", head)):
+        if array.dtype.name not in DTYPES:
+            raise TypeError(f"{name} must be {' or '.join(DTYPES)}, got {array.dtype.name}")
+    for name, array in (("ids", ids), ("support_ids", support_ids)):
+        if array.dtype != jnp.int32:
+            raise TypeError(f"{name} must be int32, got {array.dtype.name}")
+    of_hidden = f"hidden of shape {tuple(hidden.shape)}"
+    if hidden.ndim < 1 or ids.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"ids of shape {tuple(ids.shape)} must have the leading axes of {of_hidden}"
+        )
+    across = 0 if turned else 1
+    if head.ndim != 2 or head.shape[across] != hidden.shape[-1]:
+        fits = head.ndim == 2 and head.shape[1 - across] == hidden.shape[-1]
+        hint = f"; pass head_layout={LAYOUTS[1 - int(turned)]!r}" if fits else ""
+        raise ValueError(
+            f"head of shape {tuple(head.shape)} must be {'[D, V]' if turned else '[V, D]'}, "
+            f"D the last axis of {of_hidden}{hint}"
+        )
+    if support_ids.ndim != ids.ndim + 1 or support_ids.shape[:-1] != ids.shape:
+        raise ValueError(
+            f"support_ids of shape {tuple(support_ids.shape)} must have the axes of ids of shape "
+            f"{tuple(ids.shape)} and one more"
+        )
+
+
+def check_entropy(student_entropy: Array, ids: Array) -> None:
+    """Refuse entropies that do not stand beside the ids."""
+    if student_entropy.shape != ids.shape:
+        raise ValueError(
+            f"student_entropy of shape {tuple(student_entropy.shape)} must have the shape of ids, "
+            f"{tuple(ids.shape)}"
+        )
+
+
+def check_valid(valid: int | None, rows: int) -> int:
+    """Return how many words exist."""
+    columns = int(rows if valid is None else valid)
+    if not 1 <= columns <= rows:
+        raise ValueError(f"valid must be 1 to the {rows} words of head, got {columns}")
+    return columns
+
+
+def check_sharding(sharding: HeadSharding | None, rows: int) -> None:
+    """Refuse axes that are not there, and a vocabulary that they do not divide."""
+    if sharding is None:
+        return
+    for axis in (*sharding.tokens, *filter(None, [sharding.vocabulary])):
+        if axis not in sharding.mesh.shape:
+            raise ValueError(
+                f"sharding: the mesh has no axis {axis!r}; it has {', '.join(sharding.mesh.shape)}"
+            )
+    if sharding.vocabulary in sharding.tokens:
+        raise ValueError(f"sharding: axis {sharding.vocabulary!r} splits tokens and vocabulary")
+    shards = sharding.vocabulary_shards
+    if rows % shards:
+        raise ValueError(
+            f"head has {rows} words, which {shards} shards of axis {sharding.vocabulary!r} do not "
+            f"divide; pad it to {rows + -rows % shards} and pass valid={rows}"
+        )

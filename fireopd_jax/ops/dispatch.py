@@ -1,0 +1,85 @@
+"""The implementations by name, and which one serves where none is named.
+
+    TPU  -> pallas_tpu, where the shape is worth a kernel and it can do it
+    else -> chunked
+
+The choice falls when a program is lowered, by the platform it is lowered for: a program for a TPU
+that is compiled on a laptop gets the TPU's. CUDA has kernels too, but none of them was ever timed
+on a GPU; until one is faster there, `chunked` stays the default.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+
+from fireopd_jax.ops import chunked, pallas_gpu, pallas_gpu_rows, pallas_tpu
+from fireopd_jax.ops.logits import Settings
+from fireopd_jax.ops.state import Forward, State
+from fireopd_jax.types import Array
+
+FEWEST_TOKENS = 256
+SMALLEST_VOCABULARY = 4096
+"""Below these a kernel has too little work to fill its blocks."""
+
+PLAIN = "reference"
+"""Full logits: no forward, no shards, its own gradient."""
+KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu, "pallas_gpu_rows": pallas_gpu_rows}
+"""Modules with a `forward` for some shapes, and a `refusal` for the others."""
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "pallas_gpu_rows": "gpu"}
+"""What a kernel runs on, outside its interpreter; the others run anywhere."""
+
+
+def forward(
+    hidden: Array,
+    head: Array,
+    ids: Array,
+    support_ids: Array,
+    scale: Array,
+    limit: Array | None,
+    settings: Settings,
+    weigh: tuple[Array, Array] | None = None,
+) -> State:
+    """Run the implementation that fits the platform and the shape; see `state.Forward`."""
+    operands = (hidden, head, ids, support_ids, scale, limit, weigh)
+
+    def by(implementation: Forward) -> Callable[..., State]:
+        def run(hidden, head, ids, support_ids, scale, limit, weigh) -> State:
+            return implementation(hidden, head, ids, support_ids, scale, limit, settings, weigh)
+
+        return run
+
+    refused = pallas_tpu.refusal(*_shape(settings, hidden, head, support_ids.shape[1]))
+    if refused or _small(hidden, settings):
+        return by(chunked.forward)(*operands)
+    return lax.platform_dependent(
+        *operands, tpu=by(pallas_tpu.forward), default=by(chunked.forward)
+    )
+
+
+def _small(hidden: Array, settings: Settings) -> bool:
+    return hidden.shape[0] < FEWEST_TOKENS or settings.vocabulary < SMALLEST_VOCABULARY
+
+
+def _shape(settings: Settings, hidden: Array, head: Array, support: int) -> tuple:
+    """Give what a `refusal` wants to know: tokens, width, vocabulary, support, K, type."""
+    dtype = jnp.promote_types(hidden.dtype, head.dtype)
+    return *hidden.shape, settings.vocabulary, support, settings.k, dtype
+
+
+FORWARDS: dict[str | None, Forward] = {
+    None: forward,
+    "chunked": chunked.forward,
+    **{name: kernel.forward for name, kernel in KERNELS.items()},
+}
+IMPLEMENTATIONS = (PLAIN, *(name for name in FORWARDS if name))
+
+
+def refuse(settings: Settings, hidden: Array, head: Array, support: int) -> None:
+    """Raise if the named implementation cannot do this, with its reason."""
+    name = settings.implementation
+    if name == PLAIN and settings.sharding:
+        raise ValueError(f"implementation {PLAIN!r} holds full logits and takes no sharding")
+    kernel = KERNELS.get(name or "")
+    if kernel and (reason := kernel.refusal(*_shape(settings, hidden, head, support))):
+        raise ValueError(f"implementation {name!r}: {reason}")

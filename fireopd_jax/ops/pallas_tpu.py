@@ -1,0 +1,302 @@
+"""Head statistics in fused Pallas TPU kernels: logits never leave the chip's own memory.
+
+    no support  the kernel `statistics`: m, s, t, weight and the list of the K best;
+                the ids' logits are products of their own
+    a support   the kernel `picks`: m, s, t, and the logits at ids and support off each tile
+
+Tokens come in large blocks, for each block reads the whole head once: 1024 tokens are 1024
+operations a byte in bfloat16, above what any TPU needs to stay busy.
+
+Compiled for v5e, v5p and v6e, and run in JAX's interpreter, never on a TPU.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int32
+
+from fireopd_jax.ops import pallas_tpu_tile as tile
+from fireopd_jax.ops.blocks import Blocks
+from fireopd_jax.ops.logits import Settings, exists, upright
+from fireopd_jax.ops.state import State, best_of, with_weight
+from fireopd_jax.types import Array
+
+DTYPES = ("bfloat16", "float32")
+LARGEST_SUPPORT = tile.LANES - 1
+"""The sampled id takes one of the lanes."""
+LARGEST_VOCABULARY = 2**24
+"""The kernel's ids are floats."""
+SIZES = ((1024, 512), (512, 512), (256, 512), (256, 256), (128, 128))
+"""Tokens and columns of a block, best first."""
+WIDEST_SLICE = 1024
+"""Elements multiplied in one piece of code."""
+MEMORY = 44 * 2**20
+"""Bytes of VMEM for the blocks: a core of v5p has 64 MiB, those of v5e and v6e 128 MiB."""
+SPARE = 16 * 2**20
+"""Bytes beside the blocks for what the compiler keeps: float32 split into several bfloat16."""
+
+
+def forward(
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"] | Float[Array, "D V"],
+    ids: Int32[Array, " N"],
+    support_ids: Int32[Array, "N S"],
+    scale: Float32[Array, ""],
+    limit: Int32[Array, ""] | None,
+    settings: Settings,
+    weigh: tuple[Array, Array] | None = None,
+) -> State:
+    """Compute the state; see `state.Forward`.
+
+    A NaN or an infinity, negative ones included, among a token's logits makes all its statistics
+    NaN.
+    """
+    head = upright(head, settings)
+    columns = jnp.asarray(settings.vocabulary if limit is None else limit, jnp.int32)
+    if support_ids.shape[1] == 0:
+        return _statistics(hidden, head, ids, scale, columns, settings, weigh)
+    state = _picks(hidden, head, ids, support_ids, scale, columns, settings)
+    if settings.k:
+        best = _statistics(hidden, head, ids, scale, columns, settings, None)
+        best = {"top_values": best.top_values, "top_ids": best.top_ids}
+        state = dataclasses.replace(state, **best)
+    return with_weight(state, weigh, settings.vocabulary)
+
+
+def refusal(
+    tokens: int, width: int, vocabulary: int, support: int, k: int, dtype: DTypeLike
+) -> str | None:
+    """Say why this shape is not for these kernels; None: it is."""
+    name = jnp.dtype(dtype).name
+    if name not in DTYPES:
+        return f"hidden and head must be {' or '.join(DTYPES)}, got {name}"
+    if support > LARGEST_SUPPORT:
+        return f"support_ids must be at most {LARGEST_SUPPORT} a token, got {support}"
+    if vocabulary > LARGEST_VOCABULARY:
+        return f"the vocabulary must be at most {LARGEST_VOCABULARY}, got {vocabulary}"
+    if _sizes(tokens, width, vocabulary, dtype).memory(width, dtype) > MEMORY:
+        return f"width {width} in {name} is too wide for blocks of {MEMORY >> 20} MiB"
+    return None
+
+
+def default_blocks(tokens: int, width: int, vocabulary: int, k: int, dtype: DTypeLike) -> Blocks:
+    """Choose 1024 tokens by 512 columns, or the first of `SIZES` that fits into `MEMORY`.
+
+    Tokens are dealt out evenly, in whole lanes: 1100 are two blocks of 640. The width is
+    multiplied in slices, its largest divisor of whole lanes up to `WIDEST_SLICE`; one that has no
+    such divisor, at once.
+    """
+    return Blocks(*_sizes(tokens, width, vocabulary, dtype))
+
+
+class _Sizes(NamedTuple):
+    tokens: int
+    vocabulary: int
+    width: int
+
+    def memory(self, width: int, dtype: DTypeLike) -> int:
+        """Count the bytes of VMEM.
+
+        Hidden states once and two tiles of the head, of which one is on its way; per token its
+        logits, its bins, and ten rows of 128 for all the rest.
+        """
+        operands = (self.tokens + 2 * self.vocabulary) * width * jnp.dtype(dtype).itemsize
+        return operands + 4 * self.tokens * (3 * self.vocabulary // 2 + 10 * tile.LANES)
+
+
+def _sizes(tokens: int, width: int, vocabulary: int, dtype: DTypeLike) -> _Sizes:
+    slices = [size for size in range(tile.LANES, WIDEST_SLICE + 1, tile.LANES) if width % size == 0]
+    tokens = max(tokens, 1)
+    for most, columns in SIZES:
+        even = pl.cdiv(tokens, pl.cdiv(tokens, most))
+        columns = min(columns, _whole_lanes(vocabulary))
+        sizes = _Sizes(_whole_lanes(even), columns, max(slices, default=width))
+        if sizes.memory(width, dtype) <= MEMORY:
+            break
+    return sizes
+
+
+def _whole_lanes(size: int) -> int:
+    return pl.cdiv(size, tile.LANES) * tile.LANES
+
+
+def _chosen(hidden: Array, head: Array, settings: Settings) -> _Sizes:
+    """Return the formula's sizes, or those that the settings name."""
+    width = hidden.shape[1]
+    dtype = jnp.promote_types(hidden.dtype, head.dtype)
+    sizes = _sizes(hidden.shape[0], width, settings.vocabulary, dtype)
+    if settings.blocks:
+        named = {name: size for name, size in vars(settings.blocks).items() if size is not None}
+        sizes = sizes._replace(**named)
+    for name, size in (("tokens", sizes.tokens), ("vocabulary", sizes.vocabulary)):
+        if size < 1 or size % tile.LANES:
+            raise ValueError(f"blocks.{name} must be a multiple of {tile.LANES}, got {size}")
+    if sizes.width != width and (sizes.width % tile.LANES or width % sizes.width):
+        raise ValueError(
+            f"blocks.width must be a multiple of {tile.LANES} that divides the width {width}, or "
+            f"that width, got {sizes.width}"
+        )
+    return sizes
+
+
+def _statistics(
+    hidden: Array,
+    head: Array,
+    ids: Array,
+    scale: Array,
+    columns: Array,
+    settings: Settings,
+    weigh: tuple[Array, Array] | None,
+) -> State:
+    """Run the kernel `statistics`."""
+    blocks, k = _chosen(hidden, head, settings), settings.k
+    tokens, lanes = hidden.shape[0], max(hidden.shape[0], blocks.tokens)
+    confusion, alpha = weigh or (jnp.zeros(tokens, jnp.float32), 0.0)
+    scratch = [(blocks.vocabulary, blocks.tokens)]
+    if 0 < k <= tile.BINNED_K:
+        bins = blocks.vocabulary // tile.FOLD
+        scratch += [(size, blocks.tokens) for size in (bins, bins, k, k)]
+    outputs = _sweep(
+        functools.partial(
+            tile.statistics,
+            tokens=tokens,
+            vocabulary=settings.vocabulary,
+            softcap=settings.softcap,
+            width=blocks.width,
+            k=k,
+        ),
+        jnp.stack([scale, jnp.asarray(alpha, jnp.float32)]),
+        columns,
+        hidden,
+        head,
+        _at_least(lanes, confusion)[None],
+        [(1, lanes)] * 4 + [(k, lanes)] * 2 * (k > 0),
+        lambda shape: pl.BlockSpec((shape[0], blocks.tokens), lambda i, v: (0, i)),
+        scratch,
+        blocks,
+        settings,
+    )
+    peak, mass, tilt, weight, *best = (each[:, :tokens] for each in outputs)
+    values, found = best or jnp.zeros((2, 0, tokens), jnp.float32)
+    values = jnp.where(found < 0, -jnp.inf, values).T
+    values, found = best_of(values, jnp.maximum(found, -1.0).T.astype(jnp.int32), k)
+    # Another sum than the kernel's: rounding must not lift it above the highest logit.
+    picked = jnp.minimum(_logit_at(ids, hidden, head, scale, columns, settings), peak[0])
+    nowhere = jnp.zeros((tokens, 0), jnp.float32)
+    weight = weight[0] if weigh else None
+    return State(peak[0], mass[0], tilt[0], picked, nowhere, values, found, weight)
+
+
+def _logit_at(
+    ids: Array, hidden: Array, head: Array, scale: Array, columns: Array, settings: Settings
+) -> Float32[Array, " N"]:
+    rows = head[jnp.clip(ids, 0, settings.vocabulary - 1)]
+    x = jnp.einsum(
+        "nd,nd->n",
+        hidden,
+        rows,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    if settings.softcap is not None:
+        x = settings.softcap * jnp.tanh(x / settings.softcap)
+    return jnp.where(exists(ids, columns), x * scale, -jnp.inf)
+
+
+def _picks(
+    hidden: Array,
+    head: Array,
+    ids: Array,
+    support_ids: Array,
+    scale: Array,
+    columns: Array,
+    settings: Settings,
+) -> State:
+    """Run the kernel `picks`."""
+    blocks = _chosen(hidden, head, settings)
+    (tokens, support), rows = support_ids.shape, max(hidden.shape[0], blocks.tokens)
+    wanted = jnp.concatenate([support_ids, ids[:, None]], axis=1)
+    rest = ((0, rows - tokens), (0, tile.LANES - support - 1))
+    wanted = jnp.pad(jnp.where(exists(wanted, columns), wanted, -1), rest, constant_values=-1)
+    outputs = _sweep(
+        functools.partial(tile.picks, softcap=settings.softcap, width=blocks.width),
+        scale[None],
+        columns,
+        hidden,
+        head,
+        wanted,
+        [wanted.shape] * 4,
+        lambda shape: pl.BlockSpec((blocks.tokens, shape[1]), lambda i, v: (i, 0)),
+        [(blocks.tokens, blocks.vocabulary)],
+        blocks,
+        settings,
+    )
+    peak, mass, tilt, found = (each[:tokens] for each in outputs)
+    mass, tilt = mass.sum(axis=1), tilt.sum(axis=1)
+    return State(
+        peak=peak[:, 0],
+        mass=jnp.where(jnp.isnan(tilt), jnp.nan, mass),
+        tilt=tilt,
+        picked=found[:, support],
+        support=found[:, :support],
+        top_values=jnp.zeros((tokens, 0), jnp.float32),
+        top_ids=jnp.zeros((tokens, 0), jnp.int32),
+    )
+
+
+def _sweep(
+    kernel: functools.partial[None],
+    numbers: Array,
+    columns: Array,
+    hidden: Array,
+    head: Array,
+    of_tokens: Array,
+    shapes: list[tuple[int, ...]],
+    spec: Callable[[tuple[int, ...]], pl.BlockSpec],
+    scratch: list[tuple[int, int]],
+    blocks: _Sizes,
+    settings: Settings,
+) -> Sequence[Array]:
+    """Call a kernel on every block of tokens and, in order, every tile of the vocabulary.
+
+    `spec` says where a block of tokens lies in an array of the shape, be it input or output.
+    """
+    width = hidden.shape[1]
+    dtype = jnp.promote_types(hidden.dtype, head.dtype)
+    hidden, head = _at_least(blocks.tokens, hidden), _at_least(blocks.vocabulary, head)
+    scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
+    # The hidden states change once a sweep: one buffer.
+    resident = pl.BlockSpec(
+        (blocks.tokens, width), lambda i, v: (i, 0), pipeline_mode=pl.Buffered(1)
+    )
+    rows = pl.BlockSpec((blocks.vocabulary, width), lambda i, v: (v, 0))
+    return pl.pallas_call(
+        kernel,
+        grid=(
+            pl.cdiv(hidden.shape[0], blocks.tokens),
+            pl.cdiv(settings.vocabulary, blocks.vocabulary),
+        ),
+        in_specs=[scalars, scalars, resident, rows, spec(of_tokens.shape)],
+        out_specs=[spec(shape) for shape in shapes],
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=blocks.memory(width, dtype) + SPARE,
+        ),
+        interpret=settings.interpret,
+        name=f"fireopd_head_{kernel.func.__name__}",
+    )(numbers, columns[None], hidden, head, of_tokens)
+
+
+def _at_least(rows: int, x: Array) -> Array:
+    """Pad the first axis to one block. A later block may end beyond it: that is the kernel's."""
+    return jnp.pad(x, ((0, max(rows - x.shape[0], 0)), *((0, 0),) * (x.ndim - 1)))

@@ -1,0 +1,343 @@
+"""What the Pallas TPU kernels do with one tile of logits.
+
+    statistics  logits [columns, tokens] -> m, s, t, weight [1, tokens], the K best [K, tokens]
+    picks       logits [tokens, columns] -> m, s, t and the logits at wanted ids [tokens, 128]
+
+A grid step (i, v) multiplies the rows of the head in tile v with the hidden states of token block
+i, and folds the logits into outputs that stay in VMEM for the whole sweep over v. Reductions run
+over whole registers of 8 sublanes by 128 lanes, hence vocabulary on sublanes; but only along lanes
+can a register be gathered from, hence vocabulary on lanes where ids are read.
+
+Ids are floats, exact below 2^24: a minimum of floats is one instruction.
+
+For 512 x 512 logits of width 4096 and K = 16 a v5e multiplies for 16384 cycles; statistics and bins
+are 770 instruction words, a trip of the list 180. To work on the last tile while this one is
+multiplied would hide the former and add twice as many to the product, whose units seem to have the
+cycles to spare; without a TPU to time it, it is left out.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from fireopd_jax.ops.logits import dot
+from fireopd_jax.ops.state import LOWEST, weight
+from fireopd_jax.types import Array
+
+Ref = Any
+"""A block in VMEM or SMEM."""
+SUBLANES, LANES = 8, 128
+SLAB = 64
+"""Sublanes of 512 tokens that the registers hold along with what is done to them."""
+BINNED_K = 32
+"""Up to this K bins pay: seldom do two of the K best share one."""
+FOLD = 4
+"""Columns of a tile in one bin."""
+
+
+def statistics(
+    numbers: Ref,
+    columns: Ref,
+    hidden: Ref,
+    head: Ref,
+    confusion: Ref,
+    peak: Ref,
+    mass: Ref,
+    tilt: Ref,
+    weights: Ref,
+    *rest: Ref,
+    tokens: int,
+    vocabulary: int,
+    softcap: float | None,
+    width: int,
+    k: int,
+) -> None:
+    """Fold one tile into the statistics and lists of its tokens.
+
+    `numbers` are (scale, alpha), `columns` is how many exist. `rest` are the values and ids of the
+    lists, if k > 0, the tile of logits, and if k <= `BINNED_K` what `_take` needs besides.
+    """
+    best, (logits, *bins) = rest[: 2 * (k > 0)], rest[2 * (k > 0) :]
+    tile, tiles = pl.program_id(1), pl.num_programs(1)
+    first = tile * logits.shape[0]
+    left = tokens - pl.program_id(0) * logits.shape[1]
+
+    @pl.when(tile == 0)
+    def _():
+        _start(peak, mass, tilt)
+        if k:
+            _start_lists(left, *best)
+
+    @pl.when(first < columns[0])
+    def _():
+        _multiply(logits, head, hidden, numbers[0], softcap, width)
+        _forget(logits, 0, columns[0] - first)
+        if bins:
+            seconds = _fold_into_bins(logits, *bins[:2])
+            highest = bins[0][...].max(axis=0, keepdims=True)
+        else:
+            seconds, highest = None, _highest(logits)
+        _accumulate(logits, highest, peak, mass, tilt)
+        if k:
+            _take(logits, highest, first, seconds, bins, *best)
+
+    @pl.when(tile == tiles - 1)
+    def _():
+        # A logit of -inf leaves its NaN in t alone.
+        s = jnp.where(jnp.isnan(tilt[0, :]), jnp.nan, mass[0, :])
+        mass[0, :] = s
+        entropy = jnp.log(s) - tilt[0, :] / s
+        weights[0, :] = weight(entropy, (confusion[0, :], numbers[1]), vocabulary)
+
+
+def picks(
+    numbers: Ref,
+    columns: Ref,
+    hidden: Ref,
+    head: Ref,
+    wanted: Ref,
+    peak: Ref,
+    mass: Ref,
+    tilt: Ref,
+    found: Ref,
+    logits: Ref,
+    *,
+    softcap: float | None,
+    width: int,
+) -> None:
+    """Fold one tile into the statistics of its tokens, and read it at their wanted ids.
+
+    Each lane has its own s and t, over its own columns; m is the same in all. `numbers` is (scale),
+    `columns` is how many exist.
+    """
+    tile = pl.program_id(1)
+    first = tile * logits.shape[1]
+
+    @pl.when(tile == 0)
+    def _():
+        _start(peak, mass, tilt)
+        found[...] = jnp.full(found.shape, -jnp.inf, jnp.float32)
+
+    @pl.when(first < columns[0])
+    def _():
+        _multiply(logits, hidden, head, numbers[0], softcap, width)
+        _forget(logits, 1, columns[0] - first)
+        size = math.gcd(logits.shape[0], SLAB // 2)
+
+        def slab(index, _):
+            at = pl.Slice(pl.multiple_of(index * size, size), size)
+            _read(logits, at, wanted[at, :] - first, peak, mass, tilt, found)
+            return 0
+
+        lax.fori_loop(0, logits.shape[0] // size, slab, 0)
+
+
+def _start(peak: Ref, mass: Ref, tilt: Ref) -> None:
+    peak[...] = jnp.full(peak.shape, LOWEST, jnp.float32)
+    mass[...] = jnp.zeros(mass.shape, jnp.float32)
+    tilt[...] = jnp.zeros(tilt.shape, jnp.float32)
+
+
+def _multiply(
+    logits: Ref, left: Ref, right: Ref, scale: Array, softcap: float | None, width: int
+) -> None:
+    """Set logits = scale * cap(left @ right.T), a slice of the width at a time."""
+    slices = left.shape[1] // width
+
+    def step(index, _):
+        at = pl.ds(pl.multiple_of(index * width, width), width)
+        x = dot(left[:, at], right[:, at], (1, 1))
+        x = x + jnp.where(index > 0, logits[...], 0.0)
+        # Scaled here the logits are stored once less; while matrices multiply it costs nothing.
+        logits[...] = x if softcap else x * jnp.where(index == slices - 1, scale, 1.0)
+        return 0
+
+    lax.fori_loop(0, slices, step, 0)
+    if softcap:
+        logits[...] = softcap * jnp.tanh(logits[...] / softcap) * scale
+
+
+def _forget(logits: Ref, axis: int, left: Array) -> None:
+    """Lower columns from `left` on: padding of the head, or beyond its end, where anything lies."""
+
+    @pl.when(left < logits.shape[axis])
+    def _():
+        at = lax.broadcasted_iota(jnp.int32, logits.shape, axis)
+        logits[...] = jnp.where(at < left, logits[...], LOWEST)
+
+
+def _accumulate(logits: Ref, highest: Array, peak: Ref, mass: Ref, tilt: Ref) -> None:
+    """Fold a tile and its highest logits into m, s, t."""
+    before, now = peak[...], jnp.maximum(peak[...], highest)
+    s = jnp.zeros((SUBLANES, logits.shape[1]), jnp.float32)
+    t = jnp.zeros((SUBLANES, logits.shape[1]), jnp.float32)
+    for at in _slabs(logits.shape[0], SLAB):
+        u = logits[at, :] - now
+        p = jnp.exp(u)
+        s += _fold(p).sum(axis=0)
+        t += _fold(p * u).sum(axis=0)
+    gap = before - now
+    decay = jnp.exp(gap)
+    tilt[...] = decay * (tilt[...] + gap * mass[...]) + t.sum(axis=0, keepdims=True)
+    mass[...] = decay * mass[...] + s.sum(axis=0, keepdims=True)
+    peak[...] = now
+
+
+def _highest(logits: Ref) -> Array:
+    highest = jnp.full((SUBLANES, logits.shape[1]), LOWEST, jnp.float32)
+    for at in _slabs(logits.shape[0], SLAB):
+        highest = jnp.maximum(highest, _fold(logits[at, :]).max(axis=0))
+    return highest.max(axis=0, keepdims=True)
+
+
+def _slabs(rows: int, most: int) -> list[pl.Slice]:
+    size = math.gcd(rows, most)
+    return [pl.Slice(start, size) for start in range(0, rows, size)]
+
+
+def _fold(x: Array) -> Array:
+    """Group rows by register; to reduce the groups is elementwise work."""
+    return x.reshape(-1, SUBLANES, x.shape[1])
+
+
+def _start_lists(left: Array, values: Ref, ids: Ref) -> None:
+    """Empty the lists; nothing beats that of a lane beyond the tokens left, which holds garbage."""
+    lane = lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    values[...] = jnp.where(lane < left, LOWEST, jnp.inf)
+    # An empty place has a negative id of its own, for a place is told by its value and id.
+    ids[...] = -1.0 - lax.broadcasted_iota(jnp.int32, ids.shape, 0).astype(jnp.float32)
+
+
+def _take(
+    logits: Ref,
+    highest: Array,
+    first: Array,
+    seconds: Array | None,
+    bins: Sequence[Ref],
+    values: Ref,
+    ids: Ref,
+) -> None:
+    """Take a tile, whose column 0 is `first`, into the lists of the K best.
+
+    With bins the list takes from their winners. That is exact unless some bin's second belongs in
+    the list, too; then the tile is taken again as a whole.
+    """
+    first = first.astype(jnp.float32)
+
+    def take_all() -> None:
+        row = lax.broadcasted_iota(jnp.int32, logits.shape, 0).astype(jnp.float32)
+        _extract(logits, highest, row + first, values, ids)
+
+    if seconds is None:
+        take_all()
+        return
+    winners, rows, old_values, old_ids = bins
+
+    @pl.when(jnp.any(highest > values[...].min(axis=0, keepdims=True)))
+    def _():
+        old_values[...] = values[...]
+        old_ids[...] = ids[...]
+        _extract(winners, highest, rows[...] + first, values, ids)
+        last, place = _last(values[...], ids[...])
+        # A second equal to the last comes before it only if that is of this tile, too.
+        missed = (seconds > last) | ((seconds == last) & (place >= first))
+
+        @pl.when(jnp.any(missed))
+        def _():
+            values[...] = old_values[...]
+            ids[...] = old_ids[...]
+            take_all()
+
+
+def _fold_into_bins(logits: Ref, winners: Ref, rows: Ref) -> Array:
+    """Set the highest logit of each bin and its row; return the highest of the seconds [1, B].
+
+    Row r is in bin r mod the number of bins. Of equals the first wins.
+    """
+    bins = winners.shape[0]
+    seconds = jnp.full((SUBLANES, logits.shape[1]), LOWEST, jnp.float32)
+    for at in _slabs(bins, SLAB // 4):
+        winner = logits[at, :]
+        start = jnp.zeros_like(winner)
+        second = jnp.full_like(winner, LOWEST)
+        for offset in range(bins, logits.shape[0], bins):
+            x = logits[pl.ds(at.start + offset, at.size), :]
+            second = jnp.maximum(second, jnp.minimum(winner, x))
+            start = jnp.where(x > winner, float(offset), start)
+            winner = jnp.maximum(winner, x)
+        winners[at, :] = winner
+        row = lax.broadcasted_iota(jnp.int32, winner.shape, 0) + at.start
+        rows[at, :] = start + row.astype(jnp.float32)
+        seconds = jnp.maximum(seconds, _fold(second).max(axis=0))
+    return seconds.max(axis=0, keepdims=True)
+
+
+def _extract(pool: Ref, highest: Array, columns: Array, values: Ref, ids: Ref) -> None:
+    """Move the highest of the pool into the lists, as long as it beats the last of any.
+
+    Equals leave the pool lowest column first and must beat what came before them: the order of
+    `lax.top_k`. At most K trips: what K of one pool have filled, none of the rest can enter. NaN
+    beats nothing.
+    """
+
+    def beats(carry):
+        trips, highest = carry
+        return (trips < values.shape[0]) & jnp.any(highest > values[...].min(axis=0, keepdims=True))
+
+    def move(carry):
+        trips, highest = carry
+        z = pool[...]
+        column = jnp.where(z == highest, columns, jnp.inf).min(axis=0, keepdims=True)
+        z = jnp.where(columns == column, LOWEST, z)
+        pool[...] = z
+        last, place = _last(values[...], ids[...])
+        here = (ids[...] == place) & (highest > last)
+        values[...] = jnp.where(here, highest, values[...])
+        ids[...] = jnp.where(here, column, ids[...])
+        return trips + 1, z.max(axis=0, keepdims=True)
+
+    lax.while_loop(beats, move, (jnp.int32(0), highest))
+
+
+def _last(values: Array, ids: Array) -> tuple[Array, Array]:
+    """Return value and id of the last of each list: the lowest, of equals the highest id."""
+    last = values.min(axis=0, keepdims=True)
+    return last, jnp.where(values == last, ids, -jnp.inf).max(axis=0, keepdims=True)
+
+
+def _read(
+    logits: Ref,
+    at: pl.Slice,
+    wanted: Array,
+    peak: Ref,
+    mass: Ref,
+    tilt: Ref,
+    found: Ref,
+) -> None:
+    """Fold some tokens of a tile; `wanted` are ids within it, or outside."""
+    blocks = [logits[at, pl.ds(start, LANES)] for start in range(0, logits.shape[1], LANES)]
+    highest = functools.reduce(jnp.maximum, blocks).max(axis=1, keepdims=True)
+    before = peak[at, :]
+    now = jnp.maximum(before, jnp.broadcast_to(highest, before.shape))
+    gap = before - now
+    decay = jnp.exp(gap)
+    t = decay * (tilt[at, :] + gap * mass[at, :])
+    s = decay * mass[at, :]
+    values = found[at, :]
+    # Of a remainder the compiler would ask which TPU it is for.
+    lane, block = wanted & (LANES - 1), wanted >> (LANES.bit_length() - 1)
+    for index, z in enumerate(blocks):
+        u = z - now
+        p = jnp.exp(u)
+        s += p
+        t += p * u
+        values = jnp.where(block == index, jnp.take_along_axis(z, lane, axis=1), values)
+    peak[at, :] = now
+    mass[at, :] = s
+    tilt[at, :] = t
+    found[at, :] = values

@@ -1,0 +1,74 @@
+"""Compile for an H200 ahead of time, without any GPU or driver.
+
+The plugin and compiler of CUDA are enough, and a text that describes the GPU. What runs on it, and
+how fast, nobody learns here.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+TARGET = Path(__file__).parent / "data" / "h200.textproto"
+MODULES = {
+    "jax_plugins.xla_cuda13": "jax-cuda13-plugin and jax-cuda13-pjrt",
+    "nvidia.cu13.bin": "nvidia-cuda-nvcc and nvidia-nvvm",
+}
+
+
+def missing() -> str | None:
+    """Say what is not installed, if anything is not."""
+    if jax.__version_info__ < (0, 11):
+        return f"Mosaic GPU needs JAX 0.11, this is {jax.__version__}"
+    for module, packages in MODULES.items():
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            return f"compiling for CUDA needs {packages}"
+    return None
+
+
+@functools.cache
+def mesh() -> Mesh:
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
+    )
+    return Mesh(np.array(topology.devices[:1]), ("gpu",))
+
+
+def compile_for_h200(function, *shapes, dump=None):
+    """Compile a function of arrays of these shapes; Mosaic GPU leaves its notes in `dump`."""
+    whole = NamedSharding(mesh(), PartitionSpec())
+    shapes = jax.tree.map(
+        lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=whole), shapes
+    )
+    notes = {"MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTXAS": "1"} if dump else {}
+    os.environ.update(notes)
+    try:
+        with jax.sharding.use_abstract_mesh(mesh().abstract_mesh):
+            lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+            return lowered.compile()
+    finally:
+        for name in notes:
+            del os.environ[name]
+
+
+def resources(dump: Path) -> list[dict[str, int]]:
+    """Read registers a thread and bytes of spilled ones, of each kernel; none if not noted."""
+    found = []
+    for path in sorted(dump.glob("*.ptxas")):
+        text = path.read_text()
+        used = re.search(r"Used (\d+) registers", text)
+        spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+        if used and spilled:
+            stores, loads = map(int, spilled.groups())
+            found.append({"registers": int(used[1]), "stores": stores, "loads": loads})
+    return found
