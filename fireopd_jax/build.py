@@ -26,12 +26,8 @@ from fireopd_jax.data.sources import Row, read_rows, route
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.hf_load import read_config, resolve
 from fireopd_jax.models.language_model import LanguageModel, Params
-<<<<<<< HEAD
-from fireopd_jax.recipe import Config, MethodConfig, StudentConfig, TeacherConfig
-=======
 from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
-from fireopd_jax.recipe import Config, MethodConfig, StudentConfig
->>>>>>> main
+from fireopd_jax.recipe import Config, MethodConfig, StudentConfig, TeacherConfig
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling, stream
 from fireopd_jax.sharding import by_rows, make_mesh, replicated
