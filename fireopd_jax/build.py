@@ -6,6 +6,7 @@ Nothing here trains or writes.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,10 +25,11 @@ from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import Encoded, encode, split
 from fireopd_jax.data.sources import Row, read_rows, route
 from fireopd_jax.models.decoder import DecoderConfig
+from fireopd_jax.models.hf_config import check_same
 from fireopd_jax.models.hf_load import read_config, resolve
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
-from fireopd_jax.recipe import Config, MethodConfig, StudentConfig, TeacherConfig
+from fireopd_jax.recipe import Config, MethodConfig, ModelConfig, StudentConfig
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling, stream
 from fireopd_jax.sharding import by_rows, make_mesh, replicated
@@ -46,7 +48,7 @@ class ModelSpec:
     model: LanguageModel
     tokenizer: PreTrainedTokenizerBase
     tokenizer_name: str
-    config: StudentConfig
+    config: ModelConfig
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What its `generation_config.json` says, if it has one."""
 
@@ -128,7 +130,7 @@ class Setup:
         )
 
 
-def make_spec(name: str, config: StudentConfig) -> ModelSpec:
+def make_spec(name: str, config: ModelConfig) -> ModelSpec:
     """Describe an embedded model, or one of a folder or the hub."""
     if config.path is not None:
         return load_spec(name, resolve(config.path), config)
@@ -138,7 +140,7 @@ def make_spec(name: str, config: StudentConfig) -> ModelSpec:
     return ModelSpec(name, model, tokenizer, config.tokenizer, config)
 
 
-def load_spec(name: str, folder: Path, config: StudentConfig) -> ModelSpec:
+def load_spec(name: str, folder: Path, config: ModelConfig) -> ModelSpec:
     """Read the description of a model that a run has saved, or of one of Hugging Face."""
     file = folder / "model.json"
     if not file.is_file():
@@ -152,13 +154,14 @@ def load_spec(name: str, folder: Path, config: StudentConfig) -> ModelSpec:
         raise UserError(f"{name}: {file} does not describe a model of ours: {reason}") from error
     if not tokenizer.startswith("builtin:"):
         tokenizer = str(folder / tokenizer)
+    _check_stated(name, config, architecture, size, file)
     architecture = _typed(architecture, config, architecture.param_dtype)
     loaded = load_tokenizer(tokenizer)
     model = LanguageModel(architecture, size, valid_rows(loaded, size, name))
     return ModelSpec(name, model, loaded, tokenizer, config, generation)
 
 
-def _hugging_face(name: str, folder: Path, config: StudentConfig) -> ModelSpec:
+def _hugging_face(name: str, folder: Path, config: ModelConfig) -> ModelSpec:
     """Read the description of a model in Hugging Face's format."""
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -166,8 +169,10 @@ def _hugging_face(name: str, folder: Path, config: StudentConfig) -> ModelSpec:
             "run has saved, such as runs/NAME/models/student, or one of Hugging Face"
         )
     architecture = read_config(folder)
+    _check_stated(name, config, architecture, architecture.vocab_size, folder / "config.json")
     # What learns is kept in float32; a frozen model is read in the type that it computes in.
-    learns = config.sft is not None or not isinstance(config, TeacherConfig)
+    wholly = isinstance(config, StudentConfig) and config.lora is None
+    learns = config.sft is not None or wholly
     frozen = config.dtype or architecture.dtype
     architecture = _typed(architecture, config, "float32" if learns else frozen)
     assert architecture.vocab_size is not None
@@ -177,8 +182,17 @@ def _hugging_face(name: str, folder: Path, config: StudentConfig) -> ModelSpec:
     return ModelSpec(name, model, loaded, str(folder), config, read_generation(folder))
 
 
+def _check_stated(
+    name: str, config: ModelConfig, found: DecoderConfig, vocab_size: int | None, file: Path
+) -> None:
+    """Hold an architecture that stands beside a path against the folder's."""
+    if config.path is not None and config.architecture != DecoderConfig():
+        found = dataclasses.replace(found, vocab_size=vocab_size)
+        check_same(config.architecture, found, name, str(file))
+
+
 def _typed(
-    architecture: DecoderConfig, config: StudentConfig, param_dtype: Literal["float32", "bfloat16"]
+    architecture: DecoderConfig, config: ModelConfig, param_dtype: Literal["float32", "bfloat16"]
 ) -> DecoderConfig:
     return dataclasses.replace(
         architecture,
@@ -292,8 +306,12 @@ def check_divisible(sizes: Mapping[str, int | None], mesh: Mesh) -> None:
 class Programs:
     """The jitted programs of a method; shapes are fixed, so each compiles once."""
 
+    learner: Callable[[Params], Params]
+    """What learns, of the student as it begins: a copy of its parameters, or new adapters."""
+    whole: Callable[[Params, Params], Params]
+    """The student from how it began and what has learnt: what answers, is scored and saved."""
     score: Callable[[Params, list[Params], Rollout, jax.Array], tuple[Batch, jax.Array, Metrics]]
-    update: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
+    update: Callable[[TrainState, Batch, jax.Array, Params | None], tuple[TrainState, Metrics]]
     copy: Callable[[Any], Any]
     """Buffers of one's own: `update` gives those of its input away."""
     optimizer: optax.GradientTransformation
@@ -316,6 +334,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
     rows, whole = by_rows(setup.mesh), replicated(setup.mesh)
     updates = config.run.steps * config.run.updates_per_rollout
     optimizer = make_optimizer(optim, updates)
+    lora = config.student.lora
 
     def score(params, teacher_params, rollout, temperature):
         scores = method.score(
@@ -343,10 +362,21 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
         micro_batch_size=optim.micro_batch_size,
         head=method.score.head,
         head_chunk=method.score.head_chunk,
+        remat=optim.remat,
+        lora=lora,
     )
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=whole)
+    if lora is None:
+        learner, merge = copy, lambda start, learnt: learnt
+    else:
+        key = jax.random.key(stream(config.run.seed, "lora"), impl="threefry2x32")
+        learner = jax.jit(functools.partial(lora.init, key), out_shardings=whole)
+        merge = jax.jit(lora.merge, out_shardings=whole)
     return Programs(
+        learner=learner,
+        whole=merge,
         score=jax.jit(score, out_shardings=(rows, rows, whole)),
         update=jax.jit(update, donate_argnums=0, out_shardings=(whole, whole)),
-        copy=jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=whole),
+        copy=copy,
         optimizer=optimizer,
     )

@@ -260,6 +260,24 @@ def bench_head(
     (tune_head if tune else bench_head)(shape, names or None, rounds, file)
 
 
+@bench.command("load")
+def bench_load(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of Hugging Face; by default random weights.")
+    ] = None,
+    gib: Annotated[float, typer.Option(help="Size of the random weights, in bfloat16.")] = 2.0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the parameters: float32 or bfloat16; by default as read.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Medians are reported.")] = 3,
+    file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+) -> None:
+    """Time loading against reading the files, and compiling deep models against shallow ones."""
+    from fireopd_jax.bench.load import bench_load
+
+    bench_load(folder, gib, dtype, rounds, file=file)
+
+
 @app.command()
 def env() -> None:
     """Print what a bug report needs: versions, machine, devices."""

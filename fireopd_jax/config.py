@@ -40,7 +40,12 @@ class UserError(Exception):
 def config(cls: type[Class]) -> type[Class]:
     """Make `cls` a frozen, validated dataclass; the string below a field is its documentation."""
     settings = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    return dataclass(frozen=True, kw_only=True, config=settings)(cls)  # pyright: ignore[reportReturnType]
+    made = dataclass(frozen=True, kw_only=True, config=settings)(cls)
+    # pydantic finds the documentation of a class's own fields only: a subclass takes it from here.
+    for field in dataclasses.fields(made):
+        if text := made.__pydantic_fields__[field.name].description:
+            field.metadata = types.MappingProxyType({**field.metadata, "description": text})
+    return made  # pyright: ignore[reportReturnType]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

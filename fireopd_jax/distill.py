@@ -76,6 +76,7 @@ class Distillation:
             seed=stream(config.run.seed, "prompts"),
         )
         self.start = start
+        self.base = start if config.student.lora is not None else None
         self.counter = CompileCounter()
         self.reported = time.monotonic()
 
@@ -83,7 +84,7 @@ class Distillation:
         """Train to the end, from the newest checkpoint if there is one."""
         run = self.config.run
         self.home.mkdir(parents=True, exist_ok=True)
-        state = init_state(self.programs.copy(self.start), self.programs.optimizer)
+        state = init_state(self.programs.learner(self.start), self.programs.optimizer)
         state = place_whole(self.session.setup.mesh, state)
         self.checkpoints = Checkpoints(
             self.home / "checkpoints", keep=run.keep, keep_best=run.keep_best
@@ -112,21 +113,21 @@ class Distillation:
         self.checkpoints.close()
         if skipped := int(state.skipped):
             self.session.log(f"{self.name}: {skipped} of {int(state.updates)} updates were skipped")
-        return state.params
+        return self.programs.whole(self.start, state.params)
 
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Step]:
         """Dispatch one step; nothing is waited for."""
         before = self.counter.count
         prompts = next(self.loader)
+        params = self.programs.whole(self.start, state.params)
         rollout = self.session.generate(
-            self.session.setup.student, state.params, prompts, self.sampling, state.updates
+            self.session.setup.student, params, prompts, self.sampling, state.updates
         )
-        batch, keep, metrics = self.programs.score(
-            state.params, self.teachers, rollout, self.temperature
-        )
+        batch, keep, metrics = self.programs.score(params, self.teachers, rollout, self.temperature)
+        del params  # a merged copy makes room for the update
         updates = []
         for _ in range(self.config.run.updates_per_rollout):
-            state, update = self.programs.update(state, batch, self.temperature)
+            state, update = self.programs.update(state, batch, self.temperature, self.base)
             updates.append(update)
         return state, Step(
             metrics=metrics | _joined(updates),
@@ -194,7 +195,7 @@ class Distillation:
         config, setup = self.config.eval, self.session.setup
         result = self.session.evaluate(
             setup.student,
-            state.params,
+            self.programs.whole(self.start, state.params),
             f"{self.name}_step_{done:06d}",
             indices=setup.held_out[: config.every_problems],
             samples=1,

@@ -11,16 +11,17 @@ from typing import Any
 
 import jax
 import yaml
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from fireopd_jax.build import ModelSpec, load_spec
-from fireopd_jax.checkpoint import restore_step_params, saved_steps
+from fireopd_jax.checkpoint import restore_params, restore_step_params, saved_steps
 from fireopd_jax.config import UserError, nearest
 from fireopd_jax.inference import open_model
 from fireopd_jax.models.decoder import parameter_count
 from fireopd_jax.models.hf_config import hf_config_json
 from fireopd_jax.models.hf_export import MAX_SHARD_BYTES, check_target, export_model
 from fireopd_jax.models.language_model import Params
+from fireopd_jax.models.lora import LoraConfig
 from fireopd_jax.recipe import StudentConfig
 
 
@@ -84,11 +85,20 @@ def at_step(run: Path, model: str, step: int) -> tuple[ModelSpec, Params]:
         raise UserError(f"{checkpoints}: no checkpoint of step {step}; {there}")
     spec = load_spec(model, start, StudentConfig(path=str(start)))
     sharding = SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(spec.model.init, jax.random.key(0)),
+    like = _placed(jax.eval_shape(spec.model.init, jax.random.key(0)), sharding)
+    settings = recorded(run)[0].get("student", {}).get("lora")
+    if settings is None:
+        return spec, restore_step_params(checkpoints, step, like)
+    lora = LoraConfig(**settings)
+    adapters = jax.eval_shape(lora.init, jax.random.key(0), like)
+    learnt = restore_step_params(checkpoints, step, _placed(adapters, sharding))
+    return spec, jax.jit(lora.merge)(restore_params(start, like), learnt)
+
+
+def _placed(shapes: Params, sharding: Sharding) -> Params:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
     )
-    return spec, restore_step_params(checkpoints, step, like)
 
 
 def model_card(name: str, spec: ModelSpec, params: Params, run: Path, step: int | None) -> str:

@@ -16,7 +16,6 @@ from fireopd_jax.config import (
     UserError,
     config,
     find_config,
-    keys,
     lay,
     read_yaml,
     resolve,
@@ -27,6 +26,7 @@ from fireopd_jax.evaluation.evaluator import EvalConfig
 from fireopd_jax.filtering import KeepAll, TeacherQuantile
 from fireopd_jax.losses.sampled_token import SampledReverseKL
 from fireopd_jax.models.decoder import DecoderConfig
+from fireopd_jax.models.lora import LoraConfig
 from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
 from fireopd_jax.rollout.sampling import RolloutConfig
 from fireopd_jax.runs import RunConfig
@@ -38,13 +38,14 @@ from fireopd_jax.update import OptimConfig
 
 
 @config
-class StudentConfig:
+class ModelConfig:
     """A model: embedded, or read from a folder; with or without supervised training first."""
 
     path: str | None = None
     """A folder of Hugging Face, a name on its hub, or a model of a run: `runs/x/models/student`."""
     architecture: DecoderConfig = DecoderConfig()
-    """Architecture of an embedded model, which starts from random parameters."""
+    """Architecture of an embedded model, which starts from random parameters; beside `path`, what
+    the folder must hold."""
     tokenizer: str = "builtin:bytes"
     """Tokenizer of an embedded model: `builtin:bytes`, or a Hugging Face folder."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -58,7 +59,15 @@ class StudentConfig:
 
 
 @config
-class TeacherConfig(StudentConfig):
+class StudentConfig(ModelConfig):
+    """The model that learns."""
+
+    lora: LoraConfig | None = None
+    """Low-rank adapters learn, the model stays as it is after `sft`; null: all of it learns."""
+
+
+@config
+class TeacherConfig(ModelConfig):
     """A teacher: frozen while the student learns."""
 
 
@@ -256,7 +265,7 @@ def _divisions(config: Config) -> Iterator[tuple[str, int, int]]:
             yield f"{key}.sft.optim.micro_batch_size", model.sft.batch_size, micro
 
 
-def _models(config: Config) -> Iterator[tuple[str, StudentConfig]]:
+def _models(config: Config) -> Iterator[tuple[str, ModelConfig]]:
     yield "student", config.student
     for name, teacher in config.teachers.items():
         yield f"teachers.{name}", teacher
@@ -268,6 +277,19 @@ def _optimizers(config: Config) -> Iterator[tuple[str, OptimConfig, int]]:
     for key, model in _models(config):
         if model.sft is not None:
             yield f"{key}.sft.optim", model.sft.optim, model.sft.steps
+
+
+def _float32(config: Config) -> Iterator[tuple[str, str]]:
+    """List the optimizers whose parameters are surely float32, each with the key that says so."""
+    for key, model in _models(config):
+        switch = f"{key}.architecture.param_dtype" if model.path is None else f"{key}.param_dtype"
+        dtype = model.architecture.param_dtype if model.path is None else model.param_dtype
+        if dtype == "float32":
+            yield f"{key}.sft.optim", switch
+            if model is config.student and config.student.lora is None:
+                yield "optim", switch
+    if config.student.lora is not None:
+        yield "optim", "student.lora"
 
 
 def _ineffective(config: Config) -> Iterator[tuple[str, str, str]]:
@@ -300,14 +322,15 @@ def _ineffective(config: Config) -> Iterator[tuple[str, str, str]]:
         if model.path is not None:
             path = f"{key}.path"
             yield f"{key}.tokenizer", path, f"beside {key}.path: the folder names its tokenizer"
-            for name in dict.fromkeys(keys(DecoderConfig)):
-                reason = f"beside {key}.path: the folder holds the architecture"
-                if not name.endswith(".kind"):
-                    yield f"{key}.architecture.{name}", path, reason
+            for name in ("dtype", "param_dtype"):
+                reason = f"beside {key}.path: expected {key}.{name}"
+                yield f"{key}.architecture.{name}", path, reason
         else:
             for name in ("dtype", "param_dtype"):
                 reason = f"without {key}.path: expected {key}.architecture.{name}"
                 yield f"{key}.{name}", f"{key}.path", reason
+    for key, switch in _float32(config):
+        yield f"{key}.master", switch, "with parameters in float32"
     for key, optim, _ in _optimizers(config):
         if optim.schedule == "constant":
             yield f"{key}.final_fraction", f"{key}.schedule", "with schedule: constant"

@@ -104,6 +104,7 @@ def supervise(
         NegativeLogLikelihood(),
         optimizer,
         micro_batch_size=config.optim.micro_batch_size,
+        remat=config.optim.remat,
     )
     whole = replicated(mesh)
     update = jax.jit(

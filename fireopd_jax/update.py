@@ -20,7 +20,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from fireopd_jax.batch import total_loss
 from fireopd_jax.config import UnitInterval, config
 from fireopd_jax.metrics import Max, Mean
+from fireopd_jax.models.decoder import Remat
 from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.models.lora import LoraConfig
 from fireopd_jax.sharding import micro_batches
 from fireopd_jax.types import Array, Batch, TokenStats, pytree
 
@@ -55,8 +57,14 @@ class OptimConfig:
     """AdamW's decoupled weight decay, on every parameter."""
     clip_norm: PositiveFloat | None = 1.0
     """Largest global norm of the gradient; null is no clipping."""
+    master: bool = True
+    """Parameters in bfloat16 have a float32 copy that learns; without, small steps are lost."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of AdamW's first moment; the second is float32, bfloat16 could not follow its decay."""
     micro_batch_size: PositiveInt | None = None
     """Rows of one forward and backward pass: a matter of memory only; by default all."""
+    remat: Remat = "none"
+    """What the backward pass computes again: nothing, a layer (`full`), or all but its products."""
 
 
 @runtime_checkable
@@ -73,6 +81,7 @@ class TrainState:
     """All that an update changes."""
 
     params: Params
+    """What learns: all parameters, or adapters alone."""
     opt_state: Any
     updates: Int32[Array, ""]
     """Updates tried; those skipped are counted in both."""
@@ -96,16 +105,43 @@ def learning_rate(config: OptimConfig, updates: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation:
-    """Build AdamW with its schedule and clipping."""
+    """Build AdamW with its schedule and clipping; it works in float32 on parameters of any type."""
     adamw = optax.adamw(
         learning_rate(config, updates),
         b1=config.beta1,
         b2=config.beta2,
         weight_decay=config.weight_decay,
+        mu_dtype=jnp.dtype(config.moment_dtype),
     )
-    if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    if config.clip_norm is not None:
+        adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    return in_float32(adamw, master=config.master)
+
+
+def in_float32(
+    optimizer: optax.GradientTransformation, *, master: bool
+) -> optax.GradientTransformation:
+    """Let an optimizer see float32 only; with `master`, it moves a copy that is never rounded."""
+
+    def init(params: Any):
+        wide = optax.tree.cast(params, jnp.float32)
+        narrow = any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params))
+        return wide if master and narrow else optax.EmptyState(), optimizer.init(wide)
+
+    def update(updates: Any, state: Any, params: Any = None):
+        kept, inner = state
+        own = isinstance(kept, optax.EmptyState)
+        wide = optax.tree.cast(params, jnp.float32)
+        before = wide if own else kept
+        steps, inner = optimizer.update(optax.tree.cast(updates, jnp.float32), inner, before)
+        if own:
+            return steps, (kept, inner)
+        kept = optax.apply_updates(before, steps)
+        rounded = jax.tree.map(lambda new, old: new.astype(old.dtype), kept, params)
+        steps = jax.tree.map(lambda new, old: new.astype(jnp.float32) - old, rounded, wide)
+        return steps, (kept, inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -128,16 +164,20 @@ def gradients(
     micro_batch_size: int | None = None,
     head: str | None = None,
     head_chunk: int | None = None,
+    remat: Remat = "none",
+    lora: LoraConfig | None = None,
+    base: Params | None = None,
 ) -> tuple[Params, Metrics]:
-    """Give the gradient of the batch's loss, and metrics, summed over micro-batches.
+    """Give the gradient of the batch's loss in float32, and metrics, summed over micro-batches.
 
-    `metrics["loss"].total` is the loss itself.
+    With `lora`, `params` are adapters of `base`. `metrics["loss"].total` is the loss itself.
     """
 
     def loss_of(params: Params, part: Batch) -> tuple[Array, Metrics]:
         rollout = part.rollout
+        adapters = None if lora is None else lora.scaled(params)
         student = model.response_stats(
-            params,
+            params if base is None else base,
             rollout.prompts.tokens,
             rollout.prompts.length,
             rollout.tokens,
@@ -145,6 +185,8 @@ def gradients(
             temperature,
             head,
             head_chunk,
+            adapters=adapters,
+            remat=remat,
         )
         total = total_loss(loss(student, part), part)
         return total, _update_metrics(total, student, part)
@@ -157,8 +199,9 @@ def gradients(
 
     rows = batch.coefficient.shape[0]
     if micro_batch_size in (None, rows):
-        return differentiate(params, batch)
-    zeros = jax.tree.map(jnp.zeros_like, params)
+        grads, metrics = differentiate(params, batch)
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads), metrics
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
     grads, metrics = jax.lax.scan(add, zeros, micro_batches(batch, rows // micro_batch_size))
     return grads, {name: metric.fold() for name, metric in metrics.items()}
 
@@ -204,13 +247,19 @@ def make_update(
     micro_batch_size: int | None = None,
     head: str | None = None,
     head_chunk: int | None = None,
-) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
-    """Close over what is static; the result is pure and ready to be jitted."""
+    remat: Remat = "none",
+    lora: LoraConfig | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Close over what is static; the result is pure and ready to be jitted.
 
-    def update(state: TrainState, batch: Batch, temperature: Array):
+    With `lora`, the state holds adapters, and `base` what they are added to.
+    """
+
+    def update(state: TrainState, batch: Batch, temperature: Array, base: Params | None = None):
         grads, metrics = gradients(
             model, loss, state.params, batch, temperature,
             micro_batch_size=micro_batch_size, head=head, head_chunk=head_chunk,
+            remat=remat, lora=lora, base=base,
         )  # fmt: skip
         norm = optax.tree.norm(grads)
         usable = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)

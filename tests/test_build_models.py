@@ -10,8 +10,9 @@ from safetensors.numpy import save_file
 
 from fireopd_jax.build import make_spec
 from fireopd_jax.config import UserError
-from fireopd_jax.models.architecture import MoEConfig
+from fireopd_jax.models.architecture import DecoderConfig, MoEConfig
 from fireopd_jax.models.hf_config import hf_config_json
+from fireopd_jax.models.hf_load import read_config
 from fireopd_jax.models.hf_names import hf_tensors
 from fireopd_jax.recipe import StudentConfig, TeacherConfig, load_config
 from fireopd_jax.sft import SftConfig
@@ -68,6 +69,49 @@ def test_folders_that_lack_something(tmp_path, break_, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_an_architecture_beside_a_path_is_held_against_the_folder(tmp_path):
+    folder(tmp_path / "m", rope_theta=5000.0)
+    path, file = str(tmp_path / "m"), tmp_path / "m" / "config.json"
+    same = dataclasses.replace(read_config(tmp_path / "m"), dtype="bfloat16")
+    spec = make_spec("student", StudentConfig(path=path, architecture=same))
+    assert spec.model.config.dtype == "float32"  # types are not of the architecture
+    open_ = dataclasses.replace(same, vocab_size=None, max_position_embeddings=None)
+    make_spec("student", StudentConfig(path=path, architecture=open_))
+    changes = {
+        "rope_theta": (1e6, "1000000.0", "5000.0"),
+        "vocab_size": (999, "999", str(WORDS)),
+        "sliding_window": (3, "3", "null"),
+        "max_position_embeddings": (77, "77", "null"),
+        "moe": (MoEConfig(num_experts=3), "{'num_experts': 3, ", "null"),
+    }
+    for name, (value, shown, found) in changes.items():
+        other = dataclasses.replace(same, **{name: value})
+        with pytest.raises(UserError) as caught:
+            make_spec("teacher a", TeacherConfig(path=path, architecture=other))
+        message = str(caught.value)
+        assert (
+            message.startswith(f"teacher a.architecture.{name} is {shown}") and "\n" not in message
+        )
+        assert f"{file} says {found}; " in message
+    # What is given comes before what is left out.
+    given = [f"student.path={path}", "student.architecture.hidden_size=48", f"teacher.path={path}"]
+    with pytest.raises(UserError, match=r"student\.architecture\.hidden_size is 48, "):
+        make_spec("student", load_config(given).student)
+    given[1] = f"student.architecture.hidden_size={same.hidden_size}"
+    with pytest.raises(UserError, match=r"is \S+ \(the default\), .* as it is, or none"):
+        make_spec("student", load_config(given).student)
+
+
+def test_an_architecture_is_held_against_a_model_of_a_run(tmp_path):
+    spec = make_spec("student", StudentConfig(architecture=DecoderConfig(head_dim=16)))
+    (tmp_path / "model.json").write_text(json.dumps(spec.description()))
+    same = dataclasses.replace(spec.model.config, vocab_size=spec.model.vocab_size)
+    make_spec("student", StudentConfig(path=str(tmp_path), architecture=same))
+    other = dataclasses.replace(same, head_dim=64)
+    with pytest.raises(UserError, match=r"head_dim is 64, .*model\.json says 16; "):
+        make_spec("student", StudentConfig(path=str(tmp_path), architecture=other))
+
+
 TINY = ["mesh.data=1", "data.path=builtin:addition-1", "data.max_prompt_tokens=8",
         "rollout.batch_size=8", "rollout.max_tokens=8", "run.steps=1", "eval.problems=0",
         "run.compilation_cache=false"]  # fmt: skip
@@ -102,3 +146,31 @@ def test_a_run_begins_with_models_of_two_families(tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, kept, teacher))
     _, after = open_model(tmp_path / "run", "student")
     assert not jax.tree.all(jax.tree.map(np.array_equal, after, start))
+
+
+@pytest.mark.parity
+def test_the_quickstart_runs_on_folders_that_transformers_wrote(tmp_path):
+    """The shipped file with two paths laid over it; only lengths and counts are smaller."""
+    pytest.importorskip("torch")
+    import transformers
+
+    from fireopd_jax.training import train
+
+    sizes = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 32, "head_dim": 8}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    for name, kind in (("student", "Qwen3"), ("teacher", "Llama")):
+        config = getattr(transformers, f"{kind}Config")(**sizes)
+        getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    paths = [f"{name}.path={tmp_path}/{name}" for name in ("student", "teacher")]
+    shrunk = ["run.steps=2", "run.compare=[]", "rollout.batch_size=8", "optim.warmup_steps=0",
+              "eval.problems=8", "eval.samples=1", "eval.batch_size=8", "eval.every=0",
+              "mesh.data=1", "run.compilation_cache=false"]  # fmt: skip
+    config = load_config(["configs/quickstart.yaml", *paths, *shrunk, f"run.dir={tmp_path}/run"])
+    assert config.student.sft is None and config.student.architecture == DecoderConfig()
+    summary = train(config)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    steps = [step for step in steps if "loss" in step]
+    assert len(steps) == 2 and all(step["skipped"] == 0 for step in steps)
+    assert summary["steps"] == 2 and summary["student_after"]["finished"] <= 1

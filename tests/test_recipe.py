@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,12 +12,26 @@ from pydantic import TypeAdapter
 
 from fireopd_jax.config import SHIPPED, UserError, keys, members
 from fireopd_jax.filtering import KeepAll
-from fireopd_jax.recipe import ALIASES, Config, MethodConfig, as_tree, load_config, with_method
+from fireopd_jax.models.hf_names import hf_shapes
+from fireopd_jax.recipe import (
+    ALIASES,
+    Config,
+    MethodConfig,
+    TeacherConfig,
+    as_tree,
+    load_config,
+    with_method,
+)
 from fireopd_jax.scoring import SampledToken
 
 CONFIGS = next(folder for folder in SHIPPED if folder.is_dir())
 WHOLE = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
 METHODS = sorted(file.stem for file in (CONFIGS / "method").glob("*.yaml"))
+FOLDERS = sorted(
+    f"{folder}/{file.stem}"
+    for folder in ("model", "hardware")
+    for file in (CONFIGS / folder).glob("*.yaml")
+)
 TEACHER = "teacher.tokenizer=builtin:bytes"
 TWO = ["teachers.a.tokenizer=builtin:bytes", "teachers.b.tokenizer=builtin:bytes"]
 
@@ -37,6 +52,38 @@ def test_every_shipped_configuration_loads(name):
     assert load_config([f"configs/{name}.yaml"]).teachers
 
 
+@pytest.mark.parametrize("name", FOLDERS)
+def test_every_shipped_model_and_machine_loads(name):
+    config = load_config([f"configs/{name}.yaml"])
+    models = [config.student, *config.teachers.values()]
+    assert all(model.path and model.architecture.vocab_size for model in models)
+    assert len(models) == 2 or config.data.teacher_column
+    assert with_method(config, "opd").student == config.student
+    first = (CONFIGS / f"{name}.yaml").read_text().partition("\n")[0]
+    assert first.startswith("# planned, not run: " if name.startswith("hardware") else "# ")
+
+
+# Billions of parameters as the models' cards have them.
+SIZES = {
+    "model/qwen3_30b_a3b_to_4b": (4.02, 30.53),
+    "model/qwen3_4b_math_code_to_4b": (4.02, 4.02, 4.02),
+    "model/qwen3_8b_to_0_6b": (0.60, 8.19),
+    "model/qwen3_8b_to_1_7b": (1.72, 8.19),
+    "model/qwen2_5_7b_to_1_5b": (1.54, 7.62),
+    "model/llama_3_1_8b_to_3_2_1b": (1.24, 8.03),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_architectures_are_of_the_published_sizes(name):
+    config = load_config([f"configs/{name}.yaml"])
+    sizes = []
+    for model in (config.student, *config.teachers.values()):
+        shapes = hf_shapes(model.architecture, model.architecture.vocab_size)
+        sizes.append(round(sum(map(math.prod, shapes.values())) / 1e9, 2))
+    assert tuple(sizes) == SIZES[name]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_shipped_method_lies_on_smoke_and_beside_it(name):
     smoke = load_config(["smoke"])
@@ -47,7 +94,7 @@ def test_every_shipped_method_lies_on_smoke_and_beside_it(name):
 
 def test_a_whole_configuration_written_out_loads_to_itself(tmp_path):
     file = tmp_path / "a.yaml"
-    for name in WHOLE:
+    for name in [*WHOLE, *FOLDERS]:
         config = load_config([name])
         file.write_text(yaml.safe_dump(as_tree(config), sort_keys=False))
         assert load_config([str(file)]) == config
@@ -113,7 +160,7 @@ def test_what_fits_together():
         (["method.reweight.max_scope=teacher"], "method.reweight.max_scope"),
         (["student.sft.teacher_rows=5"], "student.sft.teacher_rows"),
         (["student.path=x", "student.tokenizer=y"], "student.tokenizer"),
-        (["student.path=x", "student.architecture.head_dim=64"], "student.architecture.head_dim"),
+        (["student.path=x", "student.architecture.dtype=bfloat16"], "student.architecture.dtype"),
         (["optim.final_fraction=0.5"], "optim.final_fraction"),
         (["optim.schedule=constant", "optim.final_fraction=0.5"], "optim.final_fraction"),
         (["student.sft.optim.final_fraction=0.5"], "student.sft.optim.final_fraction"),
@@ -130,6 +177,10 @@ def test_what_fits_together():
             "method.reweight.max_scope",
         ),
         (["eval.problems=0", "eval.every=3"], "eval.every"),
+        (["optim.master=false"], "optim.master"),
+        (["student.lora.rank=2", "student.path=x", "optim.master=false"], "optim.master"),
+        (["student.path=x", "student.param_dtype=float32", "student.sft.optim.master=false"],
+         "student.sft.optim.master"),
     ],
 )  # fmt: skip
 def test_keys_without_effect_are_refused(arguments, key):
@@ -148,6 +199,9 @@ def test_the_same_keys_have_effect_elsewhere():
     assert config.optim.final_fraction == 0.5
     config = load_config([TEACHER, "eval.every_problems=3", "eval.every=2"])
     assert config.eval.every_problems == 3
+    half = "student.architecture.param_dtype=bfloat16"
+    assert not load_config([TEACHER, half, "optim.master=false"]).optim.master
+    assert not load_config([TEACHER, "student.path=x", "optim.master=false"]).optim.master
     answering = [TEACHER, "student.sft.source=teacher", "eval.problems=0", "eval.batch_size=8"]
     assert load_config(answering).eval.batch_size == 8
 
@@ -212,7 +266,8 @@ def test_every_key_is_documented():
                 if dataclasses.is_dataclass(inner):
                     yield from visit(inner, f"{prefix}{field.name}.")
 
-    silent = [key for key, text in visit(Config, "") if not text and not key.endswith(".kind")]
+    documented = [*visit(Config, ""), *visit(TeacherConfig, "teachers.NAME.")]
+    silent = [key for key, text in documented if not text and not key.endswith(".kind")]
     assert not silent
 
 
@@ -234,6 +289,7 @@ TINY = [
     "rollout.max_tokens=16",
     f"student.architecture={MODEL}",
     "student.sft={steps: 2, batch_size: 8, source: teacher, teacher_rows: 16}",
+    "student.lora={rank: 2}",
     f"teacher.architecture={MODEL}",
     "teacher.sft={steps: 30, batch_size: 32, optim: {learning_rate: 1e-2, schedule: cosine}}",
     "run.steps=1",

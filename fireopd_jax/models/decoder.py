@@ -7,7 +7,8 @@ takes them apart and keeps one cache buffer a layer, because a cache that goes t
 copied at every step. The module knows nothing of logits, losses or sampling.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Int32
 
 from fireopd_jax.models.architecture import AttentionKind, DecoderConfig
 from fireopd_jax.models.layers import MLP, Attention, norm
+from fireopd_jax.models.lora import Adapters, add
 from fireopd_jax.models.moe import MoE
 from fireopd_jax.models.rope import rotary
 from fireopd_jax.types import Array
@@ -24,6 +26,8 @@ Cache = tuple[tuple[Array, Array], ...]
 """Keys and values of each layer, each [B, K, S, H]."""
 Sight = tuple[tuple[Array, Array], Array]
 """What a kind of layer sees: the rotations of the positions, and the mask."""
+Remat = Literal["none", "full", "dots"]
+"""What the backward pass computes again: nothing, all of a layer, or all but its products."""
 
 
 class Layer(nnx.Module):
@@ -105,31 +109,45 @@ class Decoder(nnx.Module):
         tokens: Int32[Array, "B S"],
         positions: Int32[Array, "B S"],
         visible: Bool[Array, "B S"],
+        *,
+        adapters: Adapters | None = None,
+        remat: Remat = "none",
     ) -> Float[Array, "B S D"]:
-        """Run the model over whole sequences: causal, and blind to what is not visible."""
+        """Run the model over whole sequences: causal, and blind to what is not visible.
+
+        Scaled `adapters` are added to each layer when its turn comes.
+        """
         x = self.embed(tokens)
         mask = visible[:, None, :] & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))[None]
         sights = self.sights(positions, mask, positions)
         graph, stacked = nnx.split(self.layers)
+        low_rank = {} if adapters is None else adapters["layers"]
         kinds = list(sights)
+
+        def run(x, layer, low_rank, rope, mask):
+            layer = add(nnx.to_pure_dict(layer), low_rank) if low_rank else layer
+            return nnx.merge(graph, layer)(x, rope, mask)[0]
+
+        run = recomputed(run, remat)
         if len(kinds) == 1:
             rope, mask = sights[kinds[0]]
 
             def body(x, layer):
-                return nnx.merge(graph, layer)(x, rope, mask)[0], None
+                layer, pairs = layer
+                return run(x, layer, pairs, rope, mask), None
 
-            return self.norm(jax.lax.scan(body, x, stacked)[0])
+            return self.norm(jax.lax.scan(body, x, (stacked, low_rank))[0])
 
         # Layers of several kinds: the scan carries the index of each layer's kind.
         every = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sights.values())
         index = jnp.array([kinds.index(kind) for kind in self.config.kinds])
 
         def pick(x, layer):
-            layer, kind = layer
+            layer, pairs, kind = layer
             rope, mask = jax.tree.map(lambda leaf: leaf[kind], every)
-            return nnx.merge(graph, layer)(x, rope, mask)[0], None
+            return run(x, layer, pairs, rope, mask), None
 
-        return self.norm(jax.lax.scan(pick, x, (stacked, index))[0])
+        return self.norm(jax.lax.scan(pick, x, (stacked, low_rank, index))[0])
 
     def unstacked(self) -> list[Layer]:
         """Take the stacked layers apart: one set of parameters a layer."""
@@ -172,6 +190,16 @@ class Decoder(nnx.Module):
             (jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))
             for _ in range(c.num_hidden_layers)
         )
+
+
+def recomputed(layer: Callable[..., Array], remat: Remat) -> Callable[..., Array]:
+    """Let the backward pass compute a layer again instead of keeping all that it needs."""
+    if remat == "none":
+        return layer
+    # Attention's products have batch axes: they are the large ones, and are not kept.
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # Within a scan nothing could merge the two computations again.
+    return jax.checkpoint(layer, policy=dots if remat == "dots" else None, prevent_cse=False)
 
 
 def parameter_count(params: dict[str, Any]) -> int:

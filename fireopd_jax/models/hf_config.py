@@ -279,11 +279,11 @@ FREE = {"vocab_size", "dtype", "param_dtype"}
 def _check_form(config: DecoderConfig, out: Json) -> None:
     """Refuse an architecture that its family cannot say: the file would mean another model."""
     again = architecture(out, "config.json")
-    meant = _plainly(config)
+    meant = plainly(config)
     for field in dataclasses.fields(DecoderConfig):
         if field.name in FREE:
             continue
-        wanted, got = meant[field.name], _plainly(again)[field.name]
+        wanted, got = meant[field.name], plainly(again)[field.name]
         if wanted != got:
             raise UserError(
                 f"a {config.model_type} model of Hugging Face cannot have {field.name}={wanted!r} "
@@ -291,7 +291,34 @@ def _check_form(config: DecoderConfig, out: Json) -> None:
             )
 
 
-def _plainly(config: DecoderConfig) -> dict[str, Any]:
+def check_same(given: DecoderConfig, found: DecoderConfig, key: str, source: str) -> None:
+    """Refuse a folder that is not of the architecture that a configuration states.
+
+    What it leaves out, it states by default; only lengths, types and the vocabulary stay open.
+    """
+    stated, holds, default = plainly(given), plainly(found), plainly(DecoderConfig())
+    free = {"dtype", "param_dtype"}
+    free |= {n for n in ("vocab_size", "max_position_embeddings") if stated[n] is None}
+    unlike = [name for name in stated if name not in free and stated[name] != holds[name]]
+    # What was written down says more than what was left out.
+    unlike.sort(key=lambda name: getattr(given, name) == getattr(DecoderConfig(), name))
+    for name in unlike[:1]:
+        whence = " (the default)" if stated[name] == default[name] else ""
+        raise UserError(
+            f"{key}.architecture.{name} is {_shown(given, name)}{whence}, "
+            f"{source} says {_shown(found, name)}; beside a path, give the architecture as it is, "
+            "or none"
+        )
+
+
+def _shown(config: DecoderConfig, name: str) -> str:
+    value = getattr(config, name)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    return "null" if value is None else str(value)
+
+
+def plainly(config: DecoderConfig) -> dict[str, Any]:
     """Give the fields with what they mean by default written out."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     values["query_pre_attn_scalar"] = config.query_pre_attn_scalar or config.head_dim

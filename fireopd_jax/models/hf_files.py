@@ -23,6 +23,8 @@ TYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
+ALIGNMENT = 64
+Slices = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,25 +52,41 @@ class Stored:
         )
         return values.reshape(stop - start, *self.shape[1:])
 
-    def place(self, sharding: Sharding, transposed: bool = False) -> jax.Array:
-        """Put the tensor, or its transpose, on devices; only rows that live here are read."""
+    def place(self, sharding: Sharding) -> jax.Array:
+        """Put the tensor on devices; only rows that live here are read."""
         read: dict[tuple[int, int], np.ndarray] = {}
 
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
-            if transposed:
-                return rows(index[::-1]).T
-            return rows(index)
-
-        def rows(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(self.shape[0])
             if (start, stop) not in read:
                 read.clear()
                 read[start, stop] = self.rows(start, stop)
             return read[start, stop][(slice(None), *index[1:])]
 
-        shape = self.shape[::-1] if transposed else self.shape
-        return jax.make_array_from_callback(shape, sharding, part)
+        return jax.make_array_from_callback(self.shape, sharding, part)
+
+
+def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Allocate memory that a CPU device takes as its own, without a copy: aligned as XLA's is."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def copy_rows(tensor: Stored, start: int, stop: int, columns: Slices, target: np.ndarray) -> None:
+    """Read some rows, cut them to the columns, and write them into `target` in its type."""
+    block = tensor.rows(start, stop)[(slice(None), *columns)]
+    if block.dtype == TYPES["BF16"] and target.dtype == np.float32:
+        # The upper half of the float; NumPy's own conversion takes ten times as long.
+        wide = block.view(np.uint16).astype(np.uint32)
+        wide <<= 16
+        block = wide.view(np.float32)
+    if block.dtype != target.dtype:
+        block = block.astype(target.dtype)
+    plain = np.dtype(f"u{target.dtype.itemsize}")  # copied without the interpreter's lock
+    target.view(plain)[...] = block.view(plain)
 
 
 def stored_tensors(file: Path) -> dict[str, Stored]:

@@ -4,14 +4,16 @@
     folder -> index, headers -> names and shapes checked -> each tensor -> its slice on the devices
 
 The host holds one tensor and a small buffer; what a stack of layers takes, it takes on the devices.
+Where these are CPUs, a stack is filled in memory and given to them as it is, block by block.
 Nothing is unpickled and no code of a folder is run.
 """
 
 import functools
+import itertools
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,19 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from fireopd_jax.config import UserError
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.hf_config import architecture
-from fireopd_jax.models.hf_files import Stored, stored_tensors
+from fireopd_jax.models.hf_files import Slices, Stored, allocate, copy_rows, stored_tensors
 from fireopd_jax.models.hf_names import Weight, flat, hf_shapes, indices, weights
 from fireopd_jax.models.language_model import Params
 
 BUFFER = 2**27
 """Bytes that are read ahead of their use."""
 READERS = 2
+BLOCK = 2**21
+"""Bytes that are read at a time into the memory of a CPU device."""
 SHOWN = 4
+Index = tuple[int, ...]
+Bounds = tuple[tuple[int, int], ...]
+"""Start and end along each axis."""
 WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt")
 UNWANTED = ("*/*", "consolidated*")
 
@@ -84,41 +91,92 @@ def load(folder: Path, config: DecoderConfig, vocab_size: int, sharding: Any) ->
 
     `sharding` is one for all, or a tree of them like the parameters.
     """
-    stored = _open(folder)
+    stored = open_folder(folder)
     _check(folder, stored, config, vocab_size)
     places: Mapping = {}
     if not isinstance(sharding, Sharding):
         places = {flat(path): leaf for path, leaf in jax.tree.leaves_with_path(sharding)}
     params: Params = {}
-    for row, ours in weights(config, vocab_size):
-        place = sharding if isinstance(sharding, Sharding) else places[row.path]
-        *sections, last = row.path
-        section = params
-        for name in sections:
-            section = section.setdefault(name, {})
-        section[last] = _fill(row, ours, place, stored)
+    with ThreadPoolExecutor(READERS) as pool:
+        for row, ours in weights(config, vocab_size):
+            place = sharding if isinstance(sharding, Sharding) else places[row.path]
+            *sections, last = row.path
+            section = params
+            for name in sections:
+                section = section.setdefault(name, {})
+            fill = _in_memory if on_cpu(place) else _on_devices
+            section[last] = fill(row, ours, place, stored, pool)
     return params
 
 
-def _fill(
-    row: Weight, ours: jax.ShapeDtypeStruct, place: Sharding, stored: Mapping[str, Stored]
+def on_cpu(place: Sharding) -> bool:
+    """Tell whether the memory of the devices is that of the host."""
+    return all(device.platform == "cpu" for device in place.device_set)
+
+
+def _in_memory(
+    row: Weight,
+    ours: jax.ShapeDtypeStruct,
+    place: Sharding,
+    stored: Mapping[str, Stored],
+    pool: ThreadPoolExecutor,
+) -> jax.Array:
+    """Fill one parameter's memory, each part that a device here holds once."""
+    parts: dict[Bounds, np.ndarray] = {}
+    on_device = []
+    for device, index in place.addressable_devices_indices_map(ours.shape).items():
+        assert index is not None
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, ours.shape, strict=True))
+        if bounds not in parts:
+            shape = tuple(stop - start for start, stop in bounds)
+            parts[bounds] = allocate(shape, np.dtype(ours.dtype))
+        on_device.append((device, bounds))
+    blocks = [block for b, part in parts.items() for block in _blocks(row, b, part, stored)]
+    for done in [pool.submit(copy_rows, *block) for block in blocks]:
+        done.result()
+    # Devices may share a part: what the host has lent, a program never writes to.
+    return jax.make_array_from_single_device_arrays(
+        ours.shape, place, [jax.device_put(parts[bounds], d) for d, bounds in on_device]
+    )
+
+
+def _blocks(
+    row: Weight, bounds: Bounds, part: np.ndarray, stored: Mapping[str, Stored]
+) -> Iterator[tuple[Stored, int, int, Slices, np.ndarray]]:
+    """Cut what a part needs of the files into blocks of rows, each with where it belongs."""
+    layers, own = bounds[: row.axes], bounds[row.axes :]
+    if row.transposed:
+        own = own[::-1]
+    (first, last), *others = own
+    columns = tuple(slice(*each) for each in others)
+    for index in itertools.product(*(range(*each) for each in layers)):
+        tensor = stored[row.theirs(index)]
+        target = part[tuple(i - start for i, (start, _) in zip(index, layers, strict=True))]
+        target = target.T if row.transposed else target
+        step = max(1, BLOCK * tensor.shape[0] // max(tensor.bytes, 1))
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            yield tensor, start, stop, columns, target[start - first : stop - first]
+
+
+def _on_devices(
+    row: Weight,
+    ours: jax.ShapeDtypeStruct,
+    place: Sharding,
+    stored: Mapping[str, Stored],
+    pool: ThreadPoolExecutor,
 ) -> jax.Array:
     """Put the tensors of one parameter where they belong, one after another."""
     axes = row.axes
-    # The host's copy to a CPU device transposes fast, its compiler does not; others do it better.
-    on_host = row.transposed and all(d.platform == "cpu" for d in place.device_set)
-    on_device = row.transposed and not on_host
-    piece_place = _of_piece(row, ours, place, on_device)
+    piece_place = _of_piece(row, ours, place)
 
     def laid(piece: jax.Array) -> jax.Array:
-        return (piece.T if on_device else piece).astype(ours.dtype)
-
-    def read(tensor: Stored) -> jax.Array:
-        return tensor.place(piece_place, transposed=on_host)
+        return (piece.T if row.transposed else piece).astype(ours.dtype)
 
     if not axes:
-        piece = read(stored[row.name])
-        return piece if piece.dtype == ours.dtype else jax.jit(laid, out_shardings=place)(piece)
+        piece = stored[row.name].place(piece_place)
+        plain = piece.dtype == ours.dtype and not row.transposed
+        return piece if plain else jax.jit(laid, out_shardings=place)(piece)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=place)
     def put(stack: jax.Array, piece: jax.Array, index: jax.Array) -> jax.Array:
@@ -127,16 +185,13 @@ def _fill(
 
     stack = jax.jit(lambda: jnp.zeros(ours.shape, ours.dtype), out_shardings=place)()
     every = [(index, stored[row.theirs(index)]) for index in indices(row, ours.shape)]
-    for index, piece in _ahead(every, read):
+    for index, piece in _ahead(every, piece_place, pool):
         stack = put(stack, piece, np.array(index, np.int32))
     return jax.block_until_ready(stack)
 
 
-Index = tuple[int, ...]
-
-
 def _ahead(
-    tensors: Sequence[tuple[Index, Stored]], read: Callable[[Stored], jax.Array]
+    tensors: Sequence[tuple[Index, Stored]], place: Sharding, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Index, jax.Array]]:
     """Read tensors in order, some ahead of their use, within the buffer."""
     coming: deque[tuple[Index, int, Future[jax.Array]]] = deque()
@@ -145,24 +200,23 @@ def _ahead(
         index, _, piece = coming.popleft()
         return index, jax.block_until_ready(piece.result())
 
-    with ThreadPoolExecutor(READERS) as pool:
-        for index, tensor in tensors:
-            while coming and sum(size for _, size, _ in coming) + tensor.bytes > BUFFER:
-                yield first()
-            coming.append((index, tensor.bytes, pool.submit(read, tensor)))
-        while coming:
+    for index, tensor in tensors:
+        while coming and sum(size for _, size, _ in coming) + tensor.bytes > BUFFER:
             yield first()
+        coming.append((index, tensor.bytes, pool.submit(tensor.place, place)))
+    while coming:
+        yield first()
 
 
-def _of_piece(row: Weight, ours: jax.ShapeDtypeStruct, place: Sharding, reverse: bool) -> Sharding:
+def _of_piece(row: Weight, ours: jax.ShapeDtypeStruct, place: Sharding) -> Sharding:
     """Give the sharding of one of their tensors, so that devices get what they will keep."""
     if not isinstance(place, NamedSharding):
         return place
     spec = [*place.spec, *[None] * (len(ours.shape) - len(place.spec))][row.axes :]
-    return NamedSharding(place.mesh, PartitionSpec(*(spec[::-1] if reverse else spec)))
+    return NamedSharding(place.mesh, PartitionSpec(*(spec[::-1] if row.transposed else spec)))
 
 
-def _open(folder: Path) -> dict[str, Stored]:
+def open_folder(folder: Path) -> dict[str, Stored]:
     """List the tensors of a folder: by its index, or of its only file."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file():

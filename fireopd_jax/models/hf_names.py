@@ -7,6 +7,7 @@ are [inputs, outputs] here and [outputs, inputs] there.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -88,13 +89,17 @@ def weights(
     config: DecoderConfig, vocab_size: int
 ) -> Iterator[tuple[Weight, jax.ShapeDtypeStruct]]:
     """List the rows of the table that a model has, each with the shape and type of ours."""
-    model = LanguageModel(config, vocab_size)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = _shapes(config, vocab_size)
     known = {flat(path): leaf for path, leaf in jax.tree.leaves_with_path(shapes)}
     rows = [row for row in TABLE if row.path in known]
     missing = known.keys() - {row.path for row in rows}
     assert not missing, f"parameters without a name: {missing}"
     return ((row, known[row.path]) for row in rows)
+
+
+@functools.cache
+def _shapes(config: DecoderConfig, vocab_size: int) -> Params:
+    return jax.eval_shape(LanguageModel(config, vocab_size).init, jax.random.key(0))
 
 
 def flat(path: tuple) -> Path:

@@ -17,7 +17,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int32
 
-from fireopd_jax.models.decoder import Decoder, DecoderConfig
+from fireopd_jax.models.decoder import Decoder, DecoderConfig, Remat
+from fireopd_jax.models.lora import Adapters
 from fireopd_jax.ops.dispatch import PLAIN
 from fireopd_jax.ops.head import head_stats
 from fireopd_jax.ops.logits import HeadSharding
@@ -79,14 +80,17 @@ class LanguageModel:
         temperature: Float[Array, ""] | float = 1.0,
         implementation: str | None = None,
         chunk: int | None = None,
+        *,
+        adapters: Adapters | None = None,
+        remat: Remat = "none",
     ) -> TokenStats:
         """Score given responses: log-prob of each token and entropy of its distribution, f32[B, T].
 
-        Differentiable in `params`. Values where `mask` is false mean nothing.
+        Differentiable in `params` and scaled `adapters`. Values where `mask` is false mean nothing.
         """
         decoder = self.bind(params)
         sequence, positions, visible = lay(prompt, prompt_length, tokens, mask)
-        hidden = decoder(sequence, positions, visible)
+        hidden = decoder(sequence, positions, visible, adapters=adapters, remat=remat)
         stats = head_stats(
             predicting(hidden, prompt_length, prompt.shape[1]),
             decoder.head,

@@ -62,8 +62,16 @@ def same(a, b):
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
+@pytest.fixture(params=["host", "device"])
+def memory(request, monkeypatch):
+    """Load as for CPUs, and as for devices with a memory of their own."""
+    if request.param == "device":
+        monkeypatch.setattr(hf_load, "on_cpu", lambda place: False)
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("memory")
 def test_every_tensor_comes_to_its_place(tmp_path, name, shards):
     params = write(tmp_path / "m", name, shards)
     got = read(tmp_path / "m", name)
@@ -86,6 +94,7 @@ def test_names_and_shapes_are_those_of_hugging_face():
 
 @pytest.mark.parametrize("kept", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
+@pytest.mark.usefixtures("memory")
 def test_types_are_those_asked_for(tmp_path, stored, kept):
     params = write(tmp_path / "m", "tied", 2, stored)
     got = read(tmp_path / "m", "tied", param_dtype=kept)
@@ -94,6 +103,7 @@ def test_types_are_those_asked_for(tmp_path, stored, kept):
     assert same(got, wanted)
 
 
+@pytest.mark.usefixtures("memory")
 def test_files_of_several_types_are_read(tmp_path):
     params = write(tmp_path / "m", "tied")
     tensors = load_file(tmp_path / "m" / "model.safetensors")
@@ -108,6 +118,7 @@ def test_files_of_several_types_are_read(tmp_path):
     assert same(got["layers"]["mlp"]["up_proj"]["kernel"], kernel)
 
 
+@pytest.mark.usefixtures("memory")
 def test_parameters_go_straight_to_their_shardings(tmp_path):
     params = write(tmp_path / "m", "experts", 2)
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("fsdp", "tensor"))
@@ -134,7 +145,29 @@ def test_parameters_go_straight_to_their_shardings(tmp_path):
 def test_the_host_waits_before_its_buffer_overflows(tmp_path, monkeypatch):
     params = write(tmp_path / "m", "untied")
     monkeypatch.setattr(hf_load, "BUFFER", 1)
+    monkeypatch.setattr(hf_load, "on_cpu", lambda place: False)
     assert same(read(tmp_path / "m", "untied"), params)
+
+
+@pytest.mark.parametrize("name", ["experts", "untied"])
+def test_blocks_of_any_size_fill_the_memory(tmp_path, monkeypatch, name):
+    params = write(tmp_path / "m", name)
+    monkeypatch.setattr(hf_load, "BLOCK", 100)
+    assert same(read(tmp_path / "m", name), params)
+
+
+def test_what_is_loaded_is_never_written_to(tmp_path):
+    """Devices may share what the host has read, and a program may be given it."""
+    params = write(tmp_path / "m", "tied")
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    got = read(tmp_path / "m", "tied", NamedSharding(mesh, PartitionSpec()))
+    leaf = got["embed_tokens"]
+    kept = [shard.data for shard in leaf.addressable_shards]
+    changed = jax.jit(lambda x: x + 1, donate_argnums=0)(leaf)
+    assert all(same(np.asarray(shard.data), params["embed_tokens"] + 1)
+               for shard in changed.addressable_shards)  # fmt: skip
+    again = jax.device_put(kept[1], jax.devices()[1]) if not kept[1].is_deleted() else None
+    assert again is None or same(np.asarray(again), params["embed_tokens"])
 
 
 def broken(folder, name="untied", **changes):

@@ -1,0 +1,80 @@
+"""What the backward pass computes again: the same gradient, with less held meanwhile."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from fireopd_jax.models.lora import LoraConfig
+from tests.cases import make_prompts, random_params, tiny_model
+
+LORA = LoraConfig(rank=2)
+TOKENS = np.random.default_rng(0).integers(0, 32, (4, 6)).astype(np.int32)
+SHAPES = {
+    "one kind": {},
+    "two kinds": {
+        "sliding_window": 3,
+        "layer_types": ("sliding_attention", "full_attention", "full_attention"),
+    },
+}
+
+
+def loss(model, tokens, remat, params, adapters=None):
+    prompts = make_prompts([3] * len(tokens), 3)
+    mask = np.ones(tokens.shape, bool)
+    stats = model.response_stats(
+        params, prompts.tokens, prompts.length, tokens, mask, adapters=adapters, remat=remat
+    )
+    return stats.logprob.sum() + stats.entropy.sum()
+
+
+def assert_close(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_policy_gives_the_same_loss_and_gradient(shape):
+    model = tiny_model(num_hidden_layers=3, **SHAPES[shape])
+    params = random_params(model)
+
+    def of(remat):
+        return jax.jit(jax.value_and_grad(functools.partial(loss, model, TOKENS, remat)))(params)
+
+    wanted = of("none")
+    for remat in ("full", "dots"):
+        assert_close(of(remat), wanted)
+
+
+def held(remat, with_adapters=False):
+    """Bytes that the compiled gradient holds besides its inputs and outputs."""
+    model = tiny_model(num_hidden_layers=12, hidden_size=32, intermediate_size=96)
+    params = random_params(model)
+    tokens = np.zeros((8, 32), np.int32)
+    if with_adapters:
+        adapters = LORA.init(jax.random.key(0), params)
+        tokens = tokens[:1, :2]
+
+        def of(adapters):
+            return loss(model, tokens, remat, params, LORA.scaled(adapters))
+
+        compiled = jax.jit(jax.grad(of)).lower(adapters).compile()
+    else:
+        of = functools.partial(loss, model, tokens, remat)
+        compiled = jax.jit(jax.grad(of)).lower(params).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_a_deep_model_holds_less():
+    none, dots, full = held("none"), held("dots"), held("full")
+    assert full < 0.5 * none, (full, none)
+    assert full < dots < 0.8 * none, (full, dots, none)
+
+
+def test_with_adapters_no_policy_but_none_holds_a_second_model():
+    none, dots, full = (held(remat, True) for remat in ("none", "dots", "full"))
+    # Twelve layers of 12 to 13 thousand parameters, in float32.
+    model = 12 * 12_000 * 4
+    assert dots < none - 0.8 * model, (dots, none, model)
+    assert full < none - 0.8 * model, (full, none, model)
