@@ -18,7 +18,6 @@ from pydantic import Field
 from fireopd_jax.config import config
 from fireopd_jax.types import Array, Scores
 
-
 Scope = Literal["batch", "kept", "teacher", "row", "vocabulary"]
 
 

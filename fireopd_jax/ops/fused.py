@@ -23,6 +23,8 @@ from fireopd_jax.ops.state import Forward, State, merge_over, with_weight
 from fireopd_jax.types import Array
 
 Stats = Float32[Array, " N"]
+Inputs = tuple[Array, Array, Array, Array, Array]
+"""hidden, head, ids, support_ids, scale"""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6))
@@ -120,9 +122,7 @@ def _gradients(forward, settings, residuals, cotangents):
 statistics.defvjp(_with_residuals, _gradients)
 
 
-def _state(
-    forward: Forward, inputs: tuple[Array, ...], settings: Settings, weigh: Any = None
-) -> State:
+def _state(forward: Forward, inputs: Inputs, settings: Settings, weigh: Any = None) -> State:
     """Run the implementation, on each device over its own tokens and columns."""
     sharding = settings.sharding
     if sharding is None:

@@ -193,8 +193,9 @@ def head_loss(
     The loss is told the statistics and arguments of n tokens and returns f32[n], each from its own
     token. Its gradients to `hidden` and `head` cost three matrix products where those of the
     statistics cost four, and a block of logits, `token_block` x V, exists: by default 2^24
-    elements, but at least 512 tokens. `arguments`, arrays with the leading axes of `ids`, have no gradient; the loss must
-    not close over traced values. `implementation`, `chunk` and `blocks` mean nothing here.
+    elements, but at least 512 tokens. `arguments`, arrays with the leading axes of `ids`, have no
+    gradient; the loss must not close over traced values. `implementation`, `chunk` and `blocks`
+    mean nothing here.
     """
     for name in ("implementation", "chunk", "blocks", "interpret"):
         if options.get(name):
