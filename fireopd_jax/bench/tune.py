@@ -32,9 +32,8 @@ from fireopd_jax.bench.head import (
     write_whole,
 )
 from fireopd_jax.config import UserError
-from fireopd_jax.ops.blocks import Blocks
+from fireopd_jax.ops.blocks import Blocks, default_chunk
 from fireopd_jax.ops.dispatch import KERNELS, PLAIN, PLATFORMS
-from fireopd_jax.ops.head import default_chunk
 from fireopd_jax.types import Array
 
 CASES = (("teacher", "forward"), ("student", "forward_backward"))

@@ -2,6 +2,13 @@
 
 import dataclasses
 
+import jax
+
+CPU_ELEMENTS = 2**21
+"""Of a chunk on a CPU: 8 MiB of float32, which caches and allocators still treat kindly."""
+ELEMENTS = 2**27
+"""Elsewhere: 512 MiB, so that products are large and d hidden is rarely read and written."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
@@ -10,3 +17,17 @@ class Blocks:
     tokens: int | None = None
     vocabulary: int | None = None
     width: int | None = None
+
+
+def default_chunk(tokens: int, width: int, backward: bool = False) -> int:
+    """Give how many columns of logits exist at a time: 1024 to 8192.
+
+    8192, halved until the chunk's logits [N, C] and its rows of d head [C, D] have no more elements
+    than the platform likes. The backward pass takes twice that: each of its chunks reads and writes
+    d hidden once. The platform is the default one of this process.
+    """
+    limit = CPU_ELEMENTS if jax.default_backend() == "cpu" else ELEMENTS
+    chunk, limit = 8192, limit * (2 if backward else 1)
+    while chunk > 1024 and chunk * max(tokens, width) > limit:
+        chunk //= 2
+    return chunk

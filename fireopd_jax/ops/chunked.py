@@ -47,7 +47,7 @@ def forward(
 
     nothing = jnp.full(wanted.shape, -jnp.inf, jnp.float32)
     start = (empty(ids.shape[0]), nothing, topk.empty(ids.shape[0], settings.k))
-    (m, s, t), picked, (values, found) = over_columns(step, start, settings)
+    (m, s, t), picked, (values, found) = over_columns(step, start, settings, settings.chunk)
     found = jnp.where(values == -jnp.inf, -1, found)
     state = State(m, s, t, picked[:, 0], picked[:, 1:], values, found)
     return with_weight(state, weigh, settings.vocabulary)
@@ -90,7 +90,7 @@ def backward(
         return d_hidden, d_head
 
     start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, dtype))
-    return over_columns(step, start, settings)
+    return over_columns(step, start, settings, settings.backward_chunk or settings.chunk)
 
 
 def empty(tokens: int) -> tuple[Array, Array, Array]:
@@ -167,9 +167,9 @@ def rows_gradient(state: Array, d_x: Array, settings: Settings) -> Array:
     return lax.platform_dependent(state, d_x, cpu=turned, default=straight)
 
 
-def over_columns(step: Callable[..., Any], carry: Any, settings: Settings) -> Any:
+def over_columns(step: Callable[..., Any], carry: Any, settings: Settings, chunk: int) -> Any:
     """Apply `step(carry, first, width)` to all columns that exist, in order."""
-    width = min(settings.chunk, settings.vocabulary)
+    width = min(chunk, settings.vocabulary)
     full, rest = divmod(settings.vocabulary, width)
 
     def body(carry, index):

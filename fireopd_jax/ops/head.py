@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Float, Float32, Int32
 
 from fireopd_jax.ops import fused, reference
-from fireopd_jax.ops.blocks import Blocks
+from fireopd_jax.ops.blocks import Blocks, default_chunk
 from fireopd_jax.ops.checks import (
     check_arrays,
     check_entropy,
@@ -36,10 +36,6 @@ from fireopd_jax.ops.state import student_factor
 from fireopd_jax.types import Array, pytree
 
 LARGEST_K = 128
-CHUNKS = (2048, 8192)
-"""Columns at a time, least and most; a power of two between, by `default_chunk`."""
-CHUNK_ELEMENTS = 2**22
-"""Above these a chunk shrinks: 16 MiB of float32."""
 
 
 class HeadOptions(TypedDict, total=False):
@@ -60,8 +56,7 @@ class HeadOptions(TypedDict, total=False):
     implementation: str | None
     """Of `IMPLEMENTATIONS`; None picks by platform and shape, see `dispatch`."""
     chunk: int | None
-    """Columns of logits at a time, in `chunked` and in every gradient: 8192 by default, fewer (at
-    least 2048) for more than 512 tokens or a width above 512."""
+    """Columns of logits at a time, in `chunked` and in every gradient; see `default_chunk`."""
     blocks: Blocks | None
     """Block sizes of a kernel; by its own formula."""
     interpret: bool
@@ -249,6 +244,7 @@ def _prepare(
     settings = Settings(
         vocabulary=check_valid(options.get("valid"), vocabulary),
         chunk=options.get("chunk") or default_chunk(tokens, width),
+        backward_chunk=options.get("chunk") or default_chunk(tokens, width, backward=True),
         softcap=options.get("softcap"),
         k=k,
         turned=turned,
@@ -262,14 +258,6 @@ def _prepare(
     inputs = (*flat, _flat(support_ids, ids, settings), scale)
     refuse(settings, *flat[:2], support_ids.shape[-1])
     return inputs, settings
-
-
-def default_chunk(tokens: int, width: int) -> int:
-    """Halve the widest chunk until its logits and its rows of d head fit, down to the narrowest."""
-    narrowest, chunk = CHUNKS
-    while chunk > narrowest and chunk * max(tokens, width) > CHUNK_ELEMENTS:
-        chunk //= 2
-    return chunk
 
 
 def _flat(array: Array, ids: Array, settings: Settings) -> Array:

@@ -46,6 +46,8 @@ class Settings:
     """Columns that exist; a padded head has more rows."""
     chunk: int
     """Columns of logits at a time, where an implementation works in chunks."""
+    backward_chunk: int | None = None
+    """The same in the backward pass; by default equal."""
     softcap: float | None = None
     k: int = 0
     """Length of the top-K list; 0 where none is asked for."""

@@ -234,7 +234,7 @@ def test_sharded_rows_equal_one_device():
 
 def test_unknown_names_are_refused():
     hidden, head, ids, _ = make_inputs(2, 5)
-    with pytest.raises(ValueError, match="'fast'; known: chunked, reference"):
+    with pytest.raises(ValueError, match="'fast'; known: chunked, pallas_gpu"):
         head_stats(hidden, head, ids, implementation="fast")
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         head_stats(hidden, head, ids, chunk=0)
