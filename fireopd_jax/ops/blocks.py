@@ -19,15 +19,16 @@ class Blocks:
     width: int | None = None
 
 
-def default_chunk(tokens: int, width: int, backward: bool = False) -> int:
+def default_chunk(tokens: int, width: int, costly: bool = False) -> int:
     """Give how many columns of logits exist at a time: 1024 to 8192.
 
     8192, halved until the chunk's logits [N, C] and its rows of d head [C, D] have no more elements
-    than the platform likes. The backward pass takes twice that: each of its chunks reads and writes
-    d hidden once. The platform is the default one of this process.
+    than the platform likes; twice that where every chunk is costly in itself: in the backward pass
+    it reads and writes d hidden, in a top-K it is chosen from. The platform is the default one of
+    this process.
     """
     limit = CPU_ELEMENTS if jax.default_backend() == "cpu" else ELEMENTS
-    chunk, limit = 8192, limit * (2 if backward else 1)
+    chunk, limit = 8192, limit * (2 if costly else 1)
     while chunk > 1024 and chunk * max(tokens, width) > limit:
         chunk //= 2
     return chunk

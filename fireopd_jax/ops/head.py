@@ -243,8 +243,8 @@ def _prepare(
     width = hidden.shape[-1]
     settings = Settings(
         vocabulary=check_valid(options.get("valid"), vocabulary),
-        chunk=options.get("chunk") or default_chunk(tokens, width),
-        backward_chunk=options.get("chunk") or default_chunk(tokens, width, backward=True),
+        chunk=options.get("chunk") or default_chunk(tokens, width, costly=k > 0),
+        backward_chunk=options.get("chunk") or default_chunk(tokens, width, costly=True),
         softcap=options.get("softcap"),
         k=k,
         turned=turned,
