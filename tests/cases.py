@@ -102,3 +102,50 @@ def make_prompts(lengths, width, vocab_size=32, seed=0, sample_id=None, teacher=
         sample_id=rows if sample_id is None else np.asarray(sample_id, np.int32),
         group=rows,
     )
+
+
+def through_cache(model, params, rows, prompt, memory, piece=8):
+    """Return the hidden states of sequences: prompts in pieces, then token by token in slots."""
+    prompt = np.asarray(prompt, np.int32)
+    total = np.array([len(row) for row in rows], np.int32)
+    capacity = -(-int(total.max()) // piece) * piece
+    tokens = np.zeros((len(rows), capacity), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    order = np.arange(len(rows), dtype=np.int32)
+    dtype = jnp.dtype(model.config.dtype)
+    relaid = jax.jit(model.relay)(params)
+
+    @jax.jit
+    def prefill(relaid, state, start):
+        decoder, layers = model.bind_relaid(relaid)
+        at = jnp.broadcast_to(start + jnp.arange(piece), (len(rows), piece))
+        new = jnp.take_along_axis(tokens, at, axis=1)
+        mix = memory.prefill(state, start, dtype)
+        hidden, cache = decoder.extend(layers, new, at, mix, memory.prompt_cache(state))
+        return hidden, memory.with_prompt_cache(state, cache)
+
+    @jax.jit
+    def decode(relaid, state, position):
+        decoder, layers = model.bind_relaid(relaid)
+        going = position < total
+        state = memory.advance(state, position, going)
+        new = jnp.take_along_axis(tokens, jnp.minimum(position, capacity - 1)[:, None], axis=1)
+        mix = memory.decode(state, position, going, dtype)
+        cache = memory.slot_cache(state)
+        hidden, cache = decoder.extend(layers, new, position[:, None], mix, cache)
+        return hidden, memory.with_slot_cache(state, cache)
+
+    state = memory.open(memory.init(model.config, len(rows), len(rows), capacity), prompt)
+    parts = [[] for _ in rows]
+    for start in range(0, int(prompt.max()), piece):
+        hidden, state = prefill(relaid, state, jnp.int32(start))
+        for i, length in enumerate(prompt):
+            parts[i].append(hidden[i, : max(0, int(length) - start)])
+    state = jax.jit(lambda s: memory.seat(s, order, order, prompt, piece))(state)
+    for t in range(int((total - prompt).max())):
+        hidden, state = decode(relaid, state, jnp.asarray(prompt + np.int32(t)))
+        for i in range(len(rows)):
+            if prompt[i] + t < total[i]:
+                parts[i].append(hidden[i])
+    return [np.concatenate([np.asarray(p, np.float32) for p in part]) for part in parts]

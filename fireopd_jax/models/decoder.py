@@ -4,9 +4,11 @@
 
 The parameters of all layers are stacked on a leading axis. Training scans over them; decoding
 takes them apart and keeps one cache buffer a layer, because a cache that goes through a scan is
-copied at every step. The module knows nothing of logits, losses or sampling.
+copied at every step. The module knows nothing of logits, losses or sampling, nor how a cache is
+laid out.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,14 +18,17 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int32
 
 from fireopd_jax.models.architecture import AttentionKind, DecoderConfig
-from fireopd_jax.models.layers import MLP, Attention, norm
+from fireopd_jax.models.layers import MLP, Attention, Mix, norm
 from fireopd_jax.models.lora import Adapters, add
 from fireopd_jax.models.moe import MoE
 from fireopd_jax.models.rope import rotary
+from fireopd_jax.ops.attention import attend
 from fireopd_jax.types import Array
 
-Cache = tuple[tuple[Array, Array], ...]
-"""Keys and values of each layer, each [B, K, S, H]."""
+Cache = tuple[Any, ...]
+"""Keys and values of each layer, in a layout that only its owner knows."""
+CachedAttention = Callable[..., tuple[Array, Any]]
+"""`(a layer's cache, its window, q, k, v, scale) -> (mixed values, the cache)`: see `Mix`."""
 Sight = tuple[tuple[Array, Array], Array]
 """What a kind of layer sees: the rotations of the positions, and the mask."""
 Remat = Literal["none", "full", "dots"]
@@ -31,7 +36,7 @@ Remat = Literal["none", "full", "dots"]
 
 
 class Layer(nnx.Module):
-    """One layer; with a cache, it writes its keys and values there and attends to all of it."""
+    """One layer: attention and MLP, each added to what comes in."""
 
     def __init__(self, c: DecoderConfig, *, rngs: nnx.Rngs):
         self.post_norms = c.post_norms
@@ -43,9 +48,9 @@ class Layer(nnx.Module):
             self.post_feedforward_layernorm = norm(c, c.hidden_size, rngs=rngs)
         self.mlp = MLP(c, rngs=rngs) if c.moe is None else MoE(c, rngs=rngs)
 
-    def __call__(self, x: Array, rope, mask: Array, cache=None, slot: Array | int = 0):
+    def __call__(self, x: Array, rope, mix: Mix):
         """Give the hidden states, and the cache as it is now."""
-        out, cache = self.self_attn(self.input_layernorm(x), rope, mask, cache, slot)
+        out, cache = self.self_attn(self.input_layernorm(x), rope, mix)
         if self.post_norms:
             x = x + self.post_attention_layernorm(out)
             out = self.mlp(self.pre_feedforward_layernorm(x))
@@ -89,20 +94,22 @@ class Decoder(nnx.Module):
     def sights(
         self,
         positions: Int32[Array, "B N"],
-        past: Bool[Array, "B N S"],
-        key_positions: Int32[Array, "B S"],
+        past: Bool[Array, "B N N"],
     ) -> dict[AttentionKind, Sight]:
-        """Give rotations and mask of each kind of layer; a window counts positions, not slots."""
-        c = self.config
+        """Give rotations and mask of each kind of layer; a window counts positions."""
 
         def sight(kind: AttentionKind) -> Sight:
-            rope = rotary(positions, c.head_dim, kind.theta, kind.scaling)
+            rope = self.rope(kind, positions)
             if kind.window is None:
                 return rope, past
-            distance = positions[:, :, None] - key_positions[:, None, :]
+            distance = positions[:, :, None] - positions[:, None, :]
             return rope, past & (distance < kind.window)
 
-        return {kind: sight(kind) for kind in dict.fromkeys(c.kinds)}
+        return {kind: sight(kind) for kind in dict.fromkeys(self.config.kinds)}
+
+    def rope(self, kind: AttentionKind, positions: Int32[Array, "B N"]) -> tuple[Array, Array]:
+        """Give the rotations of the positions in layers of a kind."""
+        return rotary(positions, self.config.head_dim, kind.theta, kind.scaling)
 
     def __call__(
         self,
@@ -119,14 +126,14 @@ class Decoder(nnx.Module):
         """
         x = self.embed(tokens)
         mask = visible[:, None, :] & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))[None]
-        sights = self.sights(positions, mask, positions)
+        sights = self.sights(positions, mask)
         graph, stacked = nnx.split(self.layers)
         low_rank = {} if adapters is None else adapters["layers"]
         kinds = list(sights)
 
         def run(x, layer, low_rank, rope, mask):
             layer = add(nnx.to_pure_dict(layer), low_rank) if low_rank else layer
-            return nnx.merge(graph, layer)(x, rope, mask)[0]
+            return nnx.merge(graph, layer)(x, rope, uncached(mask))[0]
 
         run = recomputed(run, remat)
         if len(kinds) == 1:
@@ -149,47 +156,26 @@ class Decoder(nnx.Module):
 
         return self.norm(jax.lax.scan(pick, x, (stacked, low_rank, index))[0])
 
-    def unstacked(self) -> list[Layer]:
-        """Take the stacked layers apart: one set of parameters a layer."""
-        graph, stacked = nnx.split(self.layers)
-        return [
-            nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
-            for i in range(self.config.num_hidden_layers)
-        ]
-
     def extend(
         self,
         layers: list[Layer],
         tokens: Int32[Array, "B N"],
         positions: Int32[Array, "B N"],
-        visible: Bool[Array, "B S"],
+        attend: CachedAttention,
         cache: Cache,
-        slot: Int32[Array, ""] | int,
     ) -> tuple[Float[Array, "B N D"], Cache]:
-        """Run N new tokens in the cache slots from `slot` on: P to prefill, 1 to decode.
-
-        The position of a visible slot is the count of those visible before it.
-        """
-        x = self.embed(tokens)
-        reach = slot + jnp.arange(tokens.shape[1])
-        past = jnp.arange(visible.shape[1])[None, :] <= reach[:, None]
-        mask = visible[:, None, :] & past[None]
-        key_positions = jnp.cumsum(visible, axis=1, dtype=jnp.int32) - 1
-        sights = self.sights(positions, mask, key_positions)
-        new = []
-        for layer, kind, buffers in zip(layers, self.config.kinds, cache, strict=True):
-            x, buffers = layer(x, *sights[kind], buffers, slot)
-            new.append(buffers)
+        """Run N new tokens of each row, which `attend` joins with those that the cache holds."""
+        x, new = self.embed(tokens), []
+        ropes = {kind: self.rope(kind, positions) for kind in dict.fromkeys(self.config.kinds)}
+        for layer, kind, kept in zip(layers, self.config.kinds, cache, strict=True):
+            x, kept = layer(x, ropes[kind], functools.partial(attend, kept, kind.window))
+            new.append(kept)
         return self.norm(x), tuple(new)
 
-    def empty_cache(self, rows: int, slots: int) -> Cache:
-        """Allocate the cache; every buffer is its own."""
-        c = self.config
-        shape = (rows, c.num_key_value_heads, slots, c.head_dim)
-        return tuple(
-            (jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))
-            for _ in range(c.num_hidden_layers)
-        )
+
+def uncached(mask: Bool[Array, "B N N"]) -> Mix:
+    """Attend among the new tokens alone."""
+    return lambda q, k, v, scale: (attend(q, k, v, mask, scale), None)
 
 
 def recomputed(layer: Callable[..., Array], remat: Remat) -> Callable[..., Array]:

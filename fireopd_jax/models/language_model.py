@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int32
 
-from fireopd_jax.models.decoder import Decoder, DecoderConfig, Remat
+from fireopd_jax.models.decoder import Decoder, DecoderConfig, Layer, Remat
 from fireopd_jax.models.lora import Adapters
 from fireopd_jax.ops.dispatch import PLAIN
 from fireopd_jax.ops.head import head_stats
@@ -63,6 +63,41 @@ class LanguageModel:
         """Put the parameters into the module."""
         graph, _ = nnx.split(nnx.eval_shape(lambda: self._module(nnx.Rngs(0))))
         return nnx.merge(graph, params)
+
+    def relay(self, params: Params) -> Params:
+        """Lay parameters out for decoding: a tree a layer, matrices in the type of the computation.
+
+        A loop over layers that are stacked would make XLA hoist a second copy of all of them.
+        """
+        dtype = jnp.dtype(self.config.dtype)
+
+        def cast(x: Array) -> Array:
+            matrix = x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating)
+            return x.astype(dtype) if matrix else jnp.asarray(x)
+
+        stacked = params["layers"]
+        layers = tuple(
+            jax.tree.map(lambda leaf, i=i: cast(leaf[i]), stacked)
+            for i in range(self.config.num_hidden_layers)
+        )
+        rest = {name: tree for name, tree in params.items() if name != "layers"}
+        return jax.tree.map(cast, rest) | {"layers": layers}
+
+    def bind_relaid(self, relaid: Params) -> tuple[Decoder, list[Layer]]:
+        """Put what `relay` gives into the module and its layers."""
+        shapes = nnx.eval_shape(lambda: self._module(nnx.Rngs(0)))
+        graph, stacked = nnx.split(shapes)
+        absent = nnx.to_pure_dict(stacked)["layers"]  # the decoder's own stack is not looked at
+        layer, _ = nnx.split(shapes.layers)
+        layers = [nnx.merge(layer, each) for each in relaid["layers"]]
+        return nnx.merge(graph, relaid | {"layers": absent}), layers
+
+    def logits(self, decoder: Decoder, hidden: Float[Array, "B D"]) -> Float[Array, "B W"]:
+        """Give the logits of one position a row, float32: what the sampler draws from."""
+        head = decoder.head
+        product = jnp.einsum("bd,vd->bv", hidden.astype(head.dtype), head,
+                             preferred_element_type=jnp.float32)  # fmt: skip
+        return self.real(product)
 
     def real(self, logits: Float[Array, "B V"]) -> Float[Array, "B W"]:
         """Make what the head gives the logits of the tokens: softcapped, the padding cut off."""

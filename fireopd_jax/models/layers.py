@@ -1,13 +1,19 @@
 """The parts of a layer: linear maps, norms, attention, the gated MLP."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.rope import rotate
-from fireopd_jax.ops.attention import attend
 from fireopd_jax.types import Array
+
+Mix = Callable[[Array, Array, Array, float], tuple[Array, Any]]
+"""Attention proper: queries [B, N, heads, H], new keys and values [B, K, N, H] and the scale of
+the scores -> the mixed values [B, N, heads, H], and the cache as it is now, if there is one."""
 
 
 class Linear(nnx.Linear):
@@ -67,7 +73,7 @@ def activation(c: DecoderConfig, x: Array) -> Array:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention over the tokens themselves, or over a cache."""
+    """Grouped-query attention; what it looks at, and whether it is kept, is the caller's `mix`."""
 
     def __init__(self, c: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = c
@@ -80,8 +86,8 @@ class Attention(nnx.Module):
             self.q_norm = norm(c, c.head_dim, rngs=rngs)
             self.k_norm = norm(c, c.head_dim, rngs=rngs)
 
-    def __call__(self, x: Array, rope, mask: Array, cache, slot: Array | int):
-        """Attend over the tokens themselves, or over a cache that they are first written to."""
+    def __call__(self, x: Array, rope, mix: Mix):
+        """Give what attention adds to the hidden states, and the cache as it is now."""
         c = self.config
 
         def heads(projection):
@@ -92,13 +98,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope), rotate(k, rope).swapaxes(1, 2)
         v = heads(self.v_proj).swapaxes(1, 2)
-        if cache is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
-                for old, new in zip(cache, (k, v), strict=True)
-            )
-            cache = (k, v)
-        out = attend(q, k, v, mask, scale=(c.query_pre_attn_scalar or c.head_dim) ** -0.5)
+        out, cache = mix(q, k, v, (c.query_pre_attn_scalar or c.head_dim) ** -0.5)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
 
 

@@ -1,31 +1,32 @@
-"""Generate a batch of responses in one jitted program: prefill, then decode to the last row's end.
+"""Draw a batch of responses as one pure function of parameters and prompts.
 
-Prompt tokens take the cache slots 0..P-1 and response token t the slot P + t of every row,
-whatever the prompt's length: a write is one slice. The engine does not know what the responses
-are for.
+    prompts -> table of requests -> `Loop.run` to its end -> Rollout
+
+The rows are shared out over the `data` axis of the model's mesh, one loop a replica: a replica
+whose responses are short does not wait at every step for the others. For requests that come and go,
+budgets and streams there is `serving.Engine`, around the same loop.
 """
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float32, Int32
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Int32
 
-from fireopd_jax.models.decoder import Cache, Decoder, Layer
-from fireopd_jax.models.language_model import LanguageModel, Params, last_of_prompt
-from fireopd_jax.rollout.sampling import Sampling, draw, row_keys
-from fireopd_jax.types import Array, Prompts, Rollout, pytree
+from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.rollout.kv_dense import Dense
+from fireopd_jax.rollout.kv_paged import Paged
+from fireopd_jax.rollout.loop import Loop
+from fireopd_jax.rollout.sampling import Sampling
+from fireopd_jax.rollout.state import STOP, Requests, Shape, empty_requests, enqueue, initial
+from fireopd_jax.types import Array, Prompts, Rollout
 
-
-@pytree
-class _State:
-    step: Int32[Array, ""]
-    hidden: Float32[Array, "B D"]
-    cache: Cache
-    active: Bool[Array, " B"]
-    finished: Bool[Array, " B"]
-    tokens: Int32[Array, "B T"]
-    mask: Bool[Array, "B T"]
-    logprob: Float32[Array, "B T"]
-    model_logprob: Float32[Array, "B T"]
+Memory = Dense | Paged
+UNBOUNDED = 2**30
+"""Decoding steps that no rollout reaches."""
 
 
 def generate(
@@ -36,87 +37,70 @@ def generate(
     version: Int32[Array, ""],
     *,
     max_tokens: int,
+    slots: int | None = None,
+    memory: Memory = Dense(),
 ) -> Rollout:
     """Draw one response to each prompt.
 
     `max_tokens` is the room, static; `sampling.max_tokens` the limit, traced, at most the room. A
-    row of length 0 draws nothing. Rows end on a stop token, which is part of the response, or at
-    the limit.
+    row of length 0 draws nothing. Rows end on a stop token, which is part of the response, at the
+    limit, or before a token for which the logits are not finite. At most `slots` rows are decoded
+    at a time, on each replica; rows that follow one another with the same prompt share its prefill.
     """
-    decoder = model.bind(params)
-    layers = decoder.unstacked()
-    head = decoder.head
-    width = prompts.tokens.shape[1]
-    start, visible = _prefill(decoder, layers, prompts, max_tokens)
+    replicas = 1 if model.mesh is None else model.mesh.shape["data"]
+    rows, width = prompts.tokens.shape
+    shape = Shape.of(rows // replicas, width, max_tokens, slots, memory.align)
 
-    def alive(state: _State) -> Bool[Array, ""]:
-        return (state.step < jnp.minimum(sampling.max_tokens, max_tokens)) & state.active.any()
+    def draw(params: Params, prompts: Prompts, sampling: Sampling, version: Array):
+        requests = table(prompts, sampling, max_tokens)
+        count = requests.length.shape[0]
+        cache = memory.init(model.config, shape.slots, shape.entries, shape.capacity)
+        state = initial(requests, shape.slots, shape.entries, cache)
+        real = jnp.where(requests.length > 0, jnp.arange(count, dtype=jnp.int32), count)
+        state = dataclasses.replace(state, ring=enqueue(state.ring, requests, real))
+        loop = Loop(model, memory, shape.piece)
+        end = loop.run(params, state, jnp.int32(UNBOUNDED), version).requests
+        return end.tokens, end.count, end.logprob, end.model_logprob, end.finish, end.version
 
-    def decode(state: _State) -> _State:
-        logits = jnp.einsum("bd,vd->bv", state.hidden.astype(head.dtype), head,
-                            preferred_element_type=jnp.float32)  # fmt: skip
-        logits = model.real(logits)
-        keys = row_keys(sampling.seed, prompts.sample_id, state.step)
-        drawn = draw(logits, keys, sampling)
-
-        def write(buffer: Array, value: Array) -> Array:
-            column = jnp.where(state.active, value, jnp.zeros_like(value))[:, None]
-            return jax.lax.dynamic_update_slice_in_dim(buffer, column, state.step, axis=1)
-
-        stopped = state.active & jnp.isin(drawn.token, sampling.stop)
-        hidden, cache = decoder.extend(
-            layers,
-            drawn.token[:, None],
-            (prompts.length + state.step)[:, None],
-            visible,
-            state.cache,
-            width + state.step,
-        )
-        return _State(
-            step=state.step + 1,
-            hidden=hidden[:, 0].astype(jnp.float32),
-            cache=cache,
-            active=state.active & ~stopped,
-            finished=state.finished | stopped,
-            tokens=write(state.tokens, drawn.token),
-            mask=write(state.mask, jnp.ones_like(state.active)),
-            logprob=write(state.logprob, drawn.logprob),
-            model_logprob=write(state.model_logprob, drawn.model_logprob),
-        )
-
-    end = jax.lax.while_loop(alive, decode, start)
+    whole, split = PartitionSpec(), PartitionSpec("data")
+    knobs = jax.tree.map(lambda knob: whole if knob.ndim == 0 else split, sampling.rows(rows))
+    draw = over_data(draw, model.mesh, (whole, split, knobs, whole), split)
+    tokens, count, logprob, model_logprob, finish, versions = draw(
+        model.relay(params), prompts, sampling.rows(rows), version
+    )
     return Rollout(
         prompts=prompts,
-        tokens=end.tokens,
-        mask=end.mask,
-        logprob=end.logprob,
-        model_logprob=end.model_logprob,
-        finished=end.finished,
-        version=jnp.where(end.mask, version, -1),
+        tokens=tokens,
+        mask=jnp.arange(max_tokens)[None] < count[:, None],
+        logprob=logprob,
+        model_logprob=model_logprob,
+        finished=finish == STOP,
+        version=versions,
     )
 
 
-def _prefill(
-    decoder: Decoder, layers: list[Layer], prompts: Prompts, max_tokens: int
-) -> tuple[_State, Bool[Array, "B S"]]:
-    """Run the prompts into an empty cache; also tell which of its slots may ever be seen."""
-    rows, width = prompts.tokens.shape
-    slots = jnp.arange(width + max_tokens)[None]
-    # Later response slots are hidden by causality.
-    visible = (slots < prompts.length[:, None]) | (slots >= width)
-    positions = jnp.broadcast_to(jnp.arange(width)[None], (rows, width))
-    cache = decoder.empty_cache(rows, width + max_tokens)
-    hidden, cache = decoder.extend(layers, prompts.tokens, positions, visible, cache, 0)
-    zeros = jnp.zeros((rows, max_tokens), jnp.float32)
-    state = _State(
-        step=jnp.int32(0),
-        hidden=last_of_prompt(hidden, prompts.length).astype(jnp.float32),
-        cache=cache,
-        active=prompts.length > 0,
-        finished=jnp.zeros(rows, bool),
-        tokens=zeros.astype(jnp.int32),
-        mask=zeros.astype(bool),
-        logprob=zeros,
-        model_logprob=zeros,
+def table(prompts: Prompts, sampling: Sampling, room: int) -> Requests:
+    """Lay prompts out as requests; all share their knobs."""
+    return dataclasses.replace(
+        empty_requests(*prompts.tokens.shape, room, sampling),
+        prompt=jnp.asarray(prompts.tokens),
+        length=jnp.asarray(prompts.length),
+        sample_id=jnp.asarray(prompts.sample_id),
     )
-    return state, visible
+
+
+def over_data(
+    function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """Run a function once a replica, each on its own rows; other axes stay the compiler's."""
+    if mesh is None or mesh.size == 1:
+        return function
+    # The loops of the replicas end at different times, which no check of their values can see.
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={"data"},
+        check_vma=False,
+    )

@@ -10,7 +10,9 @@ import pytest
 from fireopd_jax.models.decoder import DecoderConfig, parameter_count
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.ops.attention import attend
-from tests.cases import random_params, tiny_model
+from fireopd_jax.rollout.kv_dense import Dense
+from fireopd_jax.rollout.kv_paged import Paged
+from tests.cases import random_params, through_cache, tiny_model
 
 MODEL = tiny_model(
     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False
@@ -80,26 +82,13 @@ def test_a_later_token_changes_nothing_before_it():
         assert (np.abs(after[:, changed:] - before[:, changed:]).max(axis=2) > 1e-4).all()
 
 
-def test_prefill_and_decode_equal_the_whole_sequence():
+@pytest.mark.parametrize("memory", [Dense(), Paged(page_size=8)], ids=["dense", "paged"])
+def test_prefill_and_decode_equal_the_whole_sequence(memory):
     tokens, positions, visible = inputs()
-
-    @jax.jit
-    def step(params, tokens, positions, cache, slot):
-        decoder = MODEL.bind(params)
-        return decoder.extend(decoder.unstacked(), tokens, positions, visible, cache, slot)
-
-    cache = MODEL.bind(PARAMS).empty_cache(ROWS, WIDTH + ROOM)
-    hidden, cache = step(PARAMS, tokens[:, :WIDTH], positions[:, :WIDTH], cache, 0)
-    parts = [hidden]
-    for t in range(WIDTH, WIDTH + ROOM):
-        hidden, cache = step(PARAMS, tokens[:, t : t + 1], positions[:, t : t + 1], cache, t)
-        parts.append(hidden)
-    np.testing.assert_allclose(
-        np.concatenate(parts, axis=1)[visible],
-        np.asarray(whole(PARAMS, tokens, positions, visible))[visible],
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    rows = [tokens[i][visible[i]] for i in range(ROWS)]
+    wanted = np.asarray(whole(PARAMS, tokens, positions, visible))
+    for i, hidden in enumerate(through_cache(MODEL, PARAMS, rows, LENGTH, memory)):
+        np.testing.assert_allclose(hidden, wanted[i][visible[i]], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -145,7 +134,8 @@ def test_bfloat16_stays_close_to_float32():
     half = LanguageModel(dataclasses.replace(MODEL.config, dtype="bfloat16"), MODEL.vocab_size)
     hidden = jax.jit(lambda p: half.bind(p)(tokens, positions, visible))(PARAMS)
     assert hidden.dtype == jnp.bfloat16 and half.bind(PARAMS).head.dtype == jnp.bfloat16
-    assert half.bind(PARAMS).empty_cache(1, 2)[0][0].dtype == jnp.bfloat16
+    cache = Dense().init(half.config, 1, 1, 8)
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
     exact = np.asarray(whole(PARAMS, tokens, positions, visible))
     gap = np.abs(np.asarray(hidden, np.float32) - exact)[visible]
     assert 0 < gap.max() < 0.15, gap.max()

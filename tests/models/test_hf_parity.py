@@ -12,6 +12,8 @@ from fireopd_jax.models.hf_config import hf_config_json
 from fireopd_jax.models.hf_load import load, read_config
 from fireopd_jax.models.hf_names import hf_shapes, hf_tensors
 from fireopd_jax.models.language_model import LanguageModel
+from fireopd_jax.rollout.kv_dense import Dense
+from tests.cases import through_cache
 
 pytestmark = pytest.mark.parity
 
@@ -158,33 +160,18 @@ def test_decoding_through_the_cache_equals_transformers(name, tmp):
     ids, prompt = tokens(2), np.array([6, 1, 4], np.int32)
     width, room = 6, 6
     model = LanguageModel(config, VOCABULARY)
-    visible = (np.arange(WIDTH)[None] < prompt[:, None]) | (np.arange(WIDTH)[None] >= width)
-
-    @jax.jit
-    def step(params, new, positions, cache, slot):
-        decoder = model.bind(params)
-        hidden, cache = decoder.extend(decoder.unstacked(), new, positions, visible, cache, slot)
-        return (hidden @ decoder.head.T).astype("float32"), cache
-
-    cache = model.bind(params).empty_cache(3, width + room)
-    positions = np.broadcast_to(np.arange(width, dtype=np.int32), (3, width))
-    logits, cache = step(params, ids[:, :width], positions, cache, 0)
-    parts = [np.asarray(logits)]
-    for t in range(room):
-        new = ids[:, width + t, None]
-        logits, cache = step(params, new, prompt[:, None] + np.int32(t), cache, width + t)
-        parts.append(np.asarray(logits))
-    parts = bent(config, np.concatenate(parts, axis=1))
     rows = [np.concatenate([ids[i, : prompt[i]], ids[i, width:]]) for i in range(3)]
+    head = np.asarray(model.bind(params).head, np.float32)
+    hidden = through_cache(model, params, rows, prompt, Dense())
     for i, wanted in enumerate(wanted_logits(reference, rows, prompt + room)):
-        got = np.concatenate([parts[i, : prompt[i]], parts[i, width:]])
+        got = bent(config, hidden[i] @ head.T)
         assert np.abs(got - wanted).max() / np.abs(wanted).max() <= 2e-5
 
 
 def test_the_router_of_the_test_is_uneven(tmp):
     _, _, config, params = case("qwen3_moe", tmp)
     model = LanguageModel(config, VOCABULARY)
-    layer = model.bind(params).unstacked()[0]
+    layer = model.bind_relaid(model.relay(params))[1][0]
     x = model.bind(params).embed(tokens())
     gate = np.asarray(layer.mlp.gate(layer.post_attention_layernorm(x)))
     chosen = np.argsort(-gate, axis=-1)[..., :2]

@@ -20,7 +20,7 @@ def model(norm=True, layers=1):
 
 def block(norm=True):
     params = random_params(model(norm))
-    layer = model(norm).bind(params).unstacked()[0].mlp
+    layer = model(norm).bind_relaid(model(norm).relay(params))[1][0].mlp
     return layer, jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), params["layers"])[
         "mlp"
     ]

@@ -6,7 +6,9 @@ import pytest
 
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.rope import LinearRope
-from tests.cases import random_params, tiny_model
+from fireopd_jax.rollout.kv_dense import Dense
+from fireopd_jax.rollout.kv_paged import Paged
+from tests.cases import random_params, through_cache, tiny_model
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROWS, WIDTH, ROOM = 3, 5, 4
@@ -42,21 +44,11 @@ def test_prefill_and_decode_equal_the_whole_and_the_row_alone(name):
     params = random_params(model)
     tokens, positions, visible = inputs()
 
-    @jax.jit
-    def step(params, tokens, positions, cache, slot):
-        decoder = model.bind(params)
-        return decoder.extend(decoder.unstacked(), tokens, positions, visible, cache, slot)
-
-    cache = model.bind(params).empty_cache(ROWS, WIDTH + ROOM)
-    hidden, cache = step(params, tokens[:, :WIDTH], positions[:, :WIDTH], cache, 0)
-    parts = [hidden]
-    for t in range(WIDTH, WIDTH + ROOM):
-        hidden, cache = step(params, tokens[:, t : t + 1], positions[:, t : t + 1], cache, t)
-        parts.append(hidden)
     got = whole(model, params, tokens, positions, visible)
-    np.testing.assert_allclose(
-        np.concatenate(parts, axis=1)[visible], got[visible], rtol=1e-5, atol=1e-5
-    )
+    rows = [tokens[i][visible[i]] for i in range(ROWS)]
+    for memory in (Dense(), Paged(page_size=8)):
+        for i, hidden in enumerate(through_cache(model, params, rows, LENGTH, memory)):
+            np.testing.assert_allclose(hidden, got[i][visible[i]], rtol=1e-5, atol=1e-5)
     # A row without its padding: the window must not have counted it.
     for i in range(ROWS):
         own = tokens[i][visible[i]][None]

@@ -1,0 +1,281 @@
+"""A key-value cache of pages that slots take as they grow, with its allocator inside the program.
+
+    position p of a row lies in page table[row, p // page], at p % page;  pool [N, K, page, H] a layer
+
+Memory grows with the tokens that are alive, not with the longest that might be. Rows of one prompt
+share its whole pages and copy the last, unfinished one. Nobody counts references: `reclaim` marks
+the pages that stand in a table of somebody alive, and all others are free. That happens only when
+somebody lacks a page, so a step costs one look at a stack.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Int32
+from pydantic import Field, PositiveInt
+
+from fireopd_jax.config import UserError, config
+from fireopd_jax.models.decoder import Cache, CachedAttention, DecoderConfig
+from fireopd_jax.ops.attention import attend
+from fireopd_jax.rollout.kv_codec import KVType, decode, encode, widths
+from fireopd_jax.rollout.kv_dense import attend_piece, seen
+from fireopd_jax.types import Array, pytree
+
+
+@pytree
+class PagedState:
+    """The pool, who holds which page, and which are free. Page N is none."""
+
+    pool: Any
+    tables: Int32[Array, "B M"]
+    entry_tables: Int32[Array, "R M"]
+    free: Int32[Array, " N"]
+    """A stack: the pages before `top` are free."""
+    top: Int32[Array, ""]
+    dropped: Bool[Array, ""]
+    """Pages have left a table since the last `reclaim`."""
+
+
+@config
+class Paged:
+    """Slots share a pool of pages."""
+
+    kind: Literal["paged"] = "paged"
+    dtype: KVType = "model"
+    """Keys and values as the model computes them, or as 8-bit integers with a scale a vector."""
+    page_size: int = Field(default=16, ge=8, multiple_of=8)
+    """Tokens of a page."""
+    tokens: PositiveInt | None = None
+    """Tokens that the pool has room for, on each replica; by default as many as `dense` has."""
+
+    @property
+    def align(self) -> int:
+        """Pieces of prompts are a multiple of it."""
+        return self.page_size
+
+    def init(self, c: DecoderConfig, slots: int, entries: int, capacity: int) -> PagedState:
+        """Allocate; every buffer is its own."""
+        page, width = self.page_size, capacity // self.page_size
+        count = -(-(self.tokens or (slots + entries) * capacity) // page)
+        if count < width + 2:
+            raise UserError(
+                f"rollout.cache.tokens={self.tokens}: one response may need {capacity} tokens; "
+                f"expected at least {(width + 2) * page}"
+            )
+
+        def layer():
+            return tuple(
+                tuple(
+                    jnp.zeros((count, c.num_key_value_heads, page, width), dtype)
+                    for width, dtype in widths(c.head_dim, self.dtype, jnp.dtype(c.dtype))
+                )
+                for _ in range(2)
+            )
+
+        return PagedState(
+            pool=tuple(layer() for _ in range(c.num_hidden_layers)),
+            tables=jnp.full((slots, width), count, jnp.int32),
+            entry_tables=jnp.full((entries, width), count, jnp.int32),
+            free=jnp.arange(count, dtype=jnp.int32),
+            top=jnp.int32(count),
+            dropped=jnp.zeros((), bool),
+        )
+
+    def grow(self, state: PagedState, capacity: int) -> PagedState:
+        """Let every slot hold more pages; the pool stays as it is."""
+        none, more = state.free.shape[0], capacity // self.page_size - state.tables.shape[1]
+
+        def wider(table: Array) -> Array:
+            return jnp.pad(table, ((0, 0), (0, more)), constant_values=none)
+
+        return dataclasses.replace(
+            state, tables=wider(state.tables), entry_tables=wider(state.entry_tables)
+        )
+
+    def columns(self, state: PagedState) -> int:
+        """Tell how many positions a slot may have."""
+        return state.tables.shape[1] * self.page_size
+
+    # -- prompts
+
+    def fits(self, state: PagedState, length: Int32[Array, " R"]) -> Bool[Array, " R"]:
+        """Tell which of the next prompts there is room for; one page stays for who decodes."""
+        return jnp.cumsum(self._pages(length)) < state.top
+
+    def open(self, state: PagedState, length: Int32[Array, " R"]) -> PagedState:
+        """Take pages for the prompts."""
+        need = self._pages(length)
+        before = jnp.cumsum(need) - need
+        at = jnp.arange(state.tables.shape[1])[None]
+        page = state.free[jnp.maximum(state.top - 1 - before[:, None] - at, 0)]
+        tables = jnp.where(at < need[:, None], page, state.free.shape[0])
+        return dataclasses.replace(state, entry_tables=tables, top=state.top - need.sum(dtype=jnp.int32))
+
+    def prompt_cache(self, state: PagedState) -> Cache:
+        """Give what the prefill writes to."""
+        return state.pool
+
+    def with_prompt_cache(self, state: PagedState, cache: Cache) -> PagedState:
+        """Put back what the prefill has written."""
+        return dataclasses.replace(state, pool=cache)
+
+    def prefill(
+        self, state: PagedState, start: Int32[Array, ""], dtype: jnp.dtype
+    ) -> CachedAttention:
+        """Attend from columns `start`... of every entry to those columns and all before."""
+        tables, page = state.entry_tables, self.page_size
+
+        def mix(kept, window, q, k, v, scale):
+            new = [encode(x, self.dtype) for x in (k, v)]
+            count = q.shape[1] // page
+            at = jax.lax.dynamic_slice_in_dim(tables, start // page, count, axis=1)
+
+            def write(pool: Array, leaf: Array) -> Array:
+                rows, heads, _, width = leaf.shape
+                pages = leaf.reshape(rows, heads, count, page, width).swapaxes(1, 2)
+                return pool.at[at].set(pages, mode="drop")
+
+            kept = tuple(
+                tuple(write(pool, leaf) for pool, leaf in zip(buffer, leaves, strict=True))
+                for buffer, leaves in zip(kept, new, strict=True)
+            )
+            rows = [[_rows(pool, tables) for pool in buffer] for buffer in kept]
+            return attend_piece(q, new, rows, start, window, scale, dtype), kept
+
+        return mix
+
+    # -- slots
+
+    def seats(self, state: PagedState, length: Int32[Array, " F"]) -> Bool[Array, " F"]:
+        """Tell which of the next requests there is room for in the slots."""
+        return jnp.cumsum(length % self.page_size > 0) <= state.top
+
+    def seat(
+        self,
+        state: PagedState,
+        entry: Int32[Array, " F"],
+        slot: Int32[Array, " F"],
+        length: Int32[Array, " F"],
+        piece: int,
+    ) -> PagedState:
+        """Share the whole pages of the entries with the slots and copy the last; slot B is none."""
+        none, page = state.free.shape[0], self.page_size
+        whole, source = length // page, state.entry_tables[entry]
+        copies = (slot < state.tables.shape[0]) & (length % page > 0)
+        rank = jnp.cumsum(copies) - 1
+        new = jnp.where(copies, state.free[jnp.maximum(state.top - 1 - rank, 0)], none)
+        last = jnp.take_along_axis(
+            source, jnp.minimum(whole, source.shape[1] - 1)[:, None], axis=1
+        )[:, 0]
+        at = jnp.arange(source.shape[1])[None]
+        rows = jnp.where(at < whole[:, None], source, none)
+        rows = jnp.where((at == whole[:, None]) & copies[:, None], new[:, None], rows)
+
+        def copy(pool: Array) -> Array:
+            return pool.at[new].set(pool[jnp.minimum(last, none - 1)], mode="drop")
+
+        return dataclasses.replace(
+            state,
+            pool=jax.tree.map(copy, state.pool),
+            tables=state.tables.at[slot].set(rows, mode="drop"),
+            top=state.top - copies.sum(dtype=jnp.int32),
+            dropped=jnp.ones_like(state.dropped),
+        )
+
+    def ready(
+        self, state: PagedState, position: Array, active: Array, born: Array
+    ) -> Bool[Array, " B"]:
+        """Tell which slots can take one more token; where pages lack, the youngest wait."""
+        need = self._lacks(state, position, active)
+        older = need[None] & (born[None] < born[:, None])
+        return active & (~need | (older.sum(axis=1) < state.top))
+
+    def advance(self, state: PagedState, position: Array, going: Array) -> PagedState:
+        """Take a page for each slot that goes on and has none for its next token."""
+        need = self._lacks(state, position, going)
+        rank = jnp.cumsum(need) - 1
+        page = state.free[jnp.maximum(state.top - 1 - rank, 0)]
+        row = jnp.where(need, jnp.arange(need.shape[0]), need.shape[0])
+        tables = state.tables.at[row, position // self.page_size].set(page, mode="drop")
+        return dataclasses.replace(state, tables=tables, top=state.top - need.sum(dtype=jnp.int32))
+
+    def slot_cache(self, state: PagedState) -> Cache:
+        """Give what a decoding step writes to."""
+        return state.pool
+
+    def with_slot_cache(self, state: PagedState, cache: Cache) -> PagedState:
+        """Put back what a decoding step has written."""
+        return dataclasses.replace(state, pool=cache)
+
+    def decode(
+        self,
+        state: PagedState,
+        position: Int32[Array, " B"],
+        going: Bool[Array, " B"],
+        dtype: jnp.dtype,
+    ) -> CachedAttention:
+        """Attend from each slot's next position to it and all before; only `going` slots write."""
+        none, page = state.free.shape[0], self.page_size
+        at = jnp.minimum(position // page, state.tables.shape[1] - 1)
+        target = jnp.take_along_axis(state.tables, at[:, None], axis=1)[:, 0]
+        target = jnp.where(going, target, none)
+        distance = position[:, None] - jnp.arange(self.columns(state))[None]
+
+        def mix(kept, window, q, k, v, scale):
+            kept = tuple(
+                tuple(
+                    pool.at[target, :, position % page].set(leaf[:, :, 0], mode="drop")
+                    for pool, leaf in zip(buffer, encode(x, self.dtype), strict=True)
+                )
+                for buffer, x in zip(kept, (k, v), strict=True)
+            )
+            keys, values = (
+                decode(tuple(_rows(pool, state.tables) for pool in buffer), dtype)
+                for buffer in kept
+            )
+            return attend(q, keys, values, seen(distance, window)[:, None], scale), kept
+
+        return mix
+
+    # -- what is held in vain
+
+    def garbage(self, state: PagedState, active: Array, entries: Array) -> Bool[Array, ""]:
+        """Tell whether pages are held by nobody who is alive."""
+        none = state.free.shape[0]
+        dead = (state.tables[:, 0] < none) & ~active
+        return state.dropped | dead.any() | ((state.entry_tables[:, 0] < none) & ~entries).any()
+
+    def reclaim(self, state: PagedState, active: Array, entries: Array) -> PagedState:
+        """Free every page that stands in no table of a running slot or a wanted entry."""
+        none = state.free.shape[0]
+        tables = jnp.where(active[:, None], state.tables, none)
+        entry_tables = jnp.where(entries[:, None], state.entry_tables, none)
+        used = jnp.zeros(none, bool).at[tables].set(True, mode="drop")
+        used = used.at[entry_tables].set(True, mode="drop")
+        free = jnp.nonzero(~used, size=none, fill_value=0)[0].astype(jnp.int32)
+        return dataclasses.replace(
+            state,
+            tables=tables,
+            entry_tables=entry_tables,
+            free=free,
+            top=(~used).sum(dtype=jnp.int32),
+            dropped=jnp.zeros_like(state.dropped),
+        )
+
+    def _pages(self, length: Array) -> Array:
+        return -(-length // self.page_size)
+
+    def _lacks(self, state: PagedState, position: Array, active: Array) -> Bool[Array, " B"]:
+        """Tell which slots have no page for their next token."""
+        at = jnp.minimum(position // self.page_size, state.tables.shape[1] - 1)
+        page = jnp.take_along_axis(state.tables, at[:, None], axis=1)[:, 0]
+        return active & (page == state.free.shape[0])
+
+
+def _rows(pool: Array, tables: Array) -> Array:
+    """Lay the pages of each row side by side: [B, K, S, H]; those that are none are masked later."""
+    pages = pool[jnp.minimum(tables, pool.shape[0] - 1)]
+    rows, count, heads, page, width = pages.shape
+    return pages.swapaxes(1, 2).reshape(rows, heads, count * page, width)

@@ -1,0 +1,308 @@
+"""Continuous batching inside one program.
+
+    while something waits or runs:
+        prefill   when the entries are used up: the next R prompts that wait, in pieces of W tokens
+        seat      while a slot is free: copy a prompt's keys and values there
+        decode    until a slot is free and somebody waits: one token a slot and step
+
+Loops stand where branches would be more natural: a cache that passes through a branch is copied. A
+slot processes the last token of its sequence and draws the next one, so every step of a slot gives
+a token. What a row draws is a function of (seed, sample id, position) and of the parameters alone:
+never of the slot, the neighbours or the time.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Int32
+
+from fireopd_jax.models.decoder import Decoder, Layer
+from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.rollout.sampling import draw, row_keys
+from fireopd_jax.rollout.state import (
+    LENGTH,
+    NOT_FINITE,
+    RUNNING,
+    STOP,
+    Entries,
+    Requests,
+    Slots,
+    State,
+)
+from fireopd_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """The shapes and the layout that one program is compiled for."""
+
+    model: LanguageModel
+    memory: Any
+    """How keys and values are kept: `Dense`, `Paged`."""
+    piece: int
+    """Prompt tokens of a row that are computed at a time."""
+
+    def run(
+        self, params: Params, state: State, steps: Int32[Array, ""], version: Int32[Array, ""]
+    ) -> State:
+        """Go on for at most `steps` decoding steps, with parameters that `relay` laid out."""
+        net = self.model.bind_relaid(params)
+        end = state.counters.steps + steps
+
+        def live(s: State) -> Bool[Array, ""]:
+            return (s.slots.active.any() | (s.ring.size > 0)) & (s.counters.steps < end)
+
+        def refill(s: State) -> State:
+            s = jax.lax.while_loop(self.must_reclaim, self.reclaim, s)
+            s = jax.lax.while_loop(self.can_prefill, lambda s: self.prefill(net, s), s)
+            return jax.lax.while_loop(self.can_seat, self.seat, s)
+
+        def decode(s: State) -> State:
+            def going(s: State) -> Bool[Array, ""]:
+                waits = self.can_seat(s) | self.can_prefill(s) | self.must_reclaim(s)
+                return self.ready(s).any() & ~waits & (s.counters.steps < end)
+
+            s = jax.lax.while_loop(going, lambda s: self.decode(net, s, version), s)
+            return jax.lax.while_loop(self.starves, self.evict, s)
+
+        return jax.lax.while_loop(live, lambda s: decode(refill(s)), state)
+
+    # -- prompts
+
+    def waiting(self, s: State) -> tuple[Array, Array, Array]:
+        """Give the next R sequences that wait: a row of each, how many rows want it, its length."""
+        size, count = s.ring.row.shape[0], s.entries.left.shape[0]
+        at = (s.ring.head + jnp.arange(size)) % size
+        there = jnp.arange(size) < s.ring.size
+        run = jnp.cumsum((s.ring.first[at] | (jnp.arange(size) == 0)) & there) - 1
+        mine = (run[None] == jnp.arange(count)[:, None]) & there[None]
+        row = s.ring.row[at][jnp.argmax(mine, axis=1)]
+        wanted = mine.sum(axis=1, dtype=jnp.int32)
+        length = jnp.where(wanted > 0, s.requests.length[row] + s.requests.count[row] - 1, 0)
+        return row, wanted, length
+
+    def can_prefill(self, s: State) -> Bool[Array, ""]:
+        """Tell whether a slot is free, no prompt is there for it, and there is room for one."""
+        free = (~s.slots.active).any() & (s.entries.left.sum() == 0) & (s.ring.size > 0)
+        _, _, length = self.waiting(s)
+        return free & self.memory.fits(s.cache, length)[0]
+
+    def prefill(self, net: tuple[Decoder, list[Layer]], s: State) -> State:
+        """Compute the next prompts, in pieces."""
+        decoder, layers = net
+        memory, width = self.memory, self.piece
+        row, wanted, length = self.waiting(s)
+        taken = memory.fits(s.cache, length) & (wanted > 0)
+        wanted, length = jnp.where(taken, wanted, 0), jnp.where(taken, length, 0)
+        # The entries that were there are used up.
+        cache = memory.reclaim(s.cache, s.slots.active, jnp.zeros_like(taken))
+        cache = memory.open(cache, length)
+
+        def piece(carry):
+            start, kept = carry
+            at = jnp.broadcast_to(start + jnp.arange(width), (row.shape[0], width))
+            tokens = sequence_at(s.requests, row, at)
+            mix = memory.prefill(cache, start, self.dtype)
+            _, kept = decoder.extend(layers, tokens, at, mix, kept)
+            return start + width, kept
+
+        begin = (jnp.int32(0), memory.prompt_cache(cache))
+        _, kept = jax.lax.while_loop(lambda c: c[0] < length.max(), piece, begin)
+        counters = dataclasses.replace(
+            s.counters,
+            prefills=s.counters.prefills + 1,
+            prefilled=s.counters.prefilled + length.sum(dtype=jnp.int32),
+        )
+        return dataclasses.replace(
+            s,
+            entries=Entries(left=wanted, length=length),
+            cache=memory.with_prompt_cache(cache, kept),
+            counters=counters,
+        )
+
+    # -- slots
+
+    def next_seats(self, s: State) -> tuple[Array, Array, Array]:
+        """Pair the next waiting rows that have an entry with free slots: slot, entry, length."""
+        slots, count = s.slots.active.shape[0], s.entries.left.shape[0]
+        seats = min(slots, count)
+        slot = jnp.nonzero(~s.slots.active, size=seats, fill_value=slots)[0].astype(jnp.int32)
+        upto = jnp.cumsum(s.entries.left)
+        rank = jnp.arange(seats)
+        entry = jnp.minimum((upto[None] <= rank[:, None]).sum(axis=1), count - 1)
+        slot = jnp.where(rank < upto[-1], slot, slots)
+        length = jnp.where(slot < slots, s.entries.length[entry], 0)
+        # In order: where one does not fit, those after it wait too.
+        fits = jnp.cumprod(self.memory.seats(s.cache, length)).astype(bool)
+        return jnp.where(fits, slot, slots), entry, length
+
+    def can_seat(self, s: State) -> Bool[Array, ""]:
+        """Tell whether a slot is free for a prompt that is there."""
+        free = (~s.slots.active).any() & (s.entries.left.sum() > 0)
+        slot, _, _ = self.next_seats(s)
+        return free & (slot[0] < s.slots.active.shape[0])
+
+    def seat(self, s: State) -> State:
+        """Let waiting rows take free slots."""
+        slot, entry, length = self.next_seats(s)
+        slots, size = s.slots.active.shape[0], s.ring.row.shape[0]
+        taken = slot < slots
+        row = s.ring.row[(s.ring.head + jnp.arange(slot.shape[0])) % size]
+        requests = s.requests
+        full = requests.count[row] >= limit_of(requests, row)
+
+        def write(old: Array, new: Array) -> Array:
+            return old.at[slot].set(new, mode="drop")
+
+        born = s.counters.seated + jnp.arange(slot.shape[0])
+        seated = taken.sum(dtype=jnp.int32)
+        left = s.entries.left.at[entry].add(-taken.astype(jnp.int32))
+        finish = requests.finish.at[jnp.where(taken & full, row, size)].set(LENGTH, mode="drop")
+        return dataclasses.replace(
+            s,
+            requests=dataclasses.replace(requests, finish=finish),
+            ring=dataclasses.replace(
+                s.ring, head=(s.ring.head + seated) % size, size=s.ring.size - seated
+            ),
+            entries=dataclasses.replace(s.entries, left=left),
+            slots=Slots(
+                row=write(s.slots.row, row),
+                token=write(s.slots.token, sequence_at(requests, row, length[:, None])[:, 0]),
+                position=write(s.slots.position, length),
+                born=write(s.slots.born, born),
+                active=write(s.slots.active, ~full),
+            ),
+            cache=self.memory.seat(s.cache, entry, slot, length, self.piece),
+            counters=dataclasses.replace(s.counters, seated=s.counters.seated + seated),
+        )
+
+    def ready(self, s: State) -> Bool[Array, " B"]:
+        """Tell which slots can go on."""
+        return self.memory.ready(s.cache, s.slots.position, s.slots.active, s.slots.born)
+
+    def decode(
+        self, net: tuple[Decoder, list[Layer]], s: State, version: Int32[Array, ""]
+    ) -> State:
+        """Process one token of each slot that can go on, and draw the next."""
+        decoder, layers = net
+        slots, requests, memory = s.slots, s.requests, self.memory
+        going = self.ready(s)
+        cache = memory.advance(s.cache, slots.position, going)
+        mix = memory.decode(cache, slots.position, going, self.dtype)
+        hidden, kept = decoder.extend(
+            layers, slots.token[:, None], slots.position[:, None], mix, memory.slot_cache(cache)
+        )
+        logits = self.model.logits(decoder, hidden[:, 0])
+        row = jnp.minimum(slots.row, requests.length.shape[0] - 1)
+        at = requests.count[row]
+        sampling = requests.sampling.at_rows(row)
+        keys = row_keys(sampling.seed, requests.sample_id[row], at)
+        drawn = draw(logits, keys, sampling, at)
+        valid = going & ~drawn.bad
+        count = at + valid
+        stopped = valid & (drawn.token[:, None] == sampling.stop).any(axis=1)
+        full = valid & (count >= limit_of(requests, row))
+        finish = jnp.where(full, LENGTH, RUNNING)
+        finish = jnp.where(stopped, STOP, finish)
+        finish = jnp.where(going & drawn.bad, NOT_FINITE, finish)
+        target = jnp.where(valid, row, requests.length.shape[0])
+
+        def write(old: Array, new: Array) -> Array:
+            return old.at[target, at].set(new, mode="drop", unique_indices=True)
+
+        table = jnp.where(going, row, requests.length.shape[0])
+        requests = dataclasses.replace(
+            requests,
+            tokens=write(requests.tokens, drawn.token),
+            logprob=write(requests.logprob, drawn.logprob),
+            model_logprob=write(requests.model_logprob, drawn.model_logprob),
+            version=write(requests.version, jnp.broadcast_to(version, at.shape)),
+            count=requests.count.at[table].set(count, mode="drop", unique_indices=True),
+            finish=requests.finish.at[table].set(finish, mode="drop", unique_indices=True),
+        )
+        slots = dataclasses.replace(
+            slots,
+            token=jnp.where(valid, drawn.token, slots.token),
+            position=slots.position + valid,
+            active=slots.active & (finish == RUNNING),
+        )
+        counters = dataclasses.replace(
+            s.counters,
+            steps=s.counters.steps + 1,
+            drawn=s.counters.drawn + valid.sum(dtype=jnp.int32),
+            stalled=s.counters.stalled + (s.slots.active & ~going).sum(dtype=jnp.int32),
+        )
+        cache = memory.with_slot_cache(cache, kept)
+        return dataclasses.replace(
+            s, requests=requests, slots=slots, cache=cache, counters=counters
+        )
+
+    # -- room
+
+    def must_reclaim(self, s: State) -> Bool[Array, ""]:
+        """Tell whether somebody lacks room while some is held in vain."""
+        memory, free = self.memory, (~s.slots.active).any() & (s.ring.size > 0)
+        there = s.entries.left.sum() > 0
+        fits = memory.fits(s.cache, self.waiting(s)[2])[0]
+        seats = memory.seats(s.cache, s.entries.length[jnp.argmax(s.entries.left > 0)][None])[0]
+        waits = free & jnp.where(there, ~seats, ~fits)
+        stalls = (s.slots.active & ~self.ready(s)).any()
+        return (waits | stalls) & memory.garbage(s.cache, s.slots.active, s.entries.left > 0)
+
+    def reclaim(self, s: State) -> State:
+        """Free the room that is held by nobody."""
+        cache = self.memory.reclaim(s.cache, s.slots.active, s.entries.left > 0)
+        return dataclasses.replace(s, cache=cache)
+
+    def starves(self, s: State) -> Bool[Array, ""]:
+        """Tell whether slots run, and none of them has room to go on."""
+        return s.slots.active.any() & ~self.ready(s).any()
+
+    def evict(self, s: State) -> State:
+        """Give up the computed prompts and the youngest slot; its row waits again, before all."""
+        size = s.ring.row.shape[0]
+        youngest = jnp.argmax(jnp.where(s.slots.active, s.slots.born, -1))
+        head = (s.ring.head - 1) % size
+        # What was left of the entry that was in use starts a run of its own again.
+        first = s.ring.first.at[s.ring.head].set(True).at[head].set(True)
+        evicted = dataclasses.replace(
+            s,
+            ring=dataclasses.replace(
+                s.ring,
+                row=s.ring.row.at[head].set(s.slots.row[youngest]),
+                first=first,
+                head=head,
+                size=s.ring.size + 1,
+            ),
+            entries=jax.tree.map(jnp.zeros_like, s.entries),
+            slots=dataclasses.replace(s.slots, active=s.slots.active.at[youngest].set(False)),
+            counters=dataclasses.replace(s.counters, evicted=s.counters.evicted + 1),
+        )
+        return self.reclaim(evicted)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Type of the computation."""
+        return jnp.dtype(self.model.config.dtype)
+
+
+def sequence_at(
+    requests: Requests, row: Int32[Array, " R"], at: Int32[Array, "R N"]
+) -> Int32[Array, "R N"]:
+    """Read tokens of whole sequences, prompt and response; after the end is junk."""
+    length = requests.length[row][:, None]
+    width, room = requests.prompt.shape[1], requests.tokens.shape[1]
+    prompt = requests.prompt[row[:, None], jnp.clip(at, 0, width - 1)]
+    response = requests.tokens[row[:, None], jnp.clip(at - length, 0, room - 1)]
+    return jnp.where(at < length, prompt, response)
+
+
+def limit_of(requests: Requests, row: Int32[Array, " B"]) -> Int32[Array, " B"]:
+    """Tell how many tokens the responses may have."""
+    return jnp.minimum(requests.sampling.max_tokens[row], requests.tokens.shape[1])
+
+
+Run = Callable[[Params, State, Array, Array], State]
