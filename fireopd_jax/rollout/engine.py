@@ -57,7 +57,7 @@ def generate(
                             preferred_element_type=jnp.float32)  # fmt: skip
         logits = model.real(logits)
         keys = row_keys(sampling.seed, prompts.sample_id, state.step)
-        drawn = draw(logits, keys, sampling)
+        drawn = draw(logits, keys, sampling, state.step)
 
         def write(buffer: Array, value: Array) -> Array:
             column = jnp.where(state.active, value, jnp.zeros_like(value))[:, None]
