@@ -116,7 +116,8 @@ class Weights:
 
 def weigh(blocks: Float32[Array, "B N block"], columns: Columns) -> Weights:
     """Take each block's maximum and mass: all that a draw must know of the columns."""
-    best = blocks.max(axis=-1)
+    # Without the barriers the reduction of a reduction becomes one more pass over the columns.
+    best = lax.optimization_barrier(blocks.max(axis=-1))
     top = columns.max(best.max(axis=-1))
-    mass = jnp.exp(blocks - top[:, None, None]).sum(axis=-1)
+    mass = lax.optimization_barrier(jnp.exp(blocks - top[:, None, None]).sum(axis=-1))
     return Weights(top, best, mass, columns.sum(mass.sum(axis=-1)))

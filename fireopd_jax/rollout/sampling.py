@@ -11,7 +11,9 @@ Each row owns its key, a function of (run seed, sample id, token position) alone
 the same token in any batch, and over any shards of the vocabulary.
 """
 
+import functools
 import hashlib
+import operator
 from typing import Annotated, NamedTuple
 
 import jax
@@ -151,11 +153,13 @@ class _Knobs(NamedTuple):
     """What the rows ask for, without what a greedy row ignores."""
 
     greedy: Bool[Array, " B"]
-    temperature: Float32[Array, " B"]
+    coldness: Float32[Array, " B"]
+    """1 / temperature. A product is the same wherever it is compiled; a quotient is not, and a cut
+    must find the very value that it was made of."""
     top_k: Int32[Array, " B"]
     top_p: Float32[Array, " B"]
-    floor: Float32[Array, " B"]
-    """Least logit below the largest, at the temperature: min-p's logarithm."""
+    least: Float32[Array, " B"]
+    """min-p's logarithm: how far below the largest a logit may lie."""
     barred: Int32[Array, "B E"]
     """Stop tokens that come too early here, padded with -1."""
 
@@ -165,10 +169,10 @@ def _knobs(sampling: Sampling, position: Int32[Array, " B"]) -> _Knobs:
     early = (position < sampling.min_tokens)[:, None]
     return _Knobs(
         greedy=greedy,
-        temperature=jnp.where(greedy, 1, sampling.temperature),
+        coldness=1 / jnp.where(greedy, 1, sampling.temperature),
         top_k=jnp.where(greedy, 0, sampling.top_k),
         top_p=jnp.where(greedy, 1, sampling.top_p),
-        floor=jnp.where(greedy, -jnp.inf, jnp.log(sampling.min_p)),
+        least=jnp.where(greedy, -jnp.inf, jnp.log(sampling.min_p)),
         barred=jnp.where(early, sampling.stop, NO_TOKEN),
     )
 
@@ -191,7 +195,7 @@ def draw(
     knobs = _knobs(sampling.rows(rows), jnp.broadcast_to(position, (rows,)))
     blocks = columns.split(logits.astype(jnp.float32))
     raw = weigh(blocks, columns)
-    shaped = (knobs.temperature != 1) | (knobs.barred >= 0).any(axis=1) | _filtered(knobs)
+    shaped = (knobs.coldness != 1) | (knobs.barred >= 0).any(axis=1) | _filtered(knobs)
     weights, cut = lax.cond(
         shaped.any(),
         lambda: _shape(blocks, knobs, columns),
@@ -210,17 +214,20 @@ def draw(
 
 
 def _filtered(knobs: _Knobs) -> Bool[Array, " B"]:
-    return (knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.floor > -jnp.inf)
+    return (knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.least > -jnp.inf)
 
 
 def _shape(
     blocks: Float32[Array, "B N block"], knobs: _Knobs, columns: Columns
 ) -> tuple[Weights, Cut]:
     """Weigh the blocks of what is really drawn from, and find its cut."""
+    # Two branches that both write: one that passed its operand on would have it copied.
+    coldness = knobs.coldness[:, None, None]
     z = lax.cond(
-        (knobs.barred >= 0).any(), lambda z: _bar(z, knobs.barred, columns), lambda z: z, blocks
+        (knobs.barred >= 0).any(),
+        lambda: _bar(blocks, columns.ids(), knobs.barred) * coldness,
+        lambda: blocks * coldness,
     )
-    z /= knobs.temperature[:, None, None]
     weights = weigh(z, columns)
 
     def filtered() -> tuple[Weights, Cut]:
@@ -229,29 +236,23 @@ def _shape(
             lambda: cutoff.find(z, weights, knobs.top_k, knobs.top_p, columns),
             lambda: cutoff.no_cut(weights.top),
         )
-        kept = _keep(z, columns.ids(), weights.top, cut, knobs.floor)
+        kept = _keep(z, columns.ids(), weights.top, cut, knobs.least)
         return weigh(kept, columns), cut
 
     return lax.cond(_filtered(knobs).any(), filtered, lambda: (weights, cutoff.no_cut(weights.top)))
 
 
-def _bar(
-    z: Float32[Array, "B N block"], barred: Int32[Array, "B E"], columns: Columns
-) -> Float32[Array, "B N block"]:
-    """Put -inf on each row's barred tokens."""
-    held = z.shape[1] * z.shape[2]
-    at = barred - columns.first()
-    at = jnp.where((barred >= 0) & (at >= 0), at, held)
-    flat = jnp.asarray(z).reshape(len(z), held)
-    flat = flat.at[jnp.arange(len(z))[:, None], at].set(-jnp.inf, mode="drop")
-    return flat.reshape(z.shape)
-
-
-def _keep(z: Array, ids: Array, top: Array, cut: Cut, floor: Array) -> Array:
-    """Put -inf on what lies beyond the cut or below the floor; z is f32[B, *S]."""
+def _bar(z: Array, ids: Array, barred: Int32[Array, "B E"]) -> Array:
+    """Put -inf on each row's barred tokens; z is f32[B, *S]."""
     shape = (-1, *[1] * (z.ndim - 1))
-    kept = cut.keeps(z, ids) & (z - top.reshape(shape) >= floor.reshape(shape))
-    return jnp.where(kept, z, -jnp.inf)
+    hit = functools.reduce(operator.or_, (ids == stop.reshape(shape) for stop in barred.T))
+    return jnp.where(hit, -jnp.inf, z)
+
+
+def _keep(z: Array, ids: Array, top: Array, cut: Cut, least: Array) -> Array:
+    """Put -inf on what lies beyond the cut or too far below the top; z is f32[B, *S]."""
+    floor = (top + least).reshape(-1, *[1] * (z.ndim - 1))
+    return jnp.where(cut.keeps(z, ids) & (z >= floor), z, -jnp.inf)
 
 
 def _two_stages(
@@ -273,9 +274,8 @@ def _two_stages(
     chosen = _argmax(columns.gather(score), halves[:, 0], greedy)
     raw, here = columns.pick(blocks, chosen)
     ids = chosen[:, None] * size + jnp.arange(size, dtype=jnp.int32)[None]
-    barred = (ids[:, :, None] == knobs.barred[:, None, :]).any(axis=2)
-    z = jnp.where(barred, -jnp.inf, raw) / knobs.temperature[:, None]
-    inside = _argmax(_keep(z, ids, weights.top, cut, knobs.floor), halves[:, 1], greedy)
+    z = _bar(raw, ids, knobs.barred) * knobs.coldness[:, None]
+    inside = _argmax(_keep(z, ids, weights.top, cut, knobs.least), halves[:, 1], greedy)
 
     def share(value: Array) -> Array:
         value = jnp.take_along_axis(value, inside[:, None], axis=1)[:, 0]
