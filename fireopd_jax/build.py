@@ -127,6 +127,7 @@ class Setup:
             top_p=filters.get("top_p", 1.0),
             top_k=int(filters.get("top_k", 0)),
             min_p=filters.get("min_p", 0.0),
+            min_tokens=int(filters.get("min_tokens", 0)),
         )
 
 

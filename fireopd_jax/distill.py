@@ -66,6 +66,7 @@ class Distillation:
             top_p=config.rollout.top_p,
             top_k=config.rollout.top_k,
             min_p=config.rollout.min_p,
+            min_tokens=config.rollout.min_tokens,
         )
         self.temperature = jnp.float32(config.rollout.temperature)
         self.loader = PromptLoader(

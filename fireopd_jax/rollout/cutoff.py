@@ -1,0 +1,182 @@
+"""Where top-k and top-p cut a row's ranking, exactly and without sorting the vocabulary.
+
+    256 best tokens -> the cut, if it lies among them        (nearly always)
+    else bisection: smallest t with measure(logits > t) < limit, over the bits of float32
+
+Tokens are ranked by logit, equal ones by token id. Both filters keep the head of that ranking, so a
+cut is its last token: a logit and an id. Top-k keeps exactly k, top-p every token before which less
+than p of the mass lies, its mass being what top-k has left.
+
+The measure is a count for top-k, a mass for top-p. Its float32 sum over a fixed tree is monotone
+in t, so the bisection is sound.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Bool, Float32, Int32
+
+from fireopd_jax.ops import topk
+from fireopd_jax.rollout.columns import Columns, Weights
+from fireopd_jax.types import Array, pytree
+
+CANDIDATES = 256
+LEAST = 1e-30
+"""Below any mass before the second token, so that p = 0 keeps one token."""
+
+
+@pytree
+class Cut:
+    """The last token that a row keeps."""
+
+    value: Float32[Array, " B"]
+    """Its logit."""
+    tie: Int32[Array, " B"]
+    """Its id."""
+
+    def keeps(
+        self, z: Float32[Array, "B ..."], ids: Int32[Array, "#B ..."]
+    ) -> Bool[Array, "B ..."]:
+        """Tell which tokens are ranked no lower."""
+        shape = (-1, *[1] * (z.ndim - 1))
+        value, tie = self.value.reshape(shape), self.tie.reshape(shape)
+        return (z > value) | ((z == value) & (ids <= tie))
+
+
+def no_cut(like: Float32[Array, " B"]) -> Cut:
+    """Keep every token."""
+    return Cut(jnp.full_like(like, -jnp.inf), jnp.full_like(like, 2**31 - 1, jnp.int32))
+
+
+def find(
+    z: Float32[Array, "B N block"],
+    weights: Weights,
+    top_k: Int32[Array, " B"],
+    top_p: Float32[Array, " B"],
+    columns: Columns,
+) -> Cut:
+    """Cut each row after its top-k (0: off), and that after its top-p (1: off).
+
+    `weights` are those of `z`. A row whose logits are not all numbers gets some cut.
+    """
+    k = jnp.where((top_k <= 0) | (top_k >= columns.size), columns.size, top_k)
+    value, ids = _candidates(z, columns)
+    found = value.shape[1]
+    rank = jnp.arange(found, dtype=jnp.int32)[None]
+    mass = jnp.where(rank < k[:, None], jnp.exp(value - weights.top[:, None]), 0)
+    upto = jnp.cumsum(mass, axis=1)
+    total = jnp.where(k < columns.size, upto.max(axis=1), weights.total)
+    limit = jnp.where(top_p < 1, jnp.maximum(top_p * total, LEAST), jnp.inf)
+    kept = ((rank < k[:, None]) & (upto - mass < limit[:, None])).sum(axis=1, dtype=jnp.int32)
+    last = jnp.clip(kept - 1, 0)[:, None]
+    on = (k < columns.size) | (top_p < 1)
+    among = Cut(
+        jnp.where(on, jnp.take_along_axis(value, last, axis=1)[:, 0], -jnp.inf),
+        jnp.where(on, jnp.take_along_axis(ids, last, axis=1)[:, 0], columns.size),
+    )
+    if found >= columns.size:
+        return among
+    # Beyond the candidates: k itself, or else the mass of p.
+    short = jnp.where(k < columns.size, k > found, (top_p < 1) & (upto.max(axis=1) < limit))
+    short &= jnp.isfinite(weights.total)
+
+    def search(_: Cut) -> Cut:
+        beyond = _search(z, weights, k, top_p, short, columns)
+        return jax.tree.map(lambda a, b: jnp.where(short, a, b), beyond, among)
+
+    return lax.cond(columns.any(short), search, lambda cut: cut, among)
+
+
+def _candidates(
+    z: Float32[Array, "B N block"], columns: Columns
+) -> tuple[Float32[Array, "B K"], Int32[Array, "B K"]]:
+    """Rank the best tokens of the whole vocabulary: the best of each shard, then of those."""
+    rows = len(z)
+    # Zeros of both signs are equal here; lists of best ones may tell them apart.
+    flat = jnp.where(z == 0, 0.0, z).reshape(rows, -1)
+    best = topk.empty(rows, min(CANDIDATES, flat.shape[1]))
+    value, ids = topk.update(best, flat, columns.first())
+    if columns.axis is None:
+        return value, ids
+    # Shards come in the order of their ids, so equals stay in that order too.
+    value, ids = columns.gather(value), columns.gather(ids)
+    value, at = lax.top_k(value, min(CANDIDATES, columns.size))
+    return value, jnp.take_along_axis(ids, at, axis=1)
+
+
+def _search(
+    z: Array, weights: Weights, k: Array, top_p: Array, short: Array, columns: Columns
+) -> Cut:
+    """Find the cuts of the rows that are short, whatever their place in the ranking."""
+    weight = jnp.exp(z - weights.top[:, None, None])
+    lowest, highest = _key(jnp.full_like(weights.top, -jnp.inf)), _key(weights.top)
+
+    def count(kept: Array) -> Array:
+        return columns.sum(kept.sum(axis=(1, 2), dtype=jnp.int32))
+
+    def above(t: Array) -> Array:
+        """Sum the weights above t, block by block: fewer roundings than one long sum."""
+        kept = jnp.where(z > t[:, None, None], weight, 0).sum(axis=-1)
+        return columns.sum(kept.sum(axis=-1))
+
+    by_k = short & (k < columns.size)
+    low = _smallest(
+        lambda t: count(z > _value(t)[:, None, None]) < k,
+        jnp.where(by_k, lowest, highest),
+        highest,
+    )
+    at = _value(low)
+    room = k - count(z > at[:, None, None])
+    total = jnp.where(by_k, above(at) + room * jnp.exp(at - weights.top), weights.total)
+
+    by_p = short & (top_p < 1)
+    limit = jnp.maximum(top_p * total, LEAST)
+    start = jnp.where(by_k, low, lowest)
+    end = _smallest(
+        lambda t: above(_value(t)) < limit,
+        jnp.where(by_p, start, highest),
+        highest,
+    )
+    cut = _value(jnp.where(by_p, end, low))
+    # Of equals at the cut: as many as still begin below the limit, and no more than k left.
+    needed = jnp.ceil((limit - above(cut)) / jnp.exp(cut - weights.top))
+    needed = jnp.clip(needed, 1, columns.size).astype(jnp.int32)
+    keep = jnp.where(by_p, needed, room)
+    keep = jnp.where(by_k & (cut == at), jnp.minimum(keep, room), keep)
+    equal, ids = z == cut[:, None, None], columns.ids()
+    most = jnp.full_like(low, columns.size - 1)
+    tie = _smallest(
+        lambda id: count(equal & (ids <= id[:, None, None])) >= keep,
+        jnp.where(short & (count(equal) > keep), 0, most),
+        most,
+    )
+    return Cut(cut, tie)
+
+
+def _smallest(
+    holds: Callable[[Int32[Array, " B"]], Bool[Array, " B"]],
+    low: Int32[Array, " B"],
+    high: Int32[Array, " B"],
+) -> Int32[Array, " B"]:
+    """Find each row's smallest integer in [low, high] that `holds`; `high` is taken to."""
+
+    def narrow(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # floor of the mean, without overflow
+        good = holds(middle)
+        return jnp.where(good, low, jnp.minimum(middle + 1, high)), jnp.where(good, middle, high)
+
+    return lax.while_loop(lambda bounds: (bounds[0] < bounds[1]).any(), narrow, (low, high))[1]
+
+
+def _key(value: Float32[Array, " B"]) -> Int32[Array, " B"]:
+    """Turn floats into integers of the same order."""
+    bits = lax.bitcast_convert_type(value, jnp.int32)
+    return bits ^ jnp.where(bits < 0, jnp.int32(0x7FFFFFFF), 0)
+
+
+def _value(key: Int32[Array, " B"]) -> Float32[Array, " B"]:
+    """Undo `_key`."""
+    return lax.bitcast_convert_type(key ^ jnp.where(key < 0, jnp.int32(0x7FFFFFFF), 0), jnp.float32)
