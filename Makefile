@@ -36,7 +36,8 @@ test: $(TEST) $(PARITY_STAMP) ## Run the tests, without the slow ones
 
 test-all: $(TEST) $(PARITY_STAMP) $(AOT) ## Run every test, compilations for TPUs and GPUs included
 	@$(BIN)/python -m pytest -n 2 -m "not aot" $(ARGS)
-	@$(VENV)-aot/bin/python -m pytest -n 2 -m aot $(ARGS)
+	@XLA_FLAGS=--xla_backend_optimization_level=3 \
+	  $(VENV)-aot/bin/python -m pytest -n 2 -m aot $(ARGS)
 
 schema: $(RUNTIME) ## Write configs/schema.json anew, after a change of any setting
 	$(BIN)/fireopd schema configs/schema.json

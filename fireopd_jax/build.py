@@ -31,7 +31,9 @@ from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
 from fireopd_jax.recipe import Config, MethodConfig, ModelConfig, StudentConfig
 from fireopd_jax.rollout.engine import generate
+from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.sampling import Sampling, stream
+from fireopd_jax.rollout.state import Shape
 from fireopd_jax.sharding import by_rows, make_mesh, replicated
 from fireopd_jax.text.chat import stop_ids
 from fireopd_jax.text.checks import Speaker, check_ids, check_teacher, valid_rows
@@ -266,6 +268,7 @@ def check_length(spec: ModelSpec, config: Config) -> None:
 def check_training_batches(config: Config, mesh: Mesh) -> None:
     """Refuse what the devices cannot do: share a batch evenly, run another platform's kernel."""
     check_kernel(config.method.score.head)
+    check_cache(config, mesh)
     sizes = {
         "rollout.batch_size": config.rollout.batch_size,
         "optim.micro_batch_size": config.optim.micro_batch_size,
@@ -278,6 +281,20 @@ def check_training_batches(config: Config, mesh: Mesh) -> None:
             sizes[f"{key}.sft.batch_size"] = model.sft.batch_size
             sizes[f"{key}.sft.optim.micro_batch_size"] = model.sft.optim.micro_batch_size
     check_divisible(sizes, mesh)
+
+
+def check_cache(config: Config, mesh: Mesh) -> None:
+    """Refuse a pool of pages that one response may not fit into."""
+    rollout = config.rollout
+    if isinstance(rollout.cache, Paged):
+        shape = Shape.of(
+            max(1, rollout.batch_size // mesh.shape["data"]),
+            config.data.max_prompt_tokens,
+            rollout.max_tokens,
+            rollout.slots,
+            rollout.cache.align,
+        )
+        rollout.cache.pages(shape.slots, shape.entries, shape.capacity)
 
 
 def check_kernel(name: str | None) -> None:
@@ -320,10 +337,19 @@ class Programs:
 
 def make_generate(setup: Setup, spec: ModelSpec) -> Callable[..., Rollout]:
     """Jit the sampler of one model."""
-    room = setup.config.rollout.max_tokens
+    config = setup.config.rollout
 
     def run(params: Params, prompts: Prompts, sampling: Sampling, version: jax.Array) -> Rollout:
-        return generate(spec.model, params, prompts, sampling, version, max_tokens=room)
+        return generate(
+            spec.model,
+            params,
+            prompts,
+            sampling,
+            version,
+            max_tokens=config.max_tokens,
+            slots=config.slots,
+            memory=config.cache,
+        )
 
     return jax.jit(run, out_shardings=by_rows(setup.mesh))
 

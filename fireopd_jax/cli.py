@@ -173,32 +173,65 @@ def evaluate(
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    model: Annotated[str, typer.Argument(help="A run, a model's folder, or a name on the hub.")],
     prompts: Annotated[Path, typer.Option(help="JSON lines with a `prompt` (text or messages).")],
     out: Annotated[Path, typer.Option(help="File to write; it must not exist.")],
-    model: Annotated[str, typer.Option(help="Which of its models/.")] = "student",
+    name: Annotated[
+        str, typer.Option("--model", help="Of a run: which of its models/.")
+    ] = "student",
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 256,
+    min_tokens: Annotated[int, typer.Option(min=0, help="Shortest response.")] = 0,
     samples: Annotated[int, typer.Option(min=1, help="Responses a prompt.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 1.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
+    temperature: Annotated[float | None, typer.Option(min=0, help="By default 1.")] = None,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
+    min_p: Annotated[float, typer.Option(min=0, max=1)] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends a response; may be repeated.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Prompts are plain text: no template, no special tokens.")
+    ] = False,
+    logprobs: Annotated[bool, typer.Option(help="Write each token's log-prob.")] = True,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; by default the model's own.")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Responses drawn at a time.")] = 64,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Responses drawn at a time; changes no response.")
+    ] = None,
 ) -> None:
-    """Draw responses from a model of a run."""
-    from fireopd_jax.inference import generate_to_file
+    """Answer prompts from a file; a command that was killed goes on where it was."""
+    from fireopd_jax.config import UserError
+    from fireopd_jax.generating import Settings, generate_to_file
 
-    generate_to_file(
-        run,
-        model,
-        prompts,
-        out,
+    if greedy and temperature:
+        raise UserError(f"--greedy and --temperature {temperature:g} contradict; give one of them")
+    settings = Settings(
         max_tokens=max_tokens,
         samples=samples,
-        temperature=temperature,
+        temperature=0.0 if greedy else 1.0 if temperature is None else temperature,
         top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        min_tokens=min_tokens,
+        stop=tuple(stop or ()),
         seed=seed,
-        batch_size=batch_size,
+        raw=raw,
+        dtype=known_dtype(dtype),
     )
+    generate_to_file(model, prompts, out, settings, name=name, slots=slots, logprobs=logprobs)
+
+
+def known_dtype(dtype: str | None) -> Any:
+    """Refuse a type that no model has."""
+    from fireopd_jax.config import UserError, nearest
+
+    known = ("float32", "bfloat16")
+    if dtype not in (None, *known):
+        raise UserError(f"--dtype {dtype}: expected {' or '.join(known)}{nearest(dtype, known)}")
+    return dtype
 
 
 @app.command()
@@ -219,14 +252,10 @@ def export(
     ] = 4.0,
 ) -> None:
     """Write a model of a run as a Hugging Face folder, which `transformers` loads."""
-    from fireopd_jax.config import UserError, nearest
     from fireopd_jax.exporting import export_run
 
-    known = ("float32", "bfloat16")
-    if dtype not in (None, *known):
-        raise UserError(f"--dtype {dtype}: expected {' or '.join(known)}{nearest(dtype, known)}")
     size = int(max_shard_gib * 2**30)
-    export_run(run, to, model=model, step=step, dtype=dtype, max_shard_bytes=size)
+    export_run(run, to, model=model, step=step, dtype=known_dtype(dtype), max_shard_bytes=size)
     print(to)
 
 
@@ -276,6 +305,23 @@ def bench_load(
     from fireopd_jax.bench.load import bench_load
 
     bench_load(folder, gib, dtype, rounds, file=file)
+
+
+@bench.command("rollout")
+def bench_rollout(
+    compare: Annotated[
+        str | None, typer.Option(help="hf: Hugging Face `generate` beside ours; needs PyTorch.")
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Responses decoded at a time.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved; medians are reported.")] = 5,
+    file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+) -> None:
+    """Time responses of ragged and of equal lengths, in useful tokens a CPU second."""
+    # Read when PyTorch starts its threads: those that wait must not count as work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from fireopd_jax.bench.rollout import bench_rollout
+
+    bench_rollout(compare, slots, rounds, file)
 
 
 @app.command()

@@ -1,41 +1,32 @@
-"""Use the models of a run: grade one again, or let it answer prompts from a file.
+"""Use the models of a run: open one, or grade it again.
 
-    runs/x/models/NAME -> parameters, tokenizer -> responses -> JSON lines
+    runs/x/models/NAME -> parameters, tokenizer
 
 A run folder is whole in itself: all its models are read from its own `models/`.
 """
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fireopd_jax.build import ModelSpec, check_divisible, load_spec, make_generate, set_up
 from fireopd_jax.checkpoint import restore_params
 from fireopd_jax.compilation import compile_cache
 from fireopd_jax.config import UserError, nearest
-from fireopd_jax.data.pipeline import encode, eval_prompts
-from fireopd_jax.data.sources import read_rows
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe import Config, StudentConfig, load_config
-from fireopd_jax.rollout.engine import generate
-from fireopd_jax.rollout.sampling import Sampling, stream
 from fireopd_jax.session import grade
 from fireopd_jax.sharding import place_rows, place_whole
-from fireopd_jax.text.chat import decode
 from fireopd_jax.tracking import progress
 
-PROMPT_STEP = 16
-"""Prompts are padded to a multiple of it, so that files of like prompts share their programs."""
 
-
-def open_model(run: Path, name: str) -> tuple[ModelSpec, Params]:
-    """Read a model of a run."""
+def open_model(
+    run: Path, name: str, dtype: Literal["float32", "bfloat16"] | None = None
+) -> tuple[ModelSpec, Params]:
+    """Read a model of a run; `dtype` is the computation's, by default as it was."""
     models = run / "models"
     known = sorted(path.parent.name for path in models.glob("*/model.json"))
     if not known:
@@ -44,7 +35,7 @@ def open_model(run: Path, name: str) -> tuple[ModelSpec, Params]:
         raise UserError(
             f"{run}: no model {name!r}{nearest(name, known)}; it has {', '.join(known)}"
         )
-    spec = load_spec(name, models / name, StudentConfig(path=str(models / name)))
+    spec = load_spec(name, models / name, StudentConfig(path=str(models / name), dtype=dtype))
     like = jax.jit(spec.model.init)(jax.random.key(0))
     return spec, restore_params(models / name, like)
 
@@ -101,95 +92,9 @@ def evaluate_model(run: Path, name: str, overrides: Sequence[str]) -> dict[str, 
     return result.summary()
 
 
-def generate_to_file(
-    run: Path,
-    model: str,
-    prompts: Path,
-    out: Path,
-    *,
-    max_tokens: int,
-    samples: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    batch_size: int,
-) -> None:
-    """Answer each prompt of a file `samples` times, in order; `out` appears when it is whole.
-
-    Prompts are rendered as this model read them in the run; the column is `prompt`.
-    """
-    if out.exists():
-        raise UserError(f"{out} exists; expected a new file, nothing is overwritten")
-    spec, params = open_model(run, model)
-    compile_cache()
-    whole = run_config(run)
-    template_kwargs = own_template_kwargs(whole, model)
-    config = dataclasses.replace(
-        whole.data,
-        path=str(prompts),
-        prompt_column="prompt",
-        answer_column=None,
-        reference_column=None,
-        teacher_column=None,
-        max_prompt_tokens=2**20,
-    )
-    rows = read_rows(config)
-    encoded = encode(
-        rows,
-        tokenizer=spec.tokenizer,
-        teacher_tokenizers=[spec.tokenizer],
-        template_kwargs=template_kwargs,
-        teacher_template_kwargs=[template_kwargs],
-        route=np.zeros(len(rows), np.int32),
-        config=config,
-        max_reference_tokens=max_tokens,
-    )
-    longest = max(map(len, encoded.prompts))
-    width = -(-longest // PROMPT_STEP) * PROMPT_STEP
-    encoded = dataclasses.replace(encoded, max_prompt_tokens=width)
-    sampling = Sampling.of(
-        spec.stop,
-        max_tokens,
-        stream(seed, "generate"),
-        temperature=temperature,
-        top_p=top_p,
-    )
-    draw = jax.jit(
-        lambda params, batch, sampling: generate(
-            spec.model, params, batch, sampling, jnp.int32(0), max_tokens=max_tokens
-        )
-    )
-    batches = eval_prompts(encoded, np.arange(len(rows)), samples, batch_size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".writing-{out.name}")
-    try:
-        with beside.open("w", encoding="utf-8") as file, progress("generate", len(batches)) as bar:
-            for batch in batches:
-                rollout = jax.device_get(draw(params, batch, sampling))
-                for i in np.flatnonzero(batch.row >= 0):
-                    record = _record(spec, rows[int(batch.row[i])].prompt, rollout, int(i))
-                    file.write(json.dumps(record) + "\n")
-                bar(1)
-        out.hardlink_to(beside)  # fails, where a rename would overwrite a file made meanwhile
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def own_template_kwargs(config: Config, model: str) -> dict[str, Any]:
     """Give the template arguments that a model of the run was used with."""
     for name, teacher in config.teachers.items():
         if model == f"teacher_{name.replace(' ', '_')}":
             return teacher.chat_template_kwargs
     return config.student.chat_template_kwargs
-
-
-def _record(spec: ModelSpec, prompt: Sequence[Any], rollout: Any, i: int) -> dict[str, Any]:
-    real = rollout.mask[i]
-    ids = rollout.tokens[i][real].tolist()
-    return {
-        "prompt": prompt[0]["content"] if len(prompt) == 1 else list(prompt),
-        "text": decode(spec.tokenizer, ids),
-        "token_ids": ids,
-        "logprobs": rollout.logprob[i][real].tolist(),
-        "finish": "stop" if rollout.finished[i] else "length",
-    }

@@ -28,7 +28,7 @@ from fireopd_jax.losses.sampled_token import SampledReverseKL
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.lora import LoraConfig
 from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
-from fireopd_jax.rollout.sampling import RolloutConfig
+from fireopd_jax.rollout.settings import RolloutConfig
 from fireopd_jax.runs import RunConfig
 from fireopd_jax.scoring import SampledToken
 from fireopd_jax.sft import SftConfig

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from fireopd_jax.config import UserError
-from fireopd_jax.inference import evaluate_model, generate_to_file, open_model
+from fireopd_jax.generating import Settings, generate_to_file
+from fireopd_jax.inference import evaluate_model, open_model
 from fireopd_jax.recipe import load_config
 from fireopd_jax.training import train
 
@@ -26,7 +27,6 @@ SETTINGS = [
     "eval.samples=2",
     "eval.batch_size=16",
 ]
-DEFAULTS = {"max_tokens": 12, "samples": 1, "temperature": 1.0, "top_p": 1.0, "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,9 @@ def prompts(tmp_path_factory):
     return file
 
 
-def answers(folder, prompts, out, model="student", batch_size=4, **changed):
-    generate_to_file(folder, model, prompts, out, batch_size=batch_size, **(DEFAULTS | changed))
+def answers(folder, prompts, out, model="student", slots=4, **changed):
+    settings = Settings(**{"max_tokens": 12} | changed)
+    generate_to_file(str(folder), prompts, out, settings, name=model, slots=slots)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -95,7 +96,7 @@ def test_answers_do_not_depend_on_the_batch_but_on_the_seed(run, prompts, tmp_pa
         return [row["token_ids"] for row in rows]
 
     first = ids("a")
-    assert ids("b", batch_size=3) == first
+    assert ids("b", slots=3) == first
     assert ids("c", seed=1) != first
     greedy = ids("d", temperature=0.0)
     assert ids("e", temperature=0.0, seed=1) == greedy

@@ -2,9 +2,9 @@
 
     one random model, one list of requests -> every contestant -> interleaved rounds -> medians
 
-"ragged" has responses of very different lengths, as training has: log-normal, median 40. "equal" has
-one batch of equal ones. Lengths are forced, by limits and no stop token, so that all do the same
-work. CPU seconds are those of the whole process, all threads, prefill included, compiling not.
+"ragged" has responses of very different lengths, as training has: log-normal, median 40. "equal"
+has one batch of equal ones. Lengths are forced, by limits and no stop token, so that all do the
+same work. CPU seconds are those of the whole process, all threads, prefill included, compiling not.
 """
 
 import dataclasses
@@ -164,11 +164,9 @@ def run_engine(engine: Engine, work: Workload) -> None:
             raise RuntimeError(f"{len(completion.tokens)} tokens came, {length} were asked for")
 
 
-def static_batch(
-    model: LanguageModel, params: Params, work: Workload, batch: int
-) -> Contestant:
+def static_batch(model: LanguageModel, params: Params, work: Workload, batch: int) -> Contestant:
     """Answer batch after batch, each waiting for its longest response: no slot is refilled."""
-    rows, width = work.prompt.shape
+    rows = len(work.length)
     sampling = dataclasses.replace(
         Sampling.of((), 1, 0).rows(batch), max_tokens=np.zeros(batch, np.int32)
     )
@@ -193,7 +191,7 @@ def static_batch(
 
 
 def hugging_face(model: LanguageModel, params: Params, work: Workload) -> list[Contestant]:
-    """Let `transformers` generate with the same weights: left-padded batches, each row to its length."""
+    """Let `transformers` generate with the same weights, in left-padded batches."""
     try:
         import torch
     except ImportError as error:

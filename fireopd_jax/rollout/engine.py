@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Int32
 
@@ -22,9 +23,11 @@ from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.state import STOP, Requests, Shape, empty_requests, enqueue, initial
-from fireopd_jax.types import Array, Prompts, Rollout
+from fireopd_jax.types import Prompts, Rollout
 
 Memory = Dense | Paged
+"""How keys and values are kept."""
+DENSE = Dense()
 UNBOUNDED = 2**30
 """Decoding steps that no rollout reaches."""
 
@@ -38,7 +41,7 @@ def generate(
     *,
     max_tokens: int,
     slots: int | None = None,
-    memory: Memory = Dense(),
+    memory: Memory = DENSE,
 ) -> Rollout:
     """Draw one response to each prompt.
 
@@ -80,9 +83,10 @@ def generate(
 
 
 def table(prompts: Prompts, sampling: Sampling, room: int) -> Requests:
-    """Lay prompts out as requests; all share their knobs."""
+    """Lay prompts out as requests."""
+    rows, width = prompts.tokens.shape
     return dataclasses.replace(
-        empty_requests(*prompts.tokens.shape, room, sampling),
+        empty_requests(rows, width, room, sampling),
         prompt=jnp.asarray(prompts.tokens),
         length=jnp.asarray(prompts.length),
         sample_id=jnp.asarray(prompts.sample_id),

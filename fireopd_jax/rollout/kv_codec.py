@@ -2,15 +2,14 @@
 
     x[..., H] -> (x,)        or        (round(127 x / max|x|), max|x| / 127)
 
-Nothing that is not finite enters a cache: a masked slot has weight 0, and 0 times NaN is NaN, so one
-request's overflow would reach the next that sits in its place.
+Nothing that is not finite enters a cache: a masked slot has weight 0, and 0 times NaN is NaN, so
+one request's overflow would reach the next that sits in its place.
 """
 
 from typing import Literal
 
 import jax.numpy as jnp
-
-from fireopd_jax.types import Array
+from jax import Array
 
 KVType = Literal["model", "int8"]
 Leaves = tuple[Array, ...]

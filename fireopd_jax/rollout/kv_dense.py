@@ -1,6 +1,6 @@
-"""A key-value cache in which every slot owns room for the longest text: the plain one, and the oracle.
+"""A key-value cache in which every slot owns room for the longest text: plain, and the oracle.
 
-    prompt --prefill, in pieces of W columns--> entries [R, K, S, H] --copied to--> slots [B, K, S, H]
+    prompt --prefill, in pieces of W columns--> entries [R, K, S, H] --copy--> slots [B, K, S, H]
 
 Column p holds position p. Each layer has buffers of its own, updated in place. A prompt is computed
 once in an entry, and copied to as many slots as want a response to it.
@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jaxtyping import Bool, Int32
 
 from fireopd_jax.config import config
 from fireopd_jax.models.decoder import Cache, CachedAttention, DecoderConfig
 from fireopd_jax.ops.attention import attend
 from fireopd_jax.rollout.kv_codec import KVType, decode, encode, widths
-from fireopd_jax.types import Array, pytree
+from fireopd_jax.types import pytree
 
 
 @pytree

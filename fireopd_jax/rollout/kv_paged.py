@@ -1,6 +1,7 @@
 """A key-value cache of pages that slots take as they grow, with its allocator inside the program.
 
-    position p of a row lies in page table[row, p // page], at p % page;  pool [N, K, page, H] a layer
+    position p of a row lies in page table[row, p // page], at p % page
+    a layer's pool: [N, K, page, H]
 
 Memory grows with the tokens that are alive, not with the longest that might be. Rows of one prompt
 share its whole pages and copy the last, unfinished one. Nobody counts references: `reclaim` marks
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jaxtyping import Bool, Int32
 from pydantic import Field, PositiveInt
 
@@ -21,7 +23,7 @@ from fireopd_jax.models.decoder import Cache, CachedAttention, DecoderConfig
 from fireopd_jax.ops.attention import attend
 from fireopd_jax.rollout.kv_codec import KVType, decode, encode, widths
 from fireopd_jax.rollout.kv_dense import attend_piece, seen
-from fireopd_jax.types import Array, pytree
+from fireopd_jax.types import pytree
 
 
 @pytree
@@ -55,21 +57,27 @@ class Paged:
         """Pieces of prompts are a multiple of it."""
         return self.page_size
 
+    def pages(self, slots: int, entries: int, capacity: int) -> int:
+        """Count the pages of the pool; a pool that cannot hold one response is refused."""
+        count = -(-(self.tokens or (slots + entries) * capacity) // self.page_size)
+        least = capacity // self.page_size + 2
+        if count < least:
+            raise UserError(
+                f"rollout.cache.tokens={self.tokens}: a prompt and its response may need "
+                f"{capacity} tokens; expected at least {least * self.page_size}"
+            )
+        return count
+
     def init(self, c: DecoderConfig, slots: int, entries: int, capacity: int) -> PagedState:
         """Allocate; every buffer is its own."""
         page, width = self.page_size, capacity // self.page_size
-        count = -(-(self.tokens or (slots + entries) * capacity) // page)
-        if count < width + 2:
-            raise UserError(
-                f"rollout.cache.tokens={self.tokens}: one response may need {capacity} tokens; "
-                f"expected at least {(width + 2) * page}"
-            )
+        count = self.pages(slots, entries, capacity)
 
         def layer():
             return tuple(
                 tuple(
-                    jnp.zeros((count, c.num_key_value_heads, page, width), dtype)
-                    for width, dtype in widths(c.head_dim, self.dtype, jnp.dtype(c.dtype))
+                    jnp.zeros((count, c.num_key_value_heads, page, each), dtype)
+                    for each, dtype in widths(c.head_dim, self.dtype, jnp.dtype(c.dtype))
                 )
                 for _ in range(2)
             )
@@ -111,7 +119,9 @@ class Paged:
         at = jnp.arange(state.tables.shape[1])[None]
         page = state.free[jnp.maximum(state.top - 1 - before[:, None] - at, 0)]
         tables = jnp.where(at < need[:, None], page, state.free.shape[0])
-        return dataclasses.replace(state, entry_tables=tables, top=state.top - need.sum(dtype=jnp.int32))
+        return dataclasses.replace(
+            state, entry_tables=tables, top=state.top - need.sum(dtype=jnp.int32)
+        )
 
     def prompt_cache(self, state: PagedState) -> Cache:
         """Give what the prefill writes to."""
@@ -275,7 +285,7 @@ class Paged:
 
 
 def _rows(pool: Array, tables: Array) -> Array:
-    """Lay the pages of each row side by side: [B, K, S, H]; those that are none are masked later."""
+    """Lay the pages of each row side by side: [B, K, S, H]. What is none gets masked later."""
     pages = pool[jnp.minimum(tables, pool.shape[0] - 1)]
     rows, count, heads, page, width = pages.shape
     return pages.swapaxes(1, 2).reshape(rows, heads, count * page, width)

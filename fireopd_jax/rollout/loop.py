@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Int32
 
 from fireopd_jax.models.decoder import Decoder, Layer
@@ -32,7 +34,6 @@ from fireopd_jax.rollout.state import (
     Slots,
     State,
 )
-from fireopd_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +211,7 @@ class Loop:
         finish = jnp.where(going & drawn.bad, NOT_FINITE, finish)
         target = jnp.where(valid, row, requests.length.shape[0])
 
-        def write(old: Array, new: Array) -> Array:
+        def write(old: Array, new: ArrayLike) -> Array:
             return old.at[target, at].set(new, mode="drop", unique_indices=True)
 
         table = jnp.where(going, row, requests.length.shape[0])

@@ -82,8 +82,8 @@ def empty(request: Request, finish: Finish) -> Completion:
     """Return what there is of a request that nothing was drawn for."""
     if request.begun is not None:
         return dataclasses.replace(request.begun, finish=finish)
-    none = np.zeros(0, np.int32)
-    return Completion(request.id, none, *(np.zeros(0, np.float32),) * 2, none, finish)
+    tokens, logprobs = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    return Completion(request.id, tokens, logprobs, logprobs, tokens, finish)
 
 
 def check_request(request: Request, vocab_size: int) -> None:

@@ -14,43 +14,19 @@ the same token in any batch, and over any shards of the vocabulary.
 import functools
 import hashlib
 import operator
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Float32, Int32, Key, UInt32
-from pydantic import Field, NonNegativeInt, PositiveInt
 
-from fireopd_jax.config import UnitInterval, config
 from fireopd_jax.rollout import cutoff
 from fireopd_jax.rollout.columns import Columns, Weights, weigh
 from fireopd_jax.rollout.cutoff import Cut
 from fireopd_jax.types import Array, pytree
 
 NO_TOKEN = -1
-
-
-@config
-class RolloutConfig:
-    """How responses are drawn in training."""
-
-    batch_size: PositiveInt = 64
-    """Responses a step."""
-    group_size: PositiveInt = 1
-    """Responses of each prompt; divides the batch size."""
-    max_tokens: PositiveInt = 512
-    """Longest response, its end-of-sequence token included."""
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """Divides the logits; models score at it too. 0 is greedy."""
-    top_p: UnitInterval = 1.0
-    """Smallest set of tokens with at least this mass."""
-    top_k: NonNegativeInt = 0
-    """Most likely tokens to draw from; 0 is off."""
-    min_p: UnitInterval = 0.0
-    """Least probability, relative to the most likely token's."""
-    min_tokens: NonNegativeInt = 0
-    """Tokens before a response may end: no stop token is drawn among the first so many."""
 
 
 @pytree

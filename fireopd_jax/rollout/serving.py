@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fireopd_jax.config import UserError
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.rollout.engine import Memory, over_data
-from fireopd_jax.rollout.kv_dense import Dense
+from fireopd_jax.rollout.engine import DENSE, Memory, over_data
 from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.requests import (
     Budget,
@@ -45,10 +45,10 @@ from fireopd_jax.rollout.state import (
     remove,
     write,
 )
-from fireopd_jax.types import Array
 
 GROW_FROM = 1024
 """Positions of a slot from which on the cache starts at a quarter and grows."""
+NO_BUDGET = Budget()
 BLOCK = 64
 """Requests that are written to a replica's table, or read from it, at a time."""
 
@@ -86,7 +86,7 @@ class Engine:
         seed: int,
         slots: int | None = None,
         rows: int | None = None,
-        memory: Memory = Dense(),
+        memory: Memory = DENSE,
         chunk_steps: int = 64,
         text: Callable[[Sequence[int]], str] | None = None,
     ):
@@ -134,7 +134,7 @@ class Engine:
 
     # -- requests
 
-    def generate(self, requests: Sequence[Request], budget: Budget = Budget()) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], budget: Budget = NO_BUDGET) -> list[Completion]:
         """Draw all, and return them in the order of the requests."""
         positions: dict[int, deque[int]] = {}
         for index, request in enumerate(requests):
@@ -145,9 +145,9 @@ class Engine:
         return [completion for completion in done if completion is not None]
 
     def stream(
-        self, requests: Iterable[Request], budget: Budget = Budget()
+        self, requests: Iterable[Request], budget: Budget = NO_BUDGET
     ) -> Iterator[Completion]:
-        """Draw all, and yield each response when it ends; those unfinished at the end of the budget.
+        """Draw all, and yield each response when it ends, or as it is when the budget ends.
 
         Those expected to be long start first; neighbours with one prompt share its prefill.
         """
@@ -256,9 +256,6 @@ class Engine:
                     table.logprob[d, i, :count] = begun.logprobs
                     table.model_logprob[d, i, :count] = begun.model_logprobs
                     table.version[d, i, :count] = begun.versions
-        table = dataclasses.replace(
-            table, sampling=dataclasses.replace(knobs, seed=np.zeros(self.replicas, np.uint32))
-        )
         return rows, table
 
     def _advance(
@@ -296,7 +293,9 @@ class Engine:
         count: np.ndarray,
     ) -> Iterator[tuple[tuple[int, int], Completion]]:
         """Fetch what has been drawn of some rows."""
-        by_replica = [sorted(q for d, q in rows if d == replica) for replica in range(self.replicas)]
+        by_replica = [
+            sorted(q for d, q in rows if d == replica) for replica in range(self.replicas)
+        ]
         for start in range(0, max(map(len, by_replica), default=0), self.block):
             at = np.zeros((self.replicas, self.block), np.int32)
             pieces = [each[start : start + self.block] for each in by_replica]
@@ -348,9 +347,8 @@ class Engine:
     def _jit(self) -> None:
         """Wrap what runs on the devices; only `_run` is compiled more than once."""
         mesh = self.model.mesh
-        several = mesh is not None and mesh.size > 1
         split, whole = PartitionSpec("data"), PartitionSpec()
-        by_replica = NamedSharding(mesh, split) if several else None
+        by_replica = None if mesh is None or mesh.size == 1 else NamedSharding(mesh, split)
         loop = Loop(self.model, self.memory, self.shape.piece)
 
         def on_replicas(function: Callable[..., Any], *stacked: bool) -> Callable[..., Any]:

@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jaxtyping import Bool, Float32, Int32
 
 from fireopd_jax.rollout.sampling import Sampling
-from fireopd_jax.types import Array, pytree
+from fireopd_jax.types import pytree
 
 RUNNING, STOP, LENGTH, NOT_FINITE, ABORTED, OVERLONG, BUDGET = range(7)
 FINISH = ("running", "stop", "length", "not_finite", "aborted", "overlong", "budget")

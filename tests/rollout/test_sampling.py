@@ -10,7 +10,6 @@ from scipy import stats
 
 from fireopd_jax.compilation import CompileCounter
 from fireopd_jax.rollout.sampling import (
-    RolloutConfig,
     Sampling,
     block_gumbel,
     draw,
@@ -18,6 +17,7 @@ from fireopd_jax.rollout.sampling import (
     row_keys,
     stream,
 )
+from fireopd_jax.rollout.settings import RolloutConfig
 
 VOCABULARY, DRAWS = 300, 8192
 LOGITS = (2 * np.random.default_rng(0).standard_normal(VOCABULARY)).astype(np.float32)
