@@ -1,0 +1,69 @@
+"""What the compiled loop must not contain: copies of the cache, sorts of the vocabulary, gathers."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fireopd_jax.rollout.kv_dense import Dense
+from fireopd_jax.rollout.kv_paged import Paged
+from fireopd_jax.rollout.serving import Engine
+from fireopd_jax.sharding import MeshConfig, make_mesh, place_whole
+from tests.cases import random_params, tiny_model
+
+VOCABULARY = 5000
+MODEL = tiny_model(VOCABULARY, num_hidden_layers=2)
+
+
+def compiled(model=MODEL, params=None, **settings):
+    settings = {"width": 24, "room": 176, "seed": 0, "slots": 5, "rows": 9} | settings
+    made = Engine(model, **settings)
+    made.load(random_params(model) if params is None else params)
+    (program,) = made._runs.values()
+    return made, program
+
+
+def sizes(text, operation):
+    """List the element counts of all results of an operation."""
+    shapes = re.findall(rf"= \(?\w+\[([0-9,]*)\][^=]*? {operation}\(", text)
+    return [int(np.prod([int(d) for d in shape.split(",") if d])) for shape in shapes]
+
+
+@pytest.mark.parametrize("memory", [Dense(), Paged(page_size=8)], ids=["dense", "paged"])
+def test_the_cache_is_updated_in_place(memory):
+    made, program = compiled(memory=memory)
+    text = program.as_text()
+    cache = jax.tree.leaves(made._state.cache)
+    buffer = max(leaf.size for leaf in cache)
+    copies = sizes(text, "copy")
+    assert copies and max(copies) < buffer / 2, max(copies)
+    analysis = program.memory_analysis()
+    assert analysis.alias_size_in_bytes >= sum(leaf.nbytes for leaf in cache)
+
+
+def test_nothing_of_the_vocabulary_is_sorted():
+    _, program = compiled()
+    assert max(sizes(program.as_text(), "sort"), default=0) < VOCABULARY
+    found = sizes('%s = (f32[2,5000]{1,0}, s32[2,5000]{1,0}) sort(%a, %b)', "sort")
+    assert found == [10000]  # what is looked for would be found
+
+
+def test_replicas_do_not_wait_for_one_another():
+    mesh = make_mesh(MeshConfig(data=4))
+    model = dataclasses.replace(MODEL, mesh=mesh)
+    params = place_whole(mesh, random_params(MODEL))
+    _, program = compiled(model, params)
+    text = program.as_text()
+    for operation in ("all-reduce", "all-gather", "collective-permute", "all-to-all"):
+        assert f" {operation}" not in text and f"{operation}-start" not in text
+
+
+def test_an_unfinished_state_may_not_be_used_twice():
+    made, _ = compiled()
+    state = made._state
+    made._state = made._runs[made.capacity](made._params, state, jnp.int32(1), made.version)
+    with pytest.raises((RuntimeError, ValueError), match=r"delet|donat"):
+        np.asarray(state.slots.position)
