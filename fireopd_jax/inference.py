@@ -22,7 +22,7 @@ from fireopd_jax.config import UserError, nearest
 from fireopd_jax.data.pipeline import encode, eval_prompts
 from fireopd_jax.data.sources import read_rows
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.recipe import Config, StudentConfig, load_config
+from fireopd_jax.recipe import Config, ModelConfig, load_config
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling, stream
 from fireopd_jax.session import grade
@@ -44,7 +44,7 @@ def open_model(run: Path, name: str) -> tuple[ModelSpec, Params]:
         raise UserError(
             f"{run}: no model {name!r}{nearest(name, known)}; it has {', '.join(known)}"
         )
-    spec = load_spec(name, models / name, StudentConfig(path=str(models / name)))
+    spec = load_spec(name, models / name, ModelConfig(path=str(models / name)))
     like = jax.jit(spec.model.init)(jax.random.key(0))
     return spec, restore_params(models / name, like)
 

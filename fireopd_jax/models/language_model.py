@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int32
 
 from fireopd_jax.models.decoder import Decoder, DecoderConfig, Remat
 from fireopd_jax.models.lora import Adapters
+from fireopd_jax.models.quantized import Quantize, quantize_params
 from fireopd_jax.ops.dispatch import PLAIN
 from fireopd_jax.ops.head import head_stats
 from fireopd_jax.ops.logits import HeadSharding
@@ -39,6 +40,8 @@ class LanguageModel:
     """Rows that are tokens, where the others only pad the head: they have no probability."""
     mesh: Mesh | None = None
     """Devices over whose `data` axis rows are split, where a program runs on several."""
+    quantize: Quantize | None = None
+    """What the kernels are kept in, of a model that does not learn; null: the parameters' type."""
 
     @property
     def size(self) -> int:
@@ -56,8 +59,10 @@ class LanguageModel:
         return Decoder(self.config, self.vocab_size, rngs=rngs)
 
     def init(self, key: Array) -> Params:
-        """Draw fresh float32 parameters."""
-        return nnx.to_pure_dict(nnx.state(self._module(nnx.Rngs(jnp.asarray(key))), nnx.Param))
+        """Draw fresh parameters."""
+        module = self._module(nnx.Rngs(jnp.asarray(key)))
+        params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+        return params if self.quantize is None else quantize_params(params)
 
     def bind(self, params: Params) -> Decoder:
         """Put the parameters into the module."""
