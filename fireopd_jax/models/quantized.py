@@ -25,8 +25,11 @@ from fireopd_jax.types import Array, pytree
 
 Quantize = Literal["int8"]
 LEVELS = 127
-# Multiplied, not divided: XLA would do so itself, and the host must come to the same bits.
+# Multiplied, not divided, here and by the step's inverse: XLA may do so itself, and weights of few
+# bits lie half-way between two numbers often enough for the host to come to others.
 STEP = np.float32(1 / LEVELS)
+NOTHING = 1e-37
+"""A step whose inverse would overflow: what is below it becomes zero."""
 
 
 @pytree
@@ -66,7 +69,8 @@ def quantize(kernel: Float[Array, "*L I O"]) -> Quantized:
     """Round a kernel, each column to steps of a 127th of its largest weight."""
     wide = jnp.asarray(kernel).astype(jnp.float32)
     scale = jnp.abs(wide).max(axis=-2, keepdims=True) * STEP
-    return Quantized(jnp.rint(wide / jnp.where(scale == 0, 1, scale)).astype(jnp.int8), scale)
+    inverse = jnp.where(scale > NOTHING, 1 / scale, 0)
+    return Quantized(jnp.rint(wide * inverse).astype(jnp.int8), scale)
 
 
 def quantize_rows(
@@ -76,8 +80,8 @@ def quantize_rows(
     wide = rows.astype(np.float32)
     scale = np.abs(wide).max(axis=1, keepdims=True) * STEP
     # What is not finite shows in the scale, as it would in the weights.
-    with np.errstate(invalid="ignore"):
-        wide /= np.where(scale == 0, np.float32(1), scale)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        wide *= np.where(scale > NOTHING, 1 / scale, np.float32(0))
         return np.rint(wide, out=wide).astype(np.int8), scale
 
 
@@ -107,15 +111,14 @@ def multiply(
 
 
 def ragged_multiply(
-    x: Float[Array, "N I"],
+    x: Float[jax.Array, "N I"],
     kernels: Quantized,
-    sizes: Int[Array, " E"],
-    expert: Int[Array, " N"],
+    sizes: Int[jax.Array, " E"],
+    expert: Int[jax.Array, " N"],
 ) -> Float[Array, "N O"]:
     """Multiply rows, sorted by expert, each by its own expert's kernel."""
-    out = jax.lax.ragged_dot(
-        x, kernels.values.astype(x.dtype), sizes, preferred_element_type=jnp.float32
-    )
+    values = jnp.asarray(kernels.values, x.dtype)
+    out = jax.lax.ragged_dot(x, values, sizes, preferred_element_type=jnp.float32)
     return (out * kernels.scale[expert, 0]).astype(x.dtype)
 
 

@@ -78,8 +78,11 @@ def test_numbers_and_steps_are_the_oracles(dtype):
         assert not np.asarray(dequantize(got)[1, :, 2]).any()
 
 
-def test_the_host_comes_to_the_same_bits():
-    kernel = np.random.default_rng(1).standard_normal((300, 200)).astype(np.float32)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_host_comes_to_the_same_bits(dtype):
+    # Of bfloat16's weights many lie half-way between two numbers.
+    kernel = np.random.default_rng(1).standard_normal((300, 200)).astype(dtype)
+    kernel = kernel.astype(np.float32)
     kernel[:, 3] = 0
     values, steps = quantize_rows(kernel.T)
     got = jax.jit(quantize)(kernel)
