@@ -59,7 +59,7 @@ def test_it_is_graded_again_as_it_was(finished):
 def test_every_kind_of_folder_is_quantised_to_the_same_numbers(finished, tmp_path):
     folder, _ = finished
     # A student is a whole model; here it is the teacher.
-    saved, exported = folder / "models" / "student", tmp_path / "hf"
+    saved, exported = folder / "models" / "student", tmp_path / "exported"
     export_run(folder, exported)
     for name, path in {"saved": saved, "hf": exported}.items():
         run(tmp_path / name, *BASE, NO_EVAL, f"teacher.path={path}", "teacher.quantize=int8")
