@@ -28,6 +28,7 @@ from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.hf_config import check_same
 from fireopd_jax.models.hf_load import read_config, resolve
 from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.models.quantized import Quantize
 from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
 from fireopd_jax.recipe import Config, MethodConfig, ModelConfig, StudentConfig
 from fireopd_jax.rollout.engine import generate
@@ -53,6 +54,8 @@ class ModelSpec:
     config: ModelConfig
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What its `generation_config.json` says, if it has one."""
+    stored: Quantize | None = None
+    """What the folder that it is read from keeps the kernels in, where it is one of a run."""
 
     @property
     def stop(self) -> tuple[int, ...]:
@@ -71,6 +74,11 @@ class ModelSpec:
             return self
         return dataclasses.replace(self, model=dataclasses.replace(self.model, valid=size))
 
+    def quantized(self, how: Quantize | None) -> "ModelSpec":
+        """Let the model keep its kernels in `how`; None: as they come."""
+        model = dataclasses.replace(self.model, quantize=how or self.model.quantize)
+        return dataclasses.replace(self, model=model)
+
     @property
     def slug(self) -> str:
         """The name as a file name."""
@@ -87,6 +95,7 @@ class ModelSpec:
             "vocab_size": self.model.vocab_size,
             "tokenizer": self.tokenizer_name if self.builtin_tokenizer else "tokenizer",
             "generation": dict(self.generation),
+            "quantize": self.model.quantize,
         }
 
     @property
@@ -149,9 +158,10 @@ def load_spec(name: str, folder: Path, config: ModelConfig) -> ModelSpec:
     if not file.is_file():
         return _hugging_face(name, folder, config)
     try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-        architecture, size = DecoderConfig(**described["architecture"]), described["vocab_size"]
-        tokenizer, generation = described["tokenizer"], described.get("generation", {})
+        said = json.loads(file.read_text(encoding="utf-8"))
+        architecture, size = DecoderConfig(**said["architecture"]), said["vocab_size"]
+        tokenizer, generation = said["tokenizer"], said.get("generation", {})
+        stored = said.get("quantize")
     except (ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{name}: {file} does not describe a model of ours: {reason}") from error
@@ -160,8 +170,8 @@ def load_spec(name: str, folder: Path, config: ModelConfig) -> ModelSpec:
     _check_stated(name, config, architecture, size, file)
     architecture = _typed(architecture, config, architecture.param_dtype)
     loaded = load_tokenizer(tokenizer)
-    model = LanguageModel(architecture, size, valid_rows(loaded, size, name))
-    return ModelSpec(name, model, loaded, tokenizer, config, generation)
+    model = LanguageModel(architecture, size, valid_rows(loaded, size, name), quantize=stored)
+    return ModelSpec(name, model, loaded, tokenizer, config, generation, stored)
 
 
 def _hugging_face(name: str, folder: Path, config: ModelConfig) -> ModelSpec:
@@ -209,7 +219,8 @@ def set_up(config: Config) -> Setup:
     mesh = make_mesh(config.mesh)
     student = make_spec("student", config.student).on(mesh)
     teachers = tuple(
-        make_spec(f"teacher {name}", teacher).on(mesh) for name, teacher in config.teachers.items()
+        make_spec(f"teacher {name}", teacher).quantized(teacher.quantize).on(mesh)
+        for name, teacher in config.teachers.items()
     )
     for teacher in teachers:
         check_teacher(student.speaker, teacher.speaker, config.checks.allow)

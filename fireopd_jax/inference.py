@@ -17,7 +17,7 @@ from fireopd_jax.checkpoint import restore_params
 from fireopd_jax.compilation import compile_cache
 from fireopd_jax.config import UserError, nearest
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.recipe import Config, StudentConfig, load_config
+from fireopd_jax.recipe import Config, ModelConfig, load_config
 from fireopd_jax.session import grade
 from fireopd_jax.sharding import place_rows, place_whole
 from fireopd_jax.tracking import progress
@@ -35,7 +35,7 @@ def open_model(
         raise UserError(
             f"{run}: no model {name!r}{nearest(name, known)}; it has {', '.join(known)}"
         )
-    spec = load_spec(name, models / name, StudentConfig(path=str(models / name), dtype=dtype))
+    spec = load_spec(name, models / name, ModelConfig(path=str(models / name), dtype=dtype))
     like = jax.jit(spec.model.init)(jax.random.key(0))
     return spec, restore_params(models / name, like)
 

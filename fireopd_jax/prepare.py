@@ -1,7 +1,7 @@
 """The models that a run begins with: read, or drawn at random and trained on given responses.
 
 models/NAME of this run, if whole -> read back
-else path, or random parameters   -> supervised training, if any -> models/NAME
+else path, or random parameters   -> supervised training, if any -> quantised, if so -> models/NAME
 """
 
 import dataclasses
@@ -14,10 +14,12 @@ import numpy as np
 
 from fireopd_jax.build import ModelSpec
 from fireopd_jax.checkpoint import restore_params, save_model
+from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import Encoded, PromptLoader, eval_prompts
 from fireopd_jax.loop import Interrupted
 from fireopd_jax.models.hf_load import load, resolve
 from fireopd_jax.models.language_model import Params
+from fireopd_jax.models.quantized import quantize_params
 from fireopd_jax.rollout.sampling import stream
 from fireopd_jax.session import Session, as_teacher
 from fireopd_jax.sft import SftConfig, supervise
@@ -25,6 +27,17 @@ from fireopd_jax.sharding import place_whole, replicated
 from fireopd_jax.tracking import progress
 
 Make = Callable[[Path], Params]
+
+
+def check_learners(student: ModelSpec, teachers: Sequence[ModelSpec]) -> None:
+    """Refuse to train a model whose kernels its folder keeps as whole numbers."""
+    for spec in (student, *teachers):
+        if spec.stored is not None and (spec is student or spec.config.sft is not None):
+            raise UserError(
+                f"{spec.name}: {spec.config.path} holds {spec.stored} weights, which cannot learn; "
+                "expected a model that was saved without quantize"
+                + ("" if spec is student else ", or no sft")
+            )
 
 
 def once(session: Session, spec: ModelSpec, name: str, make: Make) -> Params:
@@ -63,9 +76,12 @@ def _first_params(session: Session, spec: ModelSpec) -> Params:
         return random_params(session, spec)
     folder = resolve(spec.config.path)
     if (folder / "model.json").is_file():
-        return restore_params(folder, _shapes(session, spec))
+        model = dataclasses.replace(spec.model, quantize=spec.stored)
+        kept = _shapes(session, dataclasses.replace(spec, model=model))
+        return restore_params(folder, kept)
     place = replicated(session.setup.mesh)
-    return load(folder, spec.model.config, spec.model.vocab_size, place)
+    model = spec.model
+    return load(folder, model.config, model.vocab_size, place, model.quantize)
 
 
 def make_teacher(session: Session, index: int) -> Params:
@@ -87,13 +103,14 @@ def make_student(session: Session, teachers: Sequence[Params]) -> Params:
 
 def _maker(session: Session, spec: ModelSpec, rows: np.ndarray, teachers: Sequence[Params]) -> Make:
     def make(home: Path) -> Params:
-        params = _first_params(session, spec)
         if spec.config.sft is None:
-            return params
+            return _quantized(session, spec, _first_params(session, spec))
+        whole = dataclasses.replace(spec, model=dataclasses.replace(spec.model, quantize=None))
+        params = _first_params(session, whole)
         loader = _loader(session, spec, spec.config.sft, rows, teachers)
-        return supervise(
+        params = supervise(
             spec.slug,
-            spec.model,
+            whole.model,
             params,
             loader,
             spec.config.sft,
@@ -102,8 +119,16 @@ def _maker(session: Session, spec: ModelSpec, rows: np.ndarray, teachers: Sequen
             stop=session.stop,
             log=session.log,
         )
+        return _quantized(session, spec, params)
 
     return make
+
+
+def _quantized(session: Session, spec: ModelSpec, params: Params) -> Params:
+    if spec.model.quantize is None:
+        return params
+    whole = replicated(session.setup.mesh)
+    return jax.jit(quantize_params, out_shardings=whole)(params)
 
 
 def _loader(

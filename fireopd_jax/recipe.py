@@ -27,6 +27,7 @@ from fireopd_jax.filtering import KeepAll, TeacherQuantile
 from fireopd_jax.losses.sampled_token import SampledReverseKL
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.lora import LoraConfig
+from fireopd_jax.models.quantized import Quantize
 from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
 from fireopd_jax.rollout.settings import RolloutConfig
 from fireopd_jax.runs import RunConfig
@@ -69,6 +70,9 @@ class StudentConfig(ModelConfig):
 @config
 class TeacherConfig(ModelConfig):
     """A teacher: frozen while the student learns."""
+
+    quantize: Quantize | None = None
+    """Keep the kernels of its layers in eight bits, after `sft` if any; null: in their type."""
 
 
 @config

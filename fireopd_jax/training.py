@@ -23,7 +23,7 @@ from fireopd_jax.exporting import check_exportable, export
 from fireopd_jax.loop import Interrupted, stop_on_signal
 from fireopd_jax.models.decoder import parameter_count
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.prepare import make_student, make_teacher, once
+from fireopd_jax.prepare import check_learners, make_student, make_teacher, once
 from fireopd_jax.recipe import Config, MethodConfig, as_tree, with_method
 from fireopd_jax.report import print_curve, print_results, write_card
 from fireopd_jax.session import Session
@@ -59,6 +59,7 @@ def _in_folder(config: Config, work: Callable[[Session], Summary], record: str) 
     setup = None if runs.is_complete(config.run) else set_up(config)
     if setup is not None:
         check_training_batches(config, setup.mesh)
+        check_learners(setup.student, setup.teachers)
         if config.run.export:
             check_exportable(setup.student)
     with runs.open_run(config.run, as_tree(config)) as folder:

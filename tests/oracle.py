@@ -238,3 +238,14 @@ def released(
                 count += 1
         losses.append(total / (count + 1e-8))
     return all_weights, all_keep, sum(losses) / len(losses)
+
+
+def int8(kernel):
+    """Whole numbers and steps of a kernel [I, O]: s_o = max_i |W_io| / 127, q = round(W / s)."""
+    kernel = np.asarray(kernel, np.float64)
+    values, steps = np.zeros(kernel.shape, np.int64), np.zeros(kernel.shape[1])
+    for o in range(kernel.shape[1]):
+        steps[o] = max(abs(w) for w in kernel[:, o]) / 127
+        for i in range(kernel.shape[0]):
+            values[i, o] = round(kernel[i, o] / steps[o]) if steps[o] else 0
+    return values, steps

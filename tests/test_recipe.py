@@ -291,6 +291,7 @@ TINY = [
     "student.sft={steps: 2, batch_size: 8, source: teacher, teacher_rows: 16}",
     "student.lora={rank: 2}",
     f"teacher.architecture={MODEL}",
+    "teacher.quantize=int8",
     "teacher.sft={steps: 30, batch_size: 32, optim: {learning_rate: 1e-2, schedule: cosine}}",
     "run.steps=1",
     "run.updates_per_rollout=2",

@@ -21,6 +21,7 @@ from fireopd_jax.models.architecture import AttentionKind, DecoderConfig
 from fireopd_jax.models.layers import MLP, Attention, Mix, norm
 from fireopd_jax.models.lora import Adapters, add
 from fireopd_jax.models.moe import MoE
+from fireopd_jax.models.quantized import is_quantized
 from fireopd_jax.models.rope import rotary
 from fireopd_jax.ops.attention import attend
 from fireopd_jax.types import Array
@@ -190,4 +191,4 @@ def recomputed(layer: Callable[..., Array], remat: Remat) -> Callable[..., Array
 
 def parameter_count(params: dict[str, Any]) -> int:
     """Count the elements of all parameters, or of their shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    return sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=is_quantized))

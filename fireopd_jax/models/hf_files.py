@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from fireopd_jax.config import UserError
+from fireopd_jax.models.quantized import quantize_rows
 
 TYPES = {
     "F32": np.dtype(np.float32),
@@ -75,18 +76,33 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def widened(block: np.ndarray) -> np.ndarray:
+    """Give bfloat16 as float32, other types as they are."""
+    if block.dtype != TYPES["BF16"]:
+        return block
+    # The upper half of the float; NumPy's own conversion takes ten times as long.
+    wide = block.view(np.uint16).astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
 def copy_rows(tensor: Stored, start: int, stop: int, columns: Slices, target: np.ndarray) -> None:
     """Read some rows, cut them to the columns, and write them into `target` in its type."""
     block = tensor.rows(start, stop)[(slice(None), *columns)]
-    if block.dtype == TYPES["BF16"] and target.dtype == np.float32:
-        # The upper half of the float; NumPy's own conversion takes ten times as long.
-        wide = block.view(np.uint16).astype(np.uint32)
-        wide <<= 16
-        block = wide.view(np.float32)
+    if target.dtype == np.float32:
+        block = widened(block)
     if block.dtype != target.dtype:
         block = block.astype(target.dtype)
     plain = np.dtype(f"u{target.dtype.itemsize}")  # copied without the interpreter's lock
     target.view(plain)[...] = block.view(plain)
+
+
+def quantize_into(
+    tensor: Stored, start: int, stop: int, columns: Slices, values: np.ndarray, scale: np.ndarray
+) -> None:
+    """Read some rows, quantise them whole, and write steps and the columns of the numbers."""
+    numbers, steps = quantize_rows(widened(tensor.rows(start, stop)))
+    values[...], scale[...] = numbers[(slice(None), *columns)], steps
 
 
 def stored_tensors(file: Path) -> dict[str, Stored]:

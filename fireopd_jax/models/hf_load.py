@@ -5,6 +5,7 @@
 
 The host holds one tensor and a small buffer; what a stack of layers takes, it takes on the devices.
 Where these are CPUs, a stack is filled in memory and given to them as it is, block by block.
+What is quantised is so tensor by tensor, before it joins its stack.
 Nothing is unpickled and no code of a folder is run.
 """
 
@@ -13,7 +14,7 @@ import itertools
 import json
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,17 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from fireopd_jax.config import UserError
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.hf_config import architecture
-from fireopd_jax.models.hf_files import Slices, Stored, allocate, copy_rows, stored_tensors
+from fireopd_jax.models.hf_files import (
+    Slices,
+    Stored,
+    allocate,
+    copy_rows,
+    quantize_into,
+    stored_tensors,
+)
 from fireopd_jax.models.hf_names import Weight, flat, hf_shapes, indices, weights
 from fireopd_jax.models.language_model import Params
+from fireopd_jax.models.quantized import Quantize, Quantized, quantizable, quantize, scale_place
 
 BUFFER = 2**27
 """Bytes that are read ahead of their use."""
@@ -86,10 +95,16 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def load(folder: Path, config: DecoderConfig, vocab_size: int, sharding: Any) -> Params:
-    """Read the parameters of a folder in `config.param_dtype`.
+def load(
+    folder: Path,
+    config: DecoderConfig,
+    vocab_size: int,
+    sharding: Any,
+    quantized: Quantize | None = None,
+) -> Params:
+    """Read the parameters of a folder in `config.param_dtype`; with `quantized`, kernels in that.
 
-    `sharding` is one for all, or a tree of them like the parameters.
+    `sharding` is one for all, or a tree of them like the parameters before they are quantised.
     """
     stored = open_folder(folder)
     _check(folder, stored, config, vocab_size)
@@ -104,7 +119,11 @@ def load(folder: Path, config: DecoderConfig, vocab_size: int, sharding: Any) ->
             section = params
             for name in sections:
                 section = section.setdefault(name, {})
-            fill = _in_memory if on_cpu(place) else _on_devices
+            whole = quantized is None or not quantizable(row.path)
+            if on_cpu(place):
+                fill = _in_memory if whole else _quantized_in_memory
+            else:
+                fill = _on_devices if whole else _quantized_on_devices
             section[last] = fill(row, ours, place, stored, pool)
     return params
 
@@ -121,23 +140,58 @@ def _in_memory(
     stored: Mapping[str, Stored],
     pool: ThreadPoolExecutor,
 ) -> jax.Array:
-    """Fill one parameter's memory, each part that a device here holds once."""
-    parts: dict[Bounds, np.ndarray] = {}
-    on_device = []
-    for device, index in place.addressable_devices_indices_map(ours.shape).items():
-        assert index is not None
-        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, ours.shape, strict=True))
-        if bounds not in parts:
-            shape = tuple(stop - start for start, stop in bounds)
-            parts[bounds] = allocate(shape, np.dtype(ours.dtype))
-        on_device.append((device, bounds))
-    blocks = [block for b, part in parts.items() for block in _blocks(row, b, part, stored)]
+    """Fill one parameter's memory."""
+    memory = _Memory(ours.shape, np.dtype(ours.dtype), place)
+    blocks = [block for item in memory.parts.items() for block in _blocks(row, *item, stored)]
     for done in [pool.submit(copy_rows, *block) for block in blocks]:
         done.result()
-    # Devices may share a part: what the host has lent, a program never writes to.
-    return jax.make_array_from_single_device_arrays(
-        ours.shape, place, [jax.device_put(parts[bounds], d) for d, bounds in on_device]
-    )
+    return memory.lent()
+
+
+def _quantized_in_memory(
+    row: Weight,
+    ours: jax.ShapeDtypeStruct,
+    place: Sharding,
+    stored: Mapping[str, Stored],
+    pool: ThreadPoolExecutor,
+) -> Quantized:
+    """Fill the memory of one kernel's numbers and steps; a block of their rows has its own."""
+    values = _Memory(ours.shape, np.dtype(np.int8), place)
+    shape = (*ours.shape[:-2], 1, ours.shape[-1])
+    scale = _Memory(shape, np.dtype(np.float32), scale_place(place, len(shape)))
+    waiting = []
+    for bounds, part in values.parts.items():
+        steps = scale.parts[(*bounds[:-2], (0, 1), bounds[-1])]
+        for block, (*_, target) in zip(
+            _blocks(row, bounds, part, stored),
+            _blocks(row, (*bounds[:-2], (0, 1), bounds[-1]), steps, stored),
+            strict=True,
+        ):
+            waiting.append(pool.submit(quantize_into, *block, target))
+    for done in waiting:
+        done.result()
+    return Quantized(values.lent(), scale.lent())
+
+
+class _Memory:
+    """Memory of one array: each part that a device here holds, once."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, place: Sharding):
+        self.shape, self.place = shape, place
+        self.parts: dict[Bounds, np.ndarray] = {}
+        self.on_device = []
+        for device, index in place.addressable_devices_indices_map(shape).items():
+            assert index is not None
+            bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+            if bounds not in self.parts:
+                self.parts[bounds] = allocate(tuple(b - a for a, b in bounds), dtype)
+            self.on_device.append((device, bounds))
+
+    def lent(self) -> jax.Array:
+        """Give it to the devices as it is."""
+        # Devices may share a part: what the host has lent, a program never writes to.
+        pieces = [jax.device_put(self.parts[bounds], d) for d, bounds in self.on_device]
+        return jax.make_array_from_single_device_arrays(self.shape, self.place, pieces)
 
 
 def _blocks(
@@ -178,14 +232,55 @@ def _on_devices(
         plain = piece.dtype == ours.dtype and not row.transposed
         return piece if plain else jax.jit(laid, out_shardings=place)(piece)
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=place)
-    def put(stack: jax.Array, piece: jax.Array, index: jax.Array) -> jax.Array:
-        start = (*index, *[0] * (len(ours.shape) - axes))
-        return jax.lax.dynamic_update_slice(stack, laid(piece)[(None,) * axes], start)
+    return _stacked(row, ours, place, laid, stored, pool)
 
-    stack = jax.jit(lambda: jnp.zeros(ours.shape, ours.dtype), out_shardings=place)()
+
+def _quantized_on_devices(
+    row: Weight,
+    ours: jax.ShapeDtypeStruct,
+    place: Sharding,
+    stored: Mapping[str, Stored],
+    pool: ThreadPoolExecutor,
+) -> Quantized:
+    """Put the tensors of one kernel where they belong, each quantised there."""
+    return _stacked(row, ours, place, lambda piece: quantize(piece.T), stored, pool)
+
+
+def _stacked(
+    row: Weight,
+    ours: jax.ShapeDtypeStruct,
+    place: Sharding,
+    laid: Callable[[jax.Array], Any],
+    stored: Mapping[str, Stored],
+    pool: ThreadPoolExecutor,
+) -> Any:
+    """Stack tensors on the devices, each as `laid` lays it: an array, or a tree of arrays."""
+    axes = row.axes
+    piece = jax.ShapeDtypeStruct(row.shape(ours.shape), ours.dtype)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((*ours.shape[:axes], *leaf.shape), leaf.dtype),
+        jax.eval_shape(laid, piece),
+    )
+    places = jax.tree.map(
+        lambda leaf: place if leaf.shape == ours.shape else scale_place(place, len(ours.shape)),
+        shapes,
+    )
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=places)
+    def put(stack: Any, piece: jax.Array, index: jax.Array) -> Any:
+        start = (*index, *[0] * (len(ours.shape) - axes))
+        return jax.tree.map(
+            lambda whole, part: jax.lax.dynamic_update_slice(whole, part[(None,) * axes], start),
+            stack,
+            laid(piece),
+        )
+
+    def zeros() -> Any:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    stack = jax.jit(zeros, out_shardings=places)()
     every = [(index, stored[row.theirs(index)]) for index in indices(row, ours.shape)]
-    for index, piece in _ahead(every, piece_place, pool):
+    for index, piece in _ahead(every, _of_piece(row, ours, place), pool):
         stack = put(stack, piece, np.array(index, np.int32))
     return jax.block_until_ready(stack)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.models.quantized import Quantized, dequantize, is_quantized
 
 Path = tuple[str, ...]
 
@@ -125,11 +126,13 @@ def hf_tensors(
     params: Params, config: DecoderConfig, dtype: str | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Give every tensor by its exported name, one at a time on the host; `dtype` None: as kept."""
-    leaves = {flat(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    named = jax.tree.leaves_with_path(params, is_leaf=is_quantized)
+    leaves = {flat(path): leaf for path, leaf in named}
     for row, ours in weights(config, len(params["embed_tokens"])):
         leaf = leaves[row.path]
         for index in indices(row, ours.shape):
-            tensor = np.asarray(leaf[index] if index else leaf)
+            own = leaf[index] if index else leaf
+            tensor = np.asarray(dequantize(own) if isinstance(own, Quantized) else own)
             tensor = tensor.T if row.transposed else tensor
             tensor = tensor.astype(jnp.dtype(dtype)) if dtype is not None else tensor
             yield row.theirs(index), np.ascontiguousarray(tensor)

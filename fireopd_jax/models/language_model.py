@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int32
 
 from fireopd_jax.models.decoder import Decoder, DecoderConfig, Layer, Remat
 from fireopd_jax.models.lora import Adapters
+from fireopd_jax.models.quantized import Quantize, is_quantized, quantize_params
 from fireopd_jax.ops.dispatch import PLAIN
 from fireopd_jax.ops.head import head_stats
 from fireopd_jax.ops.logits import HeadSharding
@@ -39,6 +40,8 @@ class LanguageModel:
     """Rows that are tokens, where the others only pad the head: they have no probability."""
     mesh: Mesh | None = None
     """Devices over whose `data` axis rows are split, where a program runs on several."""
+    quantize: Quantize | None = None
+    """What the kernels are kept in, of a model that does not learn; null: the parameters' type."""
 
     @property
     def size(self) -> int:
@@ -56,8 +59,10 @@ class LanguageModel:
         return Decoder(self.config, self.vocab_size, rngs=rngs)
 
     def init(self, key: Array) -> Params:
-        """Draw fresh float32 parameters."""
-        return nnx.to_pure_dict(nnx.state(self._module(nnx.Rngs(jnp.asarray(key))), nnx.Param))
+        """Draw fresh parameters."""
+        module = self._module(nnx.Rngs(jnp.asarray(key)))
+        params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+        return params if self.quantize is None else quantize_params(params)
 
     def bind(self, params: Params) -> Decoder:
         """Put the parameters into the module."""
@@ -71,17 +76,18 @@ class LanguageModel:
         """
         dtype = jnp.dtype(self.config.dtype)
 
-        def cast(x: Array) -> Array:
-            matrix = x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating)
-            return x.astype(dtype) if matrix else jnp.asarray(x)
+        def cast(x: Any) -> Any:
+            # Quantised kernels keep their scales, norms their weights.
+            return x if is_quantized(x) or x.ndim < 2 else jnp.asarray(x, dtype)
 
-        stacked = params["layers"]
-        layers = tuple(
-            jax.tree.map(lambda leaf, i=i: cast(leaf[i]), stacked)
-            for i in range(self.config.num_hidden_layers)
-        )
-        rest = {name: tree for name, tree in params.items() if name != "layers"}
-        return jax.tree.map(cast, rest) | {"layers": layers}
+        def layer(index: int) -> Params:
+            return jax.tree.map(
+                lambda leaf: cast(leaf[index]), params["layers"], is_leaf=is_quantized
+            )
+
+        rest = {name: cast(leaf) for name, leaf in params.items() if name not in ("layers", "norm")}
+        layers = tuple(layer(index) for index in range(self.config.num_hidden_layers))
+        return rest | {"norm": params["norm"], "layers": layers}
 
     def bind_relaid(self, relaid: Params) -> tuple[Decoder, list[Layer]]:
         """Put what `relay` gives into the module and its layers."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fireopd_jax.models.architecture import DecoderConfig
+from fireopd_jax.models.quantized import Quantized, multiply
 from fireopd_jax.models.rope import rotate
 from fireopd_jax.types import Array
 
@@ -20,8 +21,15 @@ class Linear(nnx.Linear):
     """A linear map over the rows of one matrix, which XLA:CPU runs faster than [B, S, D]."""
 
     def __call__(self, x: Array) -> Array:
-        """Multiply by the kernel."""
-        return super().__call__(jnp.reshape(x, (-1, x.shape[-1]))).reshape(*x.shape[:-1], -1)
+        """Multiply by the kernel, which may be quantised."""
+        rows, kernel = jnp.reshape(x, (-1, x.shape[-1])), self.kernel.get_value()
+        if not isinstance(kernel, Quantized):
+            return super().__call__(rows).reshape(*x.shape[:-1], -1)
+        assert self.dtype is not None
+        out = multiply(rows, kernel, self.dtype)
+        if self.bias is not None:
+            out += self.bias[...].astype(out.dtype)[None]
+        return out.reshape(*x.shape[:-1], -1)
 
 
 def linear(

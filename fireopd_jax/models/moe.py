@@ -13,6 +13,7 @@ from flax import nnx
 
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.layers import activation, linear
+from fireopd_jax.models.quantized import Quantized, ragged_multiply
 from fireopd_jax.types import Array
 
 
@@ -53,8 +54,11 @@ class MoE(nnx.Module):
         order = jnp.argsort(expert.reshape(-1), stable=True)
         sizes = jnp.bincount(expert.reshape(-1), length=moe.num_experts).astype(jnp.int32)
 
-        def product(inputs: jax.Array, kernel: nnx.Param) -> Array:
-            return jax.lax.ragged_dot(inputs, kernel[...].astype(inputs.dtype), sizes)
+        def product(inputs: jax.Array, param: nnx.Param) -> Array:
+            kernel = param.get_value()
+            if isinstance(kernel, Quantized):
+                return ragged_multiply(inputs, kernel, sizes, expert.reshape(-1)[order])
+            return jax.lax.ragged_dot(inputs, kernel.astype(inputs.dtype), sizes)
 
         sent = jnp.asarray(rows, c.dtype)[order // moe.num_experts_per_tok]
         gate, up = product(sent, self.experts.gate_proj), product(sent, self.experts.up_proj)

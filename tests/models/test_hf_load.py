@@ -17,6 +17,7 @@ from fireopd_jax.models.hf_config import hf_config_json
 from fireopd_jax.models.hf_load import load, read_config, resolve
 from fireopd_jax.models.hf_names import hf_shapes, hf_tensors
 from fireopd_jax.models.language_model import same_structure
+from fireopd_jax.models.quantized import quantize_params
 from tests.cases import random_params, tiny_model
 
 PLACE = SingleDeviceSharding(jax.devices()[0])
@@ -53,9 +54,9 @@ def write(folder, name, shards=1, dtype=None):
     return params
 
 
-def read(folder, name, sharding=PLACE, **changes):
+def read(folder, name, sharding=PLACE, quantized=None, **changes):
     config = DecoderConfig(**vars(MODELS[name].config) | changes)
-    return load(folder, config, MODELS[name].vocab_size, sharding)
+    return load(folder, config, MODELS[name].vocab_size, sharding, quantized)
 
 
 def same(a, b):
@@ -140,6 +141,36 @@ def test_parameters_go_straight_to_their_shardings(tmp_path):
     assert kernel.addressable_shards[0].data.shape == (2, 3, 4, 4)
     whole = read(tmp_path / "m", "experts", NamedSharding(mesh, PartitionSpec()))
     assert same(whole, params)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("memory")
+def test_quantised_on_the_way_is_quantised_afterwards(tmp_path, monkeypatch, name, stored):
+    write(tmp_path / "m", name, 2, stored)
+    monkeypatch.setattr(hf_load, "BLOCK", 100)
+    wanted = jax.jit(quantize_params)(read(tmp_path / "m", name))
+    got = read(tmp_path / "m", name, quantized="int8")
+    assert jax.tree.structure(got) == jax.tree.structure(wanted) and same(got, wanted)
+
+
+@pytest.mark.usefixtures("memory")
+def test_numbers_and_steps_go_to_their_shardings(tmp_path):
+    write(tmp_path / "m", "experts", 2)
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("fsdp", "tensor"))
+
+    def place(leaf):
+        spec = [None] * leaf.ndim
+        if leaf.ndim > 2 and leaf.shape[-2] % 4 == 0 and leaf.shape[-1] % 2 == 0:
+            spec[-2:] = ["fsdp", "tensor"]
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    whole = read(tmp_path / "m", "experts")
+    got = read(tmp_path / "m", "experts", jax.tree.map(place, whole), quantized="int8")
+    assert same(got, jax.jit(quantize_params)(whole))
+    kernel = got["layers"]["mlp"]["experts"]["gate_proj"]
+    assert kernel.values.addressable_shards[0].data.shape == (2, 3, 4, 4)
+    assert kernel.scale.addressable_shards[0].data.shape == (2, 3, 1, 4)
 
 
 def test_the_host_waits_before_its_buffer_overflows(tmp_path, monkeypatch):

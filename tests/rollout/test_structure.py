@@ -1,4 +1,4 @@
-"""What the compiled loop must not contain: copies of the cache, sorts of the vocabulary, gathers."""
+"""What the compiled loop must not contain: copies of the cache, sorts, talk between replicas."""
 
 import dataclasses
 import re
