@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 from fireopd_jax.checkpoint import restore_params
 from fireopd_jax.config import UserError
 from fireopd_jax.exporting import export_run
-from fireopd_jax.inference import generate_to_file, open_model
+from fireopd_jax.generating import Settings, generate_to_file
+from fireopd_jax.inference import open_model
 from fireopd_jax.models.hf_names import hf_tensors
 from fireopd_jax.recipe import load_config
 from fireopd_jax.text.tokenizer import BUILTIN, load_tokenizer
@@ -131,9 +132,8 @@ def test_transformers_says_the_same(run, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{i}+{i + 1}"}) + "\n" for i in range(4)))
     generate_to_file(
-        run, "student", prompts, tmp_path / "ours.jsonl",
-        max_tokens=12, samples=1, temperature=0.0, top_p=1.0, seed=0, batch_size=4,
-    )  # fmt: skip
+        str(run), prompts, tmp_path / "ours.jsonl", Settings(max_tokens=12, temperature=0.0)
+    )
     model = AutoModelForCausalLM.from_pretrained(run / "models" / "student_hf").eval()
     tokenizer = AutoTokenizer.from_pretrained(str(run / "models" / "student_hf"))
     assert tokenizer.get_vocab() == load_tokenizer(BUILTIN).get_vocab()

@@ -209,7 +209,7 @@ def attend_piece(
     def look(leaves, distance):
         k, v = (decode(tuple(each), dtype) for each in leaves)
         mask = jnp.broadcast_to(seen(distance, window)[None], (rows, *distance.shape))
-        return attend(q, k, v, mask, scale)
+        return jnp.asarray(attend(q, k, v, mask, scale))
 
     def first():
         return look(new, at[:, None] - at[None])

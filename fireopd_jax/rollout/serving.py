@@ -231,7 +231,7 @@ class Engine:
         self.statistics.overlong += len(refused)
         return refused
 
-    def _block(self, blocks: list[list[tuple[int, Request]]]) -> tuple[Array, Requests]:
+    def _block(self, blocks: list[list[tuple[int, Request]]]) -> tuple[np.ndarray, Requests]:
         """Lay requests out as rows of the tables; row Q is none."""
         shape = (self.replicas, self.block)
         rows = np.full(shape, self.rows, np.int32)

@@ -43,9 +43,9 @@ def requests(**knobs):
 @functools.cache
 def reference():
     sampling = Sampling.of(STOP, ROOM, 3)
-    drawn = jax.jit(
-        lambda p: generate(MODEL, p, PROMPTS, sampling, jnp.int32(7), max_tokens=ROOM)
-    )(PARAMS)
+    drawn = jax.jit(lambda p: generate(MODEL, p, PROMPTS, sampling, jnp.int32(7), max_tokens=ROOM))(
+        PARAMS
+    )
     return jax.device_get(drawn)
 
 
@@ -165,9 +165,10 @@ def test_pieces_of_a_budget_are_one_run(plain):
     while left:
         pieces += 1
         drawn = plain.generate(left, Budget(tokens=40))
-        assert sum(len(c.tokens) for c in drawn) - sum(
-            len(r.begun.tokens) for r in left if r.begun
-        ) <= 40
+        assert (
+            sum(len(c.tokens) for c in drawn) - sum(len(r.begun.tokens) for r in left if r.begun)
+            <= 40
+        )
         done |= {c.id: c for c in drawn if c.finish != "budget"}
         begun = {c.id: c for c in drawn if c.finish == "budget"}
         left = [dataclasses.replace(r, begun=begun[r.id]) for r in left if r.id in begun]

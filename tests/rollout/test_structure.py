@@ -47,7 +47,7 @@ def test_the_cache_is_updated_in_place(memory):
 def test_nothing_of_the_vocabulary_is_sorted():
     _, program = compiled()
     assert max(sizes(program.as_text(), "sort"), default=0) < VOCABULARY
-    found = sizes('%s = (f32[2,5000]{1,0}, s32[2,5000]{1,0}) sort(%a, %b)', "sort")
+    found = sizes("%s = (f32[2,5000]{1,0}, s32[2,5000]{1,0}) sort(%a, %b)", "sort")
     assert found == [10000]  # what is looked for would be found
 
 
