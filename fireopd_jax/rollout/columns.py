@@ -77,12 +77,12 @@ class Columns:
         return value if self.axis is None else lax.psum(value, self.axis)
 
     def max(self, value: Shaped[Array, "*S"]) -> Shaped[Array, "*S"]:
-        """Take the largest over the shards."""
-        return value if self.axis is None else lax.pmax(value, self.axis)
+        """Take the largest over the shards.
 
-    def any(self, value: Bool[Array, "*S"]) -> Bool[Array, ""]:
-        """Tell whether any is true; all shards agree, so they take the same branch."""
-        return self.max(value.any().astype(jnp.int32)) > 0
+        Of what all have worked out from the same numbers it is the value itself, and JAX then knows
+        that they agree: branches on it are taken together.
+        """
+        return value if self.axis is None else lax.pmax(value, self.axis)
 
     def gather(self, value: Shaped[Array, "B L"]) -> Shaped[Array, "B G"]:
         """Join what the shards have along the second axis, in the order of the columns."""

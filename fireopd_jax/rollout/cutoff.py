@@ -73,20 +73,20 @@ def find(
     last = jnp.clip(kept - 1, 0)[:, None]
     on = (k < columns.size) | (top_p < 1)
     among = Cut(
-        jnp.where(on, jnp.take_along_axis(value, last, axis=1)[:, 0], -jnp.inf),
-        jnp.where(on, jnp.take_along_axis(ids, last, axis=1)[:, 0], columns.size),
+        columns.max(jnp.where(on, jnp.take_along_axis(value, last, axis=1)[:, 0], -jnp.inf)),
+        columns.max(jnp.where(on, jnp.take_along_axis(ids, last, axis=1)[:, 0], columns.size)),
     )
     if found >= columns.size:
         return among
     # Beyond the candidates: k itself, or else the mass of p.
     short = jnp.where(k < columns.size, k > found, (top_p < 1) & (upto.max(axis=1) < limit))
-    short &= jnp.isfinite(weights.total)
+    short = columns.max((short & jnp.isfinite(weights.total)).astype(jnp.int32)) > 0
 
     def search(_: Cut) -> Cut:
         beyond = _search(z, weights, k, top_p, short, columns)
         return jax.tree.map(lambda a, b: jnp.where(short, a, b), beyond, among)
 
-    return lax.cond(columns.any(short), search, lambda cut: cut, among)
+    return lax.cond(short.any(), search, lambda cut: cut, among)
 
 
 def _candidates(
