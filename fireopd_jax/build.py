@@ -33,6 +33,7 @@ from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
 from fireopd_jax.recipe import Config, MethodConfig, ModelConfig, StudentConfig
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.kv_paged import Paged
+from fireopd_jax.rollout.kv_paged_tpu import PagedTPU
 from fireopd_jax.rollout.sampling import Sampling, stream
 from fireopd_jax.rollout.state import Shape
 from fireopd_jax.sharding import by_rows, make_mesh, replicated
@@ -297,6 +298,11 @@ def check_training_batches(config: Config, mesh: Mesh) -> None:
 def check_cache(config: Config, mesh: Mesh) -> None:
     """Refuse a pool of pages that one response may not fit into."""
     rollout = config.rollout
+    if isinstance(rollout.cache, PagedTPU) and jax.default_backend() != "tpu":
+        raise UserError(
+            f"rollout.cache.kind={rollout.cache.kind} runs on TPU only, this machine has "
+            f"{jax.default_backend().upper()}; here run: dense, paged"
+        )
     if isinstance(rollout.cache, Paged):
         shape = Shape.of(
             max(1, rollout.batch_size // mesh.shape["data"]),

@@ -112,7 +112,7 @@ def through_cache(model, params, rows, prompt, memory, piece=8):
     tokens = np.zeros((len(rows), capacity), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
-    order = np.arange(len(rows), dtype=np.int32)
+    order, held = jnp.arange(len(rows), dtype=jnp.int32), jnp.asarray(prompt)
     dtype = jnp.dtype(model.config.dtype)
     relaid = jax.jit(model.relay)(params)
 
@@ -136,13 +136,13 @@ def through_cache(model, params, rows, prompt, memory, piece=8):
         hidden, cache = decoder.extend(layers, new, position[:, None], mix, cache)
         return hidden, memory.with_slot_cache(state, cache)
 
-    state = memory.open(memory.init(model.config, len(rows), len(rows), capacity), prompt)
+    state = memory.open(memory.init(model.config, len(rows), len(rows), capacity), held)
     parts = [[] for _ in rows]
     for start in range(0, int(prompt.max()), piece):
         hidden, state = prefill(relaid, state, jnp.int32(start))
         for i, length in enumerate(prompt):
             parts[i].append(hidden[i, : max(0, int(length) - start)])
-    state = jax.jit(lambda s: memory.seat(s, order, order, prompt, piece))(state)
+    state = jax.jit(lambda s: memory.seat(s, order, order, held, piece))(state)
     for t in range(int((total - prompt).max())):
         hidden, state = decode(relaid, state, jnp.asarray(prompt + np.int32(t)))
         for i in range(len(rows)):

@@ -6,7 +6,7 @@ Column p holds position p. Each layer has buffers of its own, updated in place. 
 once in an entry, and copied to as many slots as want a response to it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -99,7 +99,14 @@ class Dense:
                 )
                 for buffer, leaves in zip(kept, new, strict=True)
             )
-            return attend_piece(q, new, kept, start, window, scale, dtype), kept
+            keys, values = (decode(leaves, dtype) for leaves in new)
+
+            def whole() -> tuple[Array, Array]:
+                return decode(kept[0], dtype), decode(kept[1], dtype)
+
+            capacity = self.columns(state)
+            out = attend_piece(q, (keys, values), whole, start, capacity, window, scale)
+            return out, kept
 
         return mix
 
@@ -195,30 +202,28 @@ def seen(distance: Int32[Array, "*B S"], window: int | None) -> Bool[Array, "*B 
 
 def attend_piece(
     q: Array,
-    new: Sequence[Sequence[Array]],
-    kept: Sequence[Sequence[Array]],
+    new: tuple[Array, Array],
+    kept: Callable[[], tuple[Array, Array]],
     start: Array,
+    capacity: int,
     window: int | None,
     scale: float,
-    dtype: jnp.dtype,
 ) -> Array:
-    """Attend from one piece of the prompts: the first piece looks at itself alone."""
+    """Attend from one piece of the prompts: the first looks at its own keys and values alone."""
     rows, length = q.shape[:2]
     at = jnp.arange(length)
 
-    def look(leaves, distance):
-        k, v = (decode(tuple(each), dtype) for each in leaves)
+    def look(keys: Array, values: Array, distance: Array) -> Array:
         mask = jnp.broadcast_to(seen(distance, window)[None], (rows, *distance.shape))
-        return jnp.asarray(attend(q, k, v, mask, scale))
+        return jnp.asarray(attend(q, keys, values, mask, scale))
 
-    def first():
-        return look(new, at[:, None] - at[None])
+    def first() -> Array:
+        return look(*new, at[:, None] - at[None])
 
-    def later():
-        columns = jnp.arange(kept[0][0].shape[2])
-        return look(kept, start + at[:, None] - columns[None])
+    def later() -> Array:
+        return look(*kept(), start + at[:, None] - jnp.arange(capacity)[None])
 
-    if kept[0][0].shape[2] == length:
+    if capacity == length:
         return first()
     # Only the result leaves the branches: a cache that passes through one would be copied.
     return jax.lax.cond(start == 0, first, later)

@@ -70,20 +70,9 @@ class Paged:
 
     def init(self, c: DecoderConfig, slots: int, entries: int, capacity: int) -> PagedState:
         """Allocate; every buffer is its own."""
-        page, width = self.page_size, capacity // self.page_size
-        count = self.pages(slots, entries, capacity)
-
-        def layer():
-            return tuple(
-                tuple(
-                    jnp.zeros((count, c.num_key_value_heads, page, each), dtype)
-                    for each, dtype in widths(c.head_dim, self.dtype, jnp.dtype(c.dtype))
-                )
-                for _ in range(2)
-            )
-
+        count, width = self.pages(slots, entries, capacity), capacity // self.page_size
         return PagedState(
-            pool=tuple(layer() for _ in range(c.num_hidden_layers)),
+            pool=tuple(self._empty(c, count) for _ in range(c.num_hidden_layers)),
             tables=jnp.full((slots, width), count, jnp.int32),
             entry_tables=jnp.full((entries, width), count, jnp.int32),
             free=jnp.arange(count, dtype=jnp.int32),
@@ -138,21 +127,14 @@ class Paged:
         tables, page = state.entry_tables, self.page_size
 
         def mix(kept, window, q, k, v, scale):
-            new = [encode(x, self.dtype) for x in (k, v)]
-            count = q.shape[1] // page
-            at = jax.lax.dynamic_slice_in_dim(tables, start // page, count, axis=1)
+            at = jax.lax.dynamic_slice_in_dim(tables, start // page, q.shape[1] // page, axis=1)
+            new, kept = self._write_pages(kept, at, k, v, dtype)
 
-            def write(pool: Array, leaf: Array) -> Array:
-                rows, heads, _, width = leaf.shape
-                pages = leaf.reshape(rows, heads, count, page, width).swapaxes(1, 2)
-                return pool.at[at].set(pages, mode="drop")
+            def whole() -> tuple[Array, Array]:
+                return self._rows(kept, tables, dtype)
 
-            kept = tuple(
-                tuple(write(pool, leaf) for pool, leaf in zip(buffer, leaves, strict=True))
-                for buffer, leaves in zip(kept, new, strict=True)
-            )
-            rows = [[_rows(pool, tables) for pool in buffer] for buffer in kept]
-            return attend_piece(q, new, rows, start, window, scale, dtype), kept
+            capacity = self.columns(state)
+            return attend_piece(q, new, whole, start, capacity, window, scale), kept
 
         return mix
 
@@ -231,21 +213,10 @@ class Paged:
         at = jnp.minimum(position // page, state.tables.shape[1] - 1)
         target = jnp.take_along_axis(state.tables, at[:, None], axis=1)[:, 0]
         target = jnp.where(going, target, none)
-        distance = position[:, None] - jnp.arange(self.columns(state))[None]
 
         def mix(kept, window, q, k, v, scale):
-            kept = tuple(
-                tuple(
-                    pool.at[target, :, position % page].set(leaf[:, :, 0], mode="drop")
-                    for pool, leaf in zip(buffer, encode(x, self.dtype), strict=True)
-                )
-                for buffer, x in zip(kept, (k, v), strict=True)
-            )
-            keys, values = (
-                decode(tuple(_rows(pool, state.tables) for pool in buffer), dtype)
-                for buffer in kept
-            )
-            return attend(q, keys, values, seen(distance, window)[:, None], scale), kept
+            kept = self._write_tokens(kept, target, position % page, k, v)
+            return self._attend(kept, state.tables, position, q, window, scale, dtype), kept
 
         return mix
 
@@ -274,6 +245,71 @@ class Paged:
             dropped=jnp.zeros_like(state.dropped),
         )
 
+    # -- how a layer's pages lie
+
+    def _empty(self, c: DecoderConfig, count: int) -> Any:
+        """Allocate a layer's pool: keys and values, each [N, K, page, H]."""
+        kinds = widths(c.head_dim, self.dtype, jnp.dtype(c.dtype))
+        shape = (count, c.num_key_value_heads, self.page_size)
+        return tuple(
+            tuple(jnp.zeros((*shape, width), dtype) for width, dtype in kinds) for _ in range(2)
+        )
+
+    def _write_pages(
+        self, kept: Any, at: Int32[Array, "R P"], k: Array, v: Array, dtype: jnp.dtype
+    ) -> tuple[tuple[Array, Array], Any]:
+        """Write whole pages; give the keys and values as they will be read, and the pool."""
+        new = [encode(x, self.dtype) for x in (k, v)]
+
+        def write(pool: Array, leaf: Array) -> Array:
+            rows, heads, _, width = leaf.shape
+            pages = leaf.reshape(rows, heads, at.shape[1], self.page_size, width).swapaxes(1, 2)
+            return pool.at[at].set(pages, mode="drop")
+
+        kept = tuple(
+            tuple(write(pool, leaf) for pool, leaf in zip(buffer, leaves, strict=True))
+            for buffer, leaves in zip(kept, new, strict=True)
+        )
+        return (decode(new[0], dtype), decode(new[1], dtype)), kept
+
+    def _write_tokens(self, kept: Any, page: Array, at: Array, k: Array, v: Array) -> Any:
+        """Write one token of each row into its page."""
+        return tuple(
+            tuple(
+                pool.at[page, :, at].set(leaf[:, :, 0], mode="drop")
+                for pool, leaf in zip(buffer, encode(x, self.dtype), strict=True)
+            )
+            for buffer, x in zip(kept, (k, v), strict=True)
+        )
+
+    def _rows(self, kept: Any, tables: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+        """Lay the pages of each row side by side: [B, K, S, H]; what is none gets masked later."""
+
+        def lay(pool: Array) -> Array:
+            pages = pool[jnp.minimum(tables, pool.shape[0] - 1)]
+            rows, count, heads, page, width = pages.shape
+            return pages.swapaxes(1, 2).reshape(rows, heads, count * page, width)
+
+        keys, values = (decode(tuple(lay(pool) for pool in buffer), dtype) for buffer in kept)
+        return keys, values
+
+    def _attend(
+        self,
+        kept: Any,
+        tables: Array,
+        position: Array,
+        q: Array,
+        window: int | None,
+        scale: float,
+        dtype: jnp.dtype,
+    ) -> Array:
+        """Attend from each row's position to it and all before."""
+        keys, values = self._rows(kept, tables, dtype)
+        distance = position[:, None] - jnp.arange(keys.shape[2])[None]
+        return jnp.asarray(attend(q, keys, values, seen(distance, window)[:, None], scale))
+
+    # -- counting
+
     def _pages(self, length: Array) -> Array:
         return -(-length // self.page_size)
 
@@ -282,10 +318,3 @@ class Paged:
         at = jnp.minimum(position // self.page_size, state.tables.shape[1] - 1)
         page = jnp.take_along_axis(state.tables, at[:, None], axis=1)[:, 0]
         return active & (page == state.free.shape[0])
-
-
-def _rows(pool: Array, tables: Array) -> Array:
-    """Lay the pages of each row side by side: [B, K, S, H]. What is none gets masked later."""
-    pages = pool[jnp.minimum(tables, pool.shape[0] - 1)]
-    rows, count, heads, page, width = pages.shape
-    return pages.swapaxes(1, 2).reshape(rows, heads, count * page, width)
