@@ -14,6 +14,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def static_batch(model: LanguageModel, params: Params, work: Workload, batch: in
 def hugging_face(model: LanguageModel, params: Params, work: Workload) -> list[Contestant]:
     """Let `transformers` generate with the same weights, in left-padded batches."""
     try:
-        import torch
+        torch: Any = import_module("torch")  # by name: only this comparison needs it
     except ImportError as error:
         raise UserError("--compare hf needs PyTorch: pip install fireopd-jax[parity]") from error
     import transformers

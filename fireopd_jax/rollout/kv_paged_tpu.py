@@ -16,7 +16,9 @@ from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.rollout.kv_paged import Paged
 
 LANES = 128
-"""The kernel takes heads of this width."""
+"""The kernel takes heads of a multiple of this width."""
+BLOCK, QUERIES = 256, 32
+"""Keys and queries that the kernel takes at a time."""
 
 
 @config
@@ -83,6 +85,9 @@ class PagedTPU(Paged):
             jnp.full(1, rows, jnp.int32),
             sm_scale=scale,
             sliding_window=window,
+            # Its own table of block sizes asks which TPU is here, which fails ahead of time.
+            num_kv_pages_per_block=min(tables.shape[1], max(1, BLOCK // self.page_size)),
+            num_queries_per_block=min(rows, QUERIES),
         )
         return out[:, None]
 
