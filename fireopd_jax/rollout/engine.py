@@ -80,8 +80,10 @@ def generate(
             finished=state.finished | stopped,
             tokens=write(state.tokens, drawn.token),
             mask=write(state.mask, jnp.ones_like(state.active)),
-            logprob=write(state.logprob, drawn.logprob),
-            model_logprob=write(state.model_logprob, drawn.model_logprob),
+            logprob=write(state.logprob, jnp.where(drawn.bad, jnp.nan, drawn.logprob)),
+            model_logprob=write(
+                state.model_logprob, jnp.where(drawn.bad, jnp.nan, drawn.model_logprob)
+            ),
         )
 
     end = jax.lax.while_loop(alive, decode, start)
