@@ -228,11 +228,11 @@ def _conflicts(config: Config) -> Iterator[str]:
             yield f"{key}={divisor} does not divide the {size} rows of a batch"
     if rollout.temperature == 0:
         yield "rollout.temperature=0: greedy rollouts have no gradient; expected a positive value"
-    filtered = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
+    filtered = rollout.top_p < 1 or max(rollout.top_k, rollout.min_p, rollout.min_tokens) > 0
     if filtered and method.loss.importance_cap is None:
         yield (
-            f"{method.loss.kind} is exact only for unfiltered rollouts: with rollout.top_p, top_k "
-            "or min_p set, give method.loss.importance_cap too"
+            f"{method.loss.kind} is exact only for unfiltered rollouts: with rollout.top_p, "
+            "top_k, min_p or min_tokens set, give method.loss.importance_cap too"
         )
     if isinstance(method.filter, TeacherQuantile) and method.filter.scope == "batch":
         rho, rows = method.filter.drop_fraction, rollout.batch_size

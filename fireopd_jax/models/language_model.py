@@ -98,18 +98,20 @@ class LanguageModel:
         layers = [nnx.merge(layer, each) for each in relaid["layers"]]
         return nnx.merge(graph, relaid | {"layers": absent}), layers
 
-    def logits(self, decoder: Decoder, hidden: Float[Array, "B D"]) -> Float[Array, "B W"]:
-        """Give the logits of one position a row, float32: what the sampler draws from."""
-        head = decoder.head
-        product = jnp.einsum("bd,vd->bv", hidden.astype(head.dtype), head,
-                             preferred_element_type=jnp.float32)  # fmt: skip
-        return self.real(product)
+    def logits(self, decoder: Decoder, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Give the logits of one position a row, float32: what the sampler draws from.
 
-    def real(self, logits: Float[Array, "B V"]) -> Float[Array, "B W"]:
-        """Make what the head gives the logits of the tokens: softcapped, the padding cut off."""
+        Softcapped; rows that only pad the head have -inf: to cut them off would leave a width that
+        the sampler has to pad again.
+        """
+        head = decoder.head
+        logits = jnp.einsum("bd,vd->bv", hidden.astype(head.dtype), head,
+                            preferred_element_type=jnp.float32)  # fmt: skip
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * jnp.tanh(logits / cap)
-        return logits[:, : self.size]
+        if self.size == self.vocab_size:
+            return logits
+        return jnp.where(jnp.arange(self.vocab_size)[None] < self.size, logits, -jnp.inf)
 
     def response_stats(
         self,
