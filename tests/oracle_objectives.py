@@ -1,7 +1,8 @@
-"""The objectives of one position in NumPy float64, values and gradients; knows nothing of the package.
+"""The objectives of one position in NumPy float64, with gradients; knows nothing of the package.
 
-z and z_q are the logits of student p and teacher q over the whole vocabulary; every function returns
-(value, gradient to z). `log_chain` turns dL/d log p(v) into dL/dz(v). A support is a list of ids.
+z and z_q are the logits of student p and teacher q over the whole vocabulary; every function
+returns (value, gradient to z). `log_chain` turns dL/d log p(v) into dL/dz(v). A support is a list
+of ids.
 
 References: arXiv 2603.25562, 2604.13016, 2306.13649 (GKD), 2402.03898 (DistiLLM), 2404.02657 (AKL),
 2306.08543 (MiniLLM), 2603.07079 (EOPD).
@@ -40,7 +41,7 @@ def forward_kl(z, z_q):
 
 
 def jensen_shannon(z, z_q, beta):
-    """beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p; the KLs at beta = 0, 1."""
+    """beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p; a KL at beta = 0, 1."""
     if beta in (0, 1):
         return (reverse_kl if beta else forward_kl)(z, z_q)
     p, q, log_p, log_q = _models(z, z_q)
@@ -73,7 +74,7 @@ def adaptive_kl(z, z_q, mu):
     held, inside = 0.0, []
     for v in sorted(range(len(q)), key=lambda v: -q[v]):
         held += q[v]
-        if not inside or held <= mu:
+        if not inside or held <= mu + 1e-9:
             inside.append(v)
     gap = np.abs(q - p)
     w = gap[inside].sum() / gap.sum() if gap.sum() > 0 else 0.0
