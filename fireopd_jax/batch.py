@@ -16,7 +16,9 @@ from jaxtyping import Bool, Float32, Int32
 from fireopd_jax.types import Array, Batch, Rollout, Scores
 
 Keep = Bool[Array, " B"] | Bool[Array, "B T"]
-Filter = Callable[[Scores, Bool[Array, "B T"], Int32[Array, " B"], int], Keep]
+Progress = Float32[Array, ""] | float
+"""Share of the updates that are done, 0 to 1."""
+Filter = Callable[[Scores, Bool[Array, "B T"], Int32[Array, " B"], int, Progress], Keep]
 Reweight = Callable[
     [Scores, Bool[Array, "B T"], Keep, Int32[Array, " B"], int, int | None], Float32[Array, "B T"]
 ]
@@ -30,11 +32,12 @@ def assemble(
     aggregate: Literal["seq", "token"],
     num_teachers: int,
     vocab_size: int | None = None,
+    progress: Progress = 0.0,
 ) -> tuple[Batch, Keep]:
     """Return the batch of the update and what the filter kept; no gradient passes."""
     rollout, scores = jax.lax.stop_gradient((rollout, scores))
     teacher, mask = rollout.prompts.teacher, rollout.mask
-    keep = filter(scores, mask, teacher, num_teachers)
+    keep = filter(scores, mask, teacher, num_teachers, progress)
     weight = reweight(scores, mask, keep, teacher, num_teachers, vocab_size)
     weight = jax.lax.stop_gradient(weight)
     return Batch(rollout, scores, weight, coefficients(mask, keep, aggregate)), keep

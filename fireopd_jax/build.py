@@ -245,6 +245,7 @@ def set_up(config: Config) -> Setup:
         max_reference_tokens=config.rollout.max_tokens,
     )
     check_rows(student, teachers, encoded)
+    check_support(config.method, student)
     kept = encoded.kept
     train, held_out = (kept[side] for side in split([rows[i] for i in kept], config.eval.problems))
     for index in held_out:
@@ -254,6 +255,13 @@ def set_up(config: Config) -> Setup:
                 "data.answer_column, or set eval.problems=0"
             )
     return Setup(config, mesh, student, teachers, rows, encoded, train, held_out)
+
+
+def check_support(method: MethodConfig, student: ModelSpec) -> None:
+    """Refuse a list longer than the vocabulary."""
+    k, size = getattr(method.score, "k", 1), student.model.size
+    if k > size:
+        raise UserError(f"method.score.k={k}: the vocabulary has {size} words")
 
 
 def check_rows(student: ModelSpec, teachers: Sequence[ModelSpec], encoded: Encoded) -> None:
@@ -345,8 +353,10 @@ class Programs:
     """What learns, of the student as it begins: a copy of its parameters, or new adapters."""
     whole: Callable[[Params, Params], Params]
     """The student from how it began and what has learnt: what answers, is scored and saved."""
-    score: Callable[[Params, list[Params], Rollout, jax.Array], tuple[Batch, jax.Array, Metrics]]
-    update: Callable[[TrainState, Batch, jax.Array, Params | None], tuple[TrainState, Metrics]]
+    score: Callable[..., tuple[Batch, jax.Array, Metrics]]
+    """(student, teachers, rollout, temperature, updates done, base policy or None)"""
+    update: Callable[..., tuple[TrainState, Metrics]]
+    """(state, batch, temperature, what adapters are added to or None, teacher or None)"""
     copy: Callable[[Any], Any]
     """Buffers of one's own: `update` gives those of its input away."""
     optimizer: optax.GradientTransformation
@@ -380,13 +390,14 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
     optimizer = make_optimizer(optim, updates)
     lora = config.student.lora
 
-    def score(params, teacher_params, rollout, temperature):
+    def score(params, teacher_params, rollout, temperature, done, base=None):
         scores = method.score(
             (student, params),
             list(zip(teachers, teacher_params, strict=True)),
             rollout,
             temperature,
             setup.mesh,
+            None if base is None else (student, base),
         )
         batch, keep = assemble(
             rollout,
@@ -396,6 +407,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
             method.aggregate,
             len(teachers),
             student.vocab_size,
+            done / jnp.float32(updates),
         )
         return batch, keep, diagnostics.of_batch(batch, keep, config.rollout.max_tokens)
 
@@ -408,6 +420,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
         head_chunk=method.score.head_chunk,
         remat=optim.remat,
         lora=lora,
+        teacher=teachers[0],
     )
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=whole)
     if lora is None:

@@ -25,7 +25,7 @@ def of_batch(batch: Batch, keep: Keep, room: int) -> dict[str, Mean | Max]:
     score = jnp.where(mask, scores.teacher.logprob, 0).sum(axis=1) / jnp.maximum(length, 1)
     unfinished = ~rollout.finished
     weight = batch.weight
-    return {
+    return _of_support(batch) | {
         "num_tokens": Mean(length.sum().astype(jnp.float32), jnp.float32(1)),
         "completions/mean_length": Mean.of(length, valid),
         "completions/max_length": Max.of(length, valid),
@@ -34,6 +34,11 @@ def of_batch(batch: Batch, keep: Keep, room: int) -> dict[str, Mean | Max]:
         "distill/reverse_kl": Mean.of(log_ratio, mask),
         "distill/advantage_positive_fraction": Mean.of(log_ratio < 0, mask),
         "distill/log_ratio_max": Max.of(jnp.abs(log_ratio), mask),
+        # Tokens that one model would never write: mostly of another template or tokenizer.
+        "distill/log_ratio_above_10": Mean.of(jnp.abs(log_ratio) > 10, mask),
+        "distill/entropy_gap": Mean.of(
+            jnp.abs(scores.teacher.entropy - scores.student.entropy), mask
+        ),
         "teacher_logprob": Mean.of(scores.teacher.logprob, mask),
         "teacher_entropy": Mean.of(scores.teacher.entropy, mask),
         "teacher_entropy_max": Max.of(scores.teacher.entropy, mask),
@@ -49,3 +54,26 @@ def of_batch(batch: Batch, keep: Keep, room: int) -> dict[str, Mean | Max]:
         "fire/token_weight_square": Mean.of(weight**2, counted),
         "sampler/logprob_gap": Mean.of(jnp.abs(scores.student.logprob - rollout.logprob), mask),
     }
+
+
+def _of_support(batch: Batch) -> dict[str, Mean | Max]:
+    """Describe the support, and how far the two lists of probable words agree, where scored.
+
+    References: arXiv 2604.13016, Eq. 6, 7, 9 and 10.
+    """
+    scores, mask = batch.scores, jnp.asarray(batch.rollout.mask)
+    out: dict[str, Mean | Max] = {}
+    if scores.overlap is not None:
+        out |= {
+            "distill/overlap_ratio": Mean.of(scores.overlap.ratio, mask),
+            "distill/overlap_mass_student": Mean.of(scores.overlap.student_mass, mask),
+            "distill/overlap_mass_teacher": Mean.of(scores.overlap.teacher_mass, mask),
+            "distill/overlap_advantage": Mean.of(scores.overlap.advantage, mask),
+        }
+    if scores.support is not None:
+        ids = jnp.asarray(scores.support.ids)
+        inside = (ids == jnp.asarray(batch.rollout.tokens)[..., None]).any(axis=-1)
+        held = jnp.where(ids >= 0, jnp.exp(jnp.asarray(scores.support.teacher)), 0.0).sum(axis=-1)
+        out["distill/in_support_fraction"] = Mean.of(inside, mask)
+        out["distill/support_mass_teacher"] = Mean.of(held, mask)
+    return out

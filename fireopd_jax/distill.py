@@ -78,6 +78,10 @@ class Distillation:
         )
         self.start = start
         self.base = start if config.student.lora is not None else None
+        # Who is not read is not passed: the programs would hold on to it.
+        self.extrapolated = start if method.score.base else None
+        reads = getattr(method.loss, "divergence_from_teacher", None) is not None
+        self.lent = self.teachers[0] if reads else None
         self.counter = CompileCounter()
         self.reported = time.monotonic()
 
@@ -124,11 +128,15 @@ class Distillation:
         rollout = self.session.generate(
             self.session.setup.student, params, prompts, self.sampling, state.updates
         )
-        batch, keep, metrics = self.programs.score(params, self.teachers, rollout, self.temperature)
+        batch, keep, metrics = self.programs.score(
+            params, self.teachers, rollout, self.temperature, state.updates, self.extrapolated
+        )
         del params  # a merged copy makes room for the update
         updates = []
         for _ in range(self.config.run.updates_per_rollout):
-            state, update = self.programs.update(state, batch, self.temperature, self.base)
+            state, update = self.programs.update(
+                state, batch, self.temperature, self.base, self.lent
+            )
             updates.append(update)
         return state, Step(
             metrics=metrics | _joined(updates),

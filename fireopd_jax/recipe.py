@@ -7,9 +7,9 @@ Each section stands beside what it configures; here they only meet.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import TypeAdapter
 
 from fireopd_jax.config import (
     Origins,
@@ -23,15 +23,15 @@ from fireopd_jax.config import (
 from fireopd_jax.config import validate as validate_tree
 from fireopd_jax.data.sources import DataConfig
 from fireopd_jax.evaluation.evaluator import EvalConfig
-from fireopd_jax.filtering import KeepAll, TeacherQuantile
+from fireopd_jax.filtering import TeacherQuantile
 from fireopd_jax.losses.sampled_token import SampledReverseKL
+from fireopd_jax.method import MethodConfig, conflicts
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.lora import LoraConfig
 from fireopd_jax.models.quantized import Quantize
-from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
+from fireopd_jax.reweighting import ConfidenceConfusion
 from fireopd_jax.rollout.settings import RolloutConfig
 from fireopd_jax.runs import RunConfig
-from fireopd_jax.scoring import SampledToken
 from fireopd_jax.sft import SftConfig
 from fireopd_jax.sharding import MeshConfig
 from fireopd_jax.text.checks import ChecksConfig
@@ -73,24 +73,6 @@ class TeacherConfig(ModelConfig):
 
     quantize: Quantize | None = None
     """Keep the kernels of its layers in eight bits, after `sft` if any; null: in their type."""
-
-
-@config
-class MethodConfig:
-    """Who scores, what is kept, how tokens are weighed, and the loss. FiRe-OPD by default."""
-
-    score: SampledToken = SampledToken()
-    """What student and teachers say of a rollout."""
-    filter: Annotated[KeepAll | TeacherQuantile, Field(discriminator="kind")] = TeacherQuantile()
-    """Which trajectories the student learns from."""
-    reweight: Annotated[Uniform | ConfidenceConfusion, Field(discriminator="kind")] = (
-        ConfidenceConfusion()
-    )
-    """How much each token counts."""
-    loss: SampledReverseKL = SampledReverseKL()
-    """Per-token loss."""
-    aggregate: Literal["seq", "token"] = "seq"
-    """Each kept trajectory counts once (`seq`), or each kept token (`token`)."""
 
 
 @config
@@ -217,7 +199,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     method, rollout = config.method, config.rollout
     if not config.teachers:
         yield "teachers: none is given; expected `teacher: ...` or `teachers: {NAME: ...}`"
-    for stage in (method.filter, method.reweight, method.loss):
+    for stage in method.readers:
         if missing := sorted(stage.needs - method.score.gives):
             yield (
                 f"method: {stage.kind} needs {', '.join(missing)}, which "
@@ -228,12 +210,7 @@ def _conflicts(config: Config) -> Iterator[str]:
             yield f"{key}={divisor} does not divide the {size} rows of a batch"
     if rollout.temperature == 0:
         yield "rollout.temperature=0: greedy rollouts have no gradient; expected a positive value"
-    filtered = rollout.top_p < 1 or max(rollout.top_k, rollout.min_p, rollout.min_tokens) > 0
-    if filtered and method.loss.importance_cap is None:
-        yield (
-            f"{method.loss.kind} is exact only for unfiltered rollouts: with rollout.top_p, "
-            "top_k, min_p or min_tokens set, give method.loss.importance_cap too"
-        )
+    yield from conflicts(method, rollout, len(config.teachers))
     if isinstance(method.filter, TeacherQuantile) and method.filter.scope == "batch":
         rho, rows = method.filter.drop_fraction, rollout.batch_size
         if rho == 1:
@@ -312,6 +289,12 @@ def _ineffective(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "run.name", "run.dir", "beside run.dir"
     else:
         yield "run.resume", "run.dir", "without run.dir: a run by name is always new"
+    if isinstance(config.method.loss, SampledReverseKL):
+        floor, ceiling = config.method.loss.floor, config.method.loss.ceiling
+        if floor is not None and ceiling is not None and floor >= ceiling:
+            yield "method.loss.floor", "method.loss.ceiling", "with a ceiling that is no higher"
+    if "base.logprob" not in config.method.needs:
+        yield "method.score.base", "method.loss", "with stages that need no base.logprob"
     reweight = config.method.reweight
     if isinstance(reweight, ConfidenceConfusion) and reweight.alpha == reweight.beta == 0:
         yield "method.reweight.max_scope", "method.reweight.alpha", "with alpha = beta = 0"

@@ -2,7 +2,8 @@
 
     scores, mask, keep, teacher -> weight f32[B, T]
 
-Weights have mean 1 over their own trajectory's tokens, are 0 where masked, and carry no gradient.
+Weights have mean 1 over their own trajectory's tokens (but `progressive`, whose rise is its point),
+are 0 where masked, and carry no gradient.
 Dropped rows are weighted like the others; `batch.py` leaves them out. Maxima are over the global
 batch: they must see it at once, never a micro-batch.
 """
@@ -111,6 +112,40 @@ class ConfidenceConfusion:
             by_teacher = jnp.max(jnp.where(own, row[:, None], 0.0), axis=0, initial=0.0)
             return by_teacher[jnp.asarray(teacher)][:, None]
         return jnp.max(row, initial=0.0)[None, None]
+
+
+@config
+class Progressive:
+    """Favour the tokens before most of the disagreement has been met.
+
+    w_t = 1 + gamma (1 - sum_{u < t} |A_u| / sum_u |A_u|), A = log pi_T - log pi_S: from 1 + gamma
+    at the first token down towards 1. Not normalised, as in the paper.
+
+    References: arXiv 2606.22600 (IW-OPD).
+    """
+
+    kind: Literal["progressive"] = "progressive"
+    """Name of this weighting."""
+    gamma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Extra weight of the first token."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher.logprob", "student.logprob"})
+
+    def __call__(
+        self,
+        scores: Scores,
+        mask: Bool[Array, "B T"],
+        keep: Bool[Array, " B"] | Bool[Array, "B T"],
+        teacher: Int32[Array, " B"],
+        num_teachers: int,
+        vocab_size: int | None = None,
+    ) -> Float32[Array, "B T"]:
+        """Return w, 0 where masked."""
+        gap = jnp.where(mask, jnp.abs(scores.teacher.logprob - scores.student.logprob), 0.0)
+        before = jnp.cumsum(gap, axis=1) - gap
+        total = gap.sum(axis=1, keepdims=True)
+        met = before / jnp.where(total > 0, total, 1.0)
+        return jax.lax.stop_gradient(jnp.where(mask, 1.0 + self.gamma * (1.0 - met), 0.0))
 
 
 def _known(vocab_size: int | None) -> int:

@@ -5,7 +5,8 @@
 Every `[B, T]` array speaks of the response token at the same index. `mask` is true on the tokens
 that the sampler drew, the end-of-sequence token included, and false after it.
 
-B rows, P and Q prompt tokens, T response tokens, R reference tokens.
+B rows, P and Q prompt tokens, T response tokens, R reference tokens, S slots of a support, E width
+of a teacher.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import TypeVar, dataclass_transform
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 
 Array = jax.Array | np.ndarray
 Class = TypeVar("Class")
@@ -94,6 +95,36 @@ class TokenStats:
     logprob: Float32[Array, "B T"]
     entropy: Float32[Array, "B T"]
     """Nats over the whole vocabulary."""
+    support: Float32[Array, "B T S"] | None = None
+    """Of a student that learns: log-probabilities of `scores.support.ids`."""
+    divergence: Float32[Array, "B T"] | None = None
+    """Of a student that learns: the divergence from its teacher that the loss has asked for."""
+
+
+@pytree
+class Support:
+    """The words that student and teacher are compared at, S slots a position."""
+
+    ids: Int32[Array, "B T S"]
+    """-1 in a slot that is empty; no word stands twice."""
+    teacher: Float32[Array, "B T S"]
+    """The teacher's log-probabilities, over the whole vocabulary."""
+
+
+@pytree
+class Overlap:
+    """How far the K most probable words of student and teacher are the same.
+
+    References: arXiv 2604.13016, Eq. 6, 7, 9 and 10.
+    """
+
+    ratio: Float32[Array, "B T"]
+    """Share of the K words that both name."""
+    student_mass: Float32[Array, "B T"]
+    """The student's probability of the common words."""
+    teacher_mass: Float32[Array, "B T"]
+    advantage: Float32[Array, "B T"]
+    """Mean over the common words of p (log q - log p), both renormalised on them; 0 of none."""
 
 
 @pytree
@@ -102,6 +133,12 @@ class Scores:
 
     student: TokenStats
     teacher: TokenStats
+    base: TokenStats | None = None
+    """The policy that a method extrapolates from."""
+    support: Support | None = None
+    overlap: Overlap | None = None
+    teacher_hidden: Float[Array, "B T E"] | None = None
+    """The teacher's final hidden states, for losses over the whole vocabulary."""
 
 
 @pytree

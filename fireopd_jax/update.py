@@ -23,6 +23,9 @@ from fireopd_jax.metrics import Max, Mean
 from fireopd_jax.models.decoder import Remat
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.models.lora import LoraConfig
+from fireopd_jax.ops.dispatch import PLAIN
+from fireopd_jax.ops.divergence import head_divergence
+from fireopd_jax.ops.head import HeadOptions, head_gather, head_stats
 from fireopd_jax.sharding import micro_batches
 from fireopd_jax.types import Array, Batch, TokenStats, pytree
 
@@ -72,7 +75,11 @@ class Loss(Protocol):
     """Per-token loss of the stats that carry the gradient."""
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
-        """Give the loss of each response token, not yet weighted."""
+        """Give the loss of each response token, not yet weighted.
+
+        `student` has the log-probabilities of a support where the scores have one, and the
+        divergence from the teacher where the loss has a `divergence_from_teacher`.
+        """
         ...
 
 
@@ -167,27 +174,27 @@ def gradients(
     remat: Remat = "none",
     lora: LoraConfig | None = None,
     base: Params | None = None,
+    teacher: tuple[LanguageModel, Params] | None = None,
 ) -> tuple[Params, Metrics]:
     """Give the gradient of the batch's loss in float32, and metrics, summed over micro-batches.
 
-    With `lora`, `params` are adapters of `base`. `metrics["loss"].total` is the loss itself.
+    With `lora`, `params` are adapters of `base`. `teacher` lends its head to a loss that has a
+    `divergence_from_teacher`. `metrics["loss"].total` is the loss itself.
     """
+    options = model.head_options(temperature, head, head_chunk)
 
     def loss_of(params: Params, part: Batch) -> tuple[Array, Metrics]:
         rollout = part.rollout
-        adapters = None if lora is None else lora.scaled(params)
-        student = model.response_stats(
+        hidden, matrix = model.response_hidden(
             params if base is None else base,
             rollout.prompts.tokens,
             rollout.prompts.length,
             rollout.tokens,
             rollout.mask,
-            temperature,
-            head,
-            head_chunk,
-            adapters=adapters,
+            adapters=None if lora is None else lora.scaled(params),
             remat=remat,
         )
+        student = _student_stats(loss, hidden, matrix, part, options, teacher)
         total = total_loss(loss(student, part), part)
         return total, _update_metrics(total, student, part)
 
@@ -204,6 +211,46 @@ def gradients(
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
     grads, metrics = jax.lax.scan(add, zeros, micro_batches(batch, rows // micro_batch_size))
     return grads, {name: metric.fold() for name, metric in metrics.items()}
+
+
+def _student_stats(
+    loss: Loss,
+    hidden: Array,
+    head: Array,
+    part: Batch,
+    options: HeadOptions,
+    teacher: tuple[LanguageModel, Params] | None,
+) -> TokenStats:
+    """Read from the student's states what the loss and the metrics want."""
+    support, tokens = part.scores.support, part.rollout.tokens
+    if support is None:
+        stats = head_stats(hidden, head, tokens, **options)
+        few = None
+    else:
+        stats = head_gather(hidden, head, tokens, support.ids, **options)
+        few = stats.support_logprob
+    divergence, value = getattr(loss, "divergence_from_teacher", None), None
+    if divergence is not None:
+        of_teacher = part.scores.teacher_hidden
+        if teacher is None or of_teacher is None:
+            raise ValueError("a divergence over the whole vocabulary needs the teacher's states")
+        model, params = teacher
+        value = head_divergence(
+            divergence,
+            hidden,
+            head,
+            of_teacher,
+            model.bind(params).head,
+            logit_scale=options.get("logit_scale", 1.0),
+            softcap=options.get("softcap"),
+            teacher_softcap=model.config.final_logit_softcapping,
+            valid=min(options.get("valid") or head.shape[0], model.size),
+            sharding=options.get("sharding"),
+            # No kernel computes this: it goes by chunks wherever logits are not held.
+            implementation=PLAIN if options.get("implementation") == PLAIN else None,
+            chunk=options.get("chunk"),
+        )
+    return TokenStats(stats.logprob, stats.entropy, few, value)
 
 
 def _update_metrics(total: Array, student: TokenStats, part: Batch) -> Metrics:
@@ -249,17 +296,26 @@ def make_update(
     head_chunk: int | None = None,
     remat: Remat = "none",
     lora: LoraConfig | None = None,
+    teacher: LanguageModel | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Close over what is static; the result is pure and ready to be jitted.
 
-    With `lora`, the state holds adapters, and `base` what they are added to.
+    With `lora`, the state holds adapters, and `base` what they are added to. `teacher` is the model
+    whose head a divergence over the whole vocabulary reads.
     """
 
-    def update(state: TrainState, batch: Batch, temperature: Array, base: Params | None = None):
+    def update(
+        state: TrainState,
+        batch: Batch,
+        temperature: Array,
+        base: Params | None = None,
+        teacher_params: Params | None = None,
+    ):
+        lent = None if teacher is None or teacher_params is None else (teacher, teacher_params)
         grads, metrics = gradients(
             model, loss, state.params, batch, temperature,
             micro_batch_size=micro_batch_size, head=head, head_chunk=head_chunk,
-            remat=remat, lora=lora, base=base,
+            remat=remat, lora=lora, base=base, teacher=lent,
         )  # fmt: skip
         norm = optax.tree.norm(grads)
         usable = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)

@@ -7,9 +7,10 @@ import pytest
 
 from fireopd_jax.batch import assemble
 from fireopd_jax.diagnostics import of_batch
-from fireopd_jax.filtering import TeacherQuantile
+from fireopd_jax.filtering import KeepAll, TeacherQuantile
 from fireopd_jax.metrics import results
-from fireopd_jax.reweighting import ConfidenceConfusion
+from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
+from fireopd_jax.types import Overlap, Support
 from tests import cases
 
 
@@ -40,6 +41,10 @@ def test_figures_equal_numpy(seed):
         "distill/reverse_kl": gap.mean(),
         "distill/advantage_positive_fraction": (gap < 0).mean(),
         "distill/log_ratio_max": np.abs(gap).max(),
+        "distill/log_ratio_above_10": (np.abs(gap) > 10).mean(),
+        "distill/entropy_gap": np.abs(
+            np.asarray(batch.scores.teacher.entropy) - np.asarray(batch.scores.student.entropy)
+        )[mask].mean(),
         "teacher_logprob": teacher[mask].mean(),
         "student_entropy": np.asarray(batch.scores.student.entropy)[mask].mean(),
         "teacher_entropy_max": np.asarray(batch.scores.teacher.entropy)[mask].max(),
@@ -68,3 +73,31 @@ def test_what_does_not_exist_is_nan_or_none_and_the_rest_is_finite():
     for name in values.keys() - absent:
         assert np.isfinite(values[name]), name
     assert not any(np.isfinite(values.get(name, np.nan)) for name in absent)
+
+
+def test_support_and_overlap_ignore_padding():
+    """What stands behind the mask is junk, and must not count."""
+    scores, mask, teacher = cases.random_case(2)
+    rng = np.random.default_rng(0)
+    junk = np.where(mask, 0, np.nan).astype(np.float32)
+    ids = np.stack([np.zeros(mask.shape), np.full(mask.shape, -1)], axis=-1).astype(np.int32)
+    logprob = np.log(np.full((*mask.shape, 2), 0.25, np.float32)) + junk[..., None]
+    parts = {
+        name: (rng.uniform(size=mask.shape).astype(np.float32) + junk)
+        for name in ("ratio", "student_mass", "teacher_mass", "advantage")
+    }
+    scores = dataclasses.replace(scores, support=Support(ids, logprob), overlap=Overlap(**parts))
+    rollout = cases.make_rollout(mask, teacher)
+    tokens = np.where(np.arange(mask.shape[1]) % 2 == 0, 0, 7) * np.ones_like(rollout.tokens)
+    rollout = dataclasses.replace(rollout, tokens=tokens.astype(np.int32))
+    batch, keep = assemble(rollout, scores, KeepAll(), Uniform(), "seq", 2)
+    values = results(of_batch(batch, keep, 10))
+    for name, part in {
+        "overlap_ratio": "ratio",
+        "overlap_mass_student": "student_mass",
+        "overlap_mass_teacher": "teacher_mass",
+        "overlap_advantage": "advantage",
+    }.items():
+        assert values[f"distill/{name}"] == pytest.approx(parts[part][mask].mean(), rel=1e-5)
+    assert values["distill/in_support_fraction"] == pytest.approx((tokens == 0)[mask].mean())
+    assert values["distill/support_mass_teacher"] == pytest.approx(0.25)

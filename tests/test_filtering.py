@@ -7,7 +7,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pydantic import ValidationError
 
-from fireopd_jax.filtering import KeepAll, TeacherQuantile
+from fireopd_jax.filtering import KeepAll, Reopold, TeacherQuantile
 from tests import cases, oracle
 
 
@@ -111,3 +111,37 @@ def test_keep_all_keeps_what_holds_a_token():
 def test_fraction_outside_the_unit_interval_is_refused(fraction):
     with pytest.raises(ValidationError):
         TeacherQuantile(drop_fraction=fraction)
+
+
+def reopold(scores, mask, progress, **options):
+    return np.asarray(Reopold(**options)(scores, mask, np.zeros(len(mask), np.int32), 1, progress))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reopold_selects_tokens_by_phase(seed):
+    scores, mask, _ = cases.random_case(seed)
+    gap = np.asarray(scores.teacher.logprob, np.float64) - np.asarray(scores.student.logprob)
+    entropy = np.asarray(scores.student.entropy)
+    first = reopold(scores, mask, 0.49)
+    np.testing.assert_array_equal(first, mask & (gap >= np.log(0.1) / 0.9))
+    second = reopold(scores, mask, 0.5)
+    bound = np.quantile(entropy[mask].astype(np.float64), 0.8)
+    np.testing.assert_array_equal(second, mask & (entropy >= bound - 1e-6))
+    assert 0 < second.sum() < mask.sum()
+    assert np.array_equal(reopold(scores, mask, 0.9, entropy_fraction=1.0), mask)
+    assert np.array_equal(reopold(scores, mask, 0.3, switch=0.2), second)
+
+
+def test_the_student_relative_score_forgives_what_the_student_finds_unlikely_too():
+    mask = np.ones((3, 2), bool)
+    teacher = np.array([[-5.0, -5.0], [-1.0, -1.0], [-2.0, -2.0]])
+    student = np.array([[-5.0, -5.0], [-0.1, -0.1], [-1.9, -1.9]])
+    scores = cases.make_scores(student, teacher, -student, -teacher)
+    route = np.zeros(3, np.int32)
+    by = {
+        score: np.asarray(TeacherQuantile(drop_fraction=0.4, score=score)(scores, mask, route, 1))
+        for score in ("likelihood", "student_relative")
+    }
+    np.testing.assert_array_equal(by["likelihood"], [False, True, True])
+    np.testing.assert_array_equal(by["student_relative"], [True, False, True])
+    assert "student.logprob" in TeacherQuantile(score="student_relative").needs

@@ -138,6 +138,38 @@ def test_the_paper_is_the_default():
         ([TEACHER, "optim.beta2=1"], "optim.beta2"),
         ([TEACHER, "optim.learning_rate=.inf"], "optim.learning_rate"),
         ([TEACHER, "rollout.temperature=.inf"], "rollout.temperature"),
+        (
+            [TEACHER, "method.loss.kind=support_divergence"],
+            "support_divergence needs support, which method.score (sampled_token)",
+        ),
+        ([TEACHER, "method.loss.kind=minillm"], "minillm needs teacher.hidden"),
+        ([TEACHER, "method.loss.baseline=exact_kl"], "needs teacher.hidden"),
+        ([TEACHER, "method.loss.extrapolation=1.2"], "needs base.logprob"),
+        ([TEACHER, "method/local_support", "method.score.k=1"], "identically zero"),
+        ([TEACHER, "method/local_support", "method.score.k=0"], "method.score.k"),
+        ([TEACHER, "method/local_support", "method.score.k=129"], "method.score.k"),
+        ([TEACHER, "method/gkd", "method.loss.divergence.beta=1.5"], "divergence.beta"),
+        ([TEACHER, "method/minillm", "rollout.top_p=0.9"], "draws of the student itself"),
+        ([TEACHER, "method/eopd", "rollout.top_k=4"], "draws of the student itself"),
+        (
+            [TEACHER, "method/local_support", "method.loss.head=tail_sample", "rollout.top_p=.9"],
+            "draws of the student itself",
+        ),
+        (
+            [
+                TEACHER,
+                "method/local_support",
+                "method.loss.head=tail_sample",
+                "method.loss.divergence.kind=forward_kl",
+            ],
+            "head=tail_sample",
+        ),
+        ([*TWO, "data.teacher_column=domain", "method/gkd"], "one teacher's head"),
+        ([TEACHER, "method.score.kind=whole_vocabulary"], "nor loss reads"),
+        (
+            [TEACHER, "method/opd", "method.loss.kind=sampled_square", "rollout.top_p=.9"],
+            "importance_cap",
+        ),
     ],
 )
 def test_sections_that_do_not_fit_together(arguments, named):
@@ -178,6 +210,8 @@ def test_what_fits_together():
         ),
         (["eval.problems=0", "eval.every=3"], "eval.every"),
         (["optim.master=false"], "optim.master"),
+        (["method.score.base=true"], "method.score.base"),
+        (["method.loss.floor=1", "method.loss.ceiling=0"], "method.loss.floor"),
         (["student.lora.rank=2", "student.path=x", "optim.master=false"], "optim.master"),
         (["student.path=x", "student.param_dtype=float32", "student.sft.optim.master=false"],
          "student.sft.optim.master"),
@@ -225,22 +259,29 @@ def test_a_later_layer_may_turn_off_what_a_file_has_set(tmp_path):
 
 
 def test_a_stage_that_needs_what_is_not_scored(monkeypatch):
-    monkeypatch.setattr(SampledToken, "gives", frozenset({"student.logprob", "teacher.logprob"}))
+    given = property(lambda self: frozenset({"student.logprob", "teacher.logprob"}))
+    monkeypatch.setattr(SampledToken, "gives", given)
     message = refusal([TEACHER])
     assert "confidence_confusion needs student.entropy, teacher.entropy" in message
     load_config([TEACHER, "method/opd"])
 
 
 def test_every_stage_says_what_it_needs():
-    config = MethodConfig()
-    stages = [
-        stage
-        for field in dataclasses.fields(MethodConfig)
-        for stage in members(field.type)
-        if hasattr(stage, "needs")
-    ]
-    assert len(stages) == 5 and KeepAll in stages
-    assert all(stage.needs <= config.score.gives for stage in stages)
+    stages = {
+        name: [stage() for stage in members(field.type)]
+        for name, field in MethodConfig.__dataclass_fields__.items()
+        if name != "aggregate"
+    }
+    assert [len(stages[name]) for name in ("score", "filter", "reweight", "loss")] == [3, 3, 3, 7]
+    assert KeepAll() in stages["filter"]
+    given = frozenset().union(*(score.gives for score in stages["score"]))
+    for name in ("filter", "reweight", "loss"):
+        assert all(stage.needs <= given for stage in stages[name])
+
+
+def test_top_p_rollouts_are_free_where_nothing_is_sampled():
+    for method in ("local_support", "tail_bucket", "gkd"):
+        assert load_config([TEACHER, f"method/{method}", "rollout.top_p=0.9"]).rollout.top_p == 0.9
 
 
 def test_aliases_name_keys_that_exist_and_are_not_ours():
@@ -356,5 +397,17 @@ def test_every_key_is_read_by_what_it_configures(tmp_path, monkeypatch):
     elsewhere |= {"DecoderConfig.model_type"}
     elsewhere |= {f"{c}.{n}" for c in ("StudentConfig", "TeacherConfig")
                   for n in ("dtype", "param_dtype")}  # fmt: skip
+    # Of other variants of a stage than this run's, and other values than the defaults: each is
+    # shown to change what its stage gives in tests/test_stage_options.py and tests/scoring/.
+    default = {type(stage) for stage in vars(MethodConfig()).values()}
+    variants = {
+        inner
+        for field in dataclasses.fields(MethodConfig)
+        for stage in members(field.type)
+        if dataclasses.is_dataclass(stage)
+        for inner in config_classes(stage)
+        if inner not in default
+    }
+    elsewhere |= {f"{c.__name__}.{f.name}" for c in variants for f in dataclasses.fields(c)}
     optional = ("MoEConfig.", "LinearRope.", "Llama3Rope.", "YarnRope.")
     assert [k for k in sorted(wanted - read - elsewhere) if not k.startswith(optional)] == []

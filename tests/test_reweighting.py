@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from pydantic import ValidationError
 
 from fireopd_jax.ops.head import head_topk
-from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
+from fireopd_jax.reweighting import ConfidenceConfusion, Progressive, Uniform
 from tests import cases, oracle
 
 SCOPES = pytest.mark.parametrize("scope", ["batch", "kept", "teacher", "row", "vocabulary"])
@@ -156,3 +156,24 @@ def test_the_weight_of_the_head_is_that_of_the_vocabulary_scope():
     )
     ours = found.weight / found.weight.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_progressive_weights_fall_as_the_disagreement_is_met(gamma):
+    scores, mask, teacher = cases.random_case(0)
+    gap = np.abs(np.asarray(scores.teacher.logprob) - np.asarray(scores.student.logprob))
+    ours = Progressive(gamma=gamma)(scores, mask, mask.any(axis=1), teacher, 2)
+    for i, t in np.ndindex(mask.shape):
+        expected = 0.0
+        if mask[i, t]:
+            total = sum(gap[i, u] for u in range(mask.shape[1]) if mask[i, u])
+            before = sum(gap[i, u] for u in range(t) if mask[i, u])
+            expected = 1 + gamma * (1 - before / total)
+        assert ours[i, t] == pytest.approx(expected, rel=1e-5)
+
+
+def test_progressive_weights_without_disagreement():
+    mask = np.ones((1, 3), bool)
+    scores = cases.make_scores(*[np.full((1, 3), -1.0)] * 4)
+    ours = Progressive()(scores, mask, mask.any(axis=1), np.zeros(1, np.int32), 1)
+    np.testing.assert_array_equal(ours, np.full((1, 3), 2.0))

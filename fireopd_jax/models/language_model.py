@@ -21,7 +21,7 @@ from fireopd_jax.models.decoder import Decoder, DecoderConfig, Layer, Remat
 from fireopd_jax.models.lora import Adapters
 from fireopd_jax.models.quantized import Quantize, is_quantized, quantize_params
 from fireopd_jax.ops.dispatch import PLAIN
-from fireopd_jax.ops.head import head_stats
+from fireopd_jax.ops.head import HeadOptions, head_stats
 from fireopd_jax.ops.logits import HeadSharding
 from fireopd_jax.types import Array, TokenStats
 
@@ -113,6 +113,42 @@ class LanguageModel:
             return logits
         return jnp.where(jnp.arange(self.vocab_size)[None] < self.size, logits, -jnp.inf)
 
+    def head_options(
+        self,
+        temperature: Float[Array, ""] | float = 1.0,
+        implementation: str | None = None,
+        chunk: int | None = None,
+    ) -> HeadOptions:
+        """Say how the head's statistics are to be read."""
+        return {
+            "logit_scale": 1.0 / temperature,
+            "softcap": self.config.final_logit_softcapping,
+            "valid": self.valid,
+            "implementation": implementation,
+            "chunk": chunk,
+            "sharding": None if implementation == PLAIN else self.head_sharding,
+        }
+
+    def response_hidden(
+        self,
+        params: Params,
+        prompt: Int32[Array, "B P"],
+        prompt_length: Int32[Array, " B"],
+        tokens: Int32[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        *,
+        adapters: Adapters | None = None,
+        remat: Remat = "none",
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
+        """Return the states that predict each response token, and the head that reads them.
+
+        Differentiable in `params` and scaled `adapters`.
+        """
+        decoder = self.bind(params)
+        sequence, positions, visible = lay(prompt, prompt_length, tokens, mask)
+        hidden = decoder(sequence, positions, visible, adapters=adapters, remat=remat)
+        return predicting(hidden, prompt_length, prompt.shape[1]), decoder.head
+
     def response_stats(
         self,
         params: Params,
@@ -131,19 +167,11 @@ class LanguageModel:
 
         Differentiable in `params` and scaled `adapters`. Values where `mask` is false mean nothing.
         """
-        decoder = self.bind(params)
-        sequence, positions, visible = lay(prompt, prompt_length, tokens, mask)
-        hidden = decoder(sequence, positions, visible, adapters=adapters, remat=remat)
+        hidden, head = self.response_hidden(
+            params, prompt, prompt_length, tokens, mask, adapters=adapters, remat=remat
+        )
         stats = head_stats(
-            predicting(hidden, prompt_length, prompt.shape[1]),
-            decoder.head,
-            tokens,
-            logit_scale=1.0 / temperature,
-            softcap=self.config.final_logit_softcapping,
-            valid=self.valid,
-            implementation=implementation,
-            chunk=chunk,
-            sharding=None if implementation == PLAIN else self.head_sharding,
+            hidden, head, tokens, **self.head_options(temperature, implementation, chunk)
         )
         return TokenStats(logprob=stats.logprob, entropy=stats.entropy)
 

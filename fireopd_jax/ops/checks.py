@@ -64,6 +64,23 @@ def check_arrays(hidden: Array, head: Array, ids: Array, support_ids: Array, tur
         )
 
 
+def check_pair(
+    hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, layout: str
+) -> None:
+    """Refuse two models that do not stand beside each other, position by position."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"head_layout must be {' or '.join(LAYOUTS)}, got {layout!r}")
+    if hidden.ndim < 1 or hidden.shape[:-1] != teacher_hidden.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden of shape {tuple(teacher_hidden.shape)} must have the leading axes of "
+            f"hidden of shape {tuple(hidden.shape)}"
+        )
+    nowhere = jnp.zeros((*hidden.shape[:-1], 0), jnp.int32)
+    ids = jnp.zeros(hidden.shape[:-1], jnp.int32)
+    for states, matrix in ((hidden, head), (teacher_hidden, teacher_head)):
+        check_arrays(states, matrix, ids, nowhere, layout == "dv")
+
+
 def check_entropy(student_entropy: Array, ids: Array) -> None:
     """Refuse entropies that do not stand beside the ids."""
     if student_entropy.shape != ids.shape:

@@ -21,7 +21,7 @@ def statistics(
     settings: Settings,
 ) -> tuple[Stats, Stats, Stats, Float32[Array, "N K"]]:
     """Return log-probability, entropy, log-sum-exp and the log-probabilities at `support_ids`."""
-    z = _all_logits(hidden, head, scale, settings)
+    z = all_logits(hidden, head, scale, settings)
     logprob, entropy, logsumexp, top = _of_logits(z, ids)
     at = jnp.clip(support_ids, 0, settings.vocabulary - 1)
     support = jnp.take_along_axis(z, at, axis=1) - top[:, None] - (logsumexp - top)[:, None]
@@ -38,7 +38,7 @@ def top_k(
     weigh: tuple[Array, Array] | None = None,
 ) -> tuple[Stats, Stats, Stats, Int32[Array, "N K"], Float32[Array, "N K"], Stats | None]:
     """Return log-probability, entropy, log-sum-exp, the K most probable ids with theirs, weight."""
-    z = _all_logits(hidden, head, scale, settings)
+    z = all_logits(hidden, head, scale, settings)
     logprob, entropy, logsumexp, top = _of_logits(z, ids)
     values, found = lax.top_k(z, min(settings.k, settings.vocabulary))
     lacking = ((0, 0), (0, settings.k - found.shape[1]))
@@ -54,7 +54,8 @@ def top_k(
     )
 
 
-def _all_logits(hidden: Array, head: Array, scale: Array, settings: Settings) -> Array:
+def all_logits(hidden: Array, head: Array, scale: Array, settings: Settings) -> Array:
+    """Return the logits of every word that exists, [N, V]."""
     rows = upright(head, settings)[: settings.vocabulary]
     return logits(hidden, rows, lax.stop_gradient(scale), settings.softcap)[0]
 

@@ -1,3 +1,6 @@
 """From rollouts to scores: whose log-probabilities, in which context."""
 
-from fireopd_jax.scoring.sampled_token import SampledToken as SampledToken
+from fireopd_jax.scoring.stages import SampledToken as SampledToken
+from fireopd_jax.scoring.stages import ScoreConfig as ScoreConfig
+from fireopd_jax.scoring.stages import TopK as TopK
+from fireopd_jax.scoring.stages import WholeVocabulary as WholeVocabulary

@@ -125,9 +125,9 @@ CALLS = []
 class Counted(LanguageModel):
     """A model that notes each run, by its width."""
 
-    def response_stats(self, *arguments):
+    def response_hidden(self, *arguments):
         jax.debug.callback(lambda: CALLS.append(self.config.hidden_size))
-        return LanguageModel.response_stats(self, *arguments)
+        return LanguageModel.response_hidden(self, *arguments)
 
 
 def test_a_teacher_runs_over_its_own_rows_only():

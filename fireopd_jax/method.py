@@ -1,0 +1,100 @@
+"""A method as its choices: who scores, what is kept, how tokens are weighed, the loss.
+
+score -> filter, reweight, loss; what these need the score must give
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from fireopd_jax.config import config
+from fireopd_jax.filtering import KeepAll, Reopold, TeacherQuantile
+from fireopd_jax.losses.sampled_token import SampledReverseKL, SampledSquare
+from fireopd_jax.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
+from fireopd_jax.losses.vocabulary import MiniLLM, VocabularyDivergence
+from fireopd_jax.reweighting import ConfidenceConfusion, Progressive, Uniform
+from fireopd_jax.rollout.settings import RolloutConfig
+from fireopd_jax.scoring import SampledToken, TopK, WholeVocabulary
+
+
+@config
+class MethodConfig:
+    """Who scores, what is kept, how tokens are weighed, and the loss. FiRe-OPD by default."""
+
+    score: Annotated[SampledToken | TopK | WholeVocabulary, Field(discriminator="kind")] = (
+        SampledToken()
+    )
+    """What student and teachers say of a rollout."""
+    filter: Annotated[KeepAll | TeacherQuantile | Reopold, Field(discriminator="kind")] = (
+        TeacherQuantile()
+    )
+    """Which trajectories, or tokens, the student learns from."""
+    reweight: Annotated[
+        Uniform | ConfidenceConfusion | Progressive, Field(discriminator="kind")
+    ] = ConfidenceConfusion()
+    """How much each token counts."""
+    loss: Annotated[
+        SampledReverseKL
+        | SampledSquare
+        | SupportDivergence
+        | SupportPolicyGradient
+        | EntropyAware
+        | VocabularyDivergence
+        | MiniLLM,
+        Field(discriminator="kind"),
+    ] = SampledReverseKL()
+    """Per-token loss."""
+    aggregate: Literal["seq", "token"] = "seq"
+    """Each kept trajectory counts once (`seq`), or each kept token (`token`)."""
+
+    @property
+    def readers(self) -> tuple[Any, ...]:
+        """The stages that read the scores."""
+        return self.filter, self.reweight, self.loss
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the score must give them."""
+        return frozenset().union(*(stage.needs for stage in self.readers))
+
+
+def conflicts(method: MethodConfig, rollout: RolloutConfig, num_teachers: int) -> Iterator[str]:
+    """Refuse losses that this score or these rollouts make wrong, or identically zero."""
+    score, loss = method.score, method.loss
+    filtered = rollout.top_p < 1 or max(rollout.top_k, rollout.min_p, rollout.min_tokens) > 0
+    if filtered and getattr(loss, "importance_cap", 1.0) is None:
+        yield (
+            f"{loss.kind} is exact only for unfiltered rollouts: with rollout.top_p, "
+            "top_k, min_p or min_tokens set, give method.loss.importance_cap too"
+        )
+    few = loss if isinstance(loss, SupportDivergence) else None
+    tail = few is not None and few.head == "tail_sample"
+    if filtered and (tail or isinstance(loss, EntropyAware | MiniLLM)):
+        yield (
+            f"{loss.kind} takes the rollout's tokens for draws of the student itself: expected "
+            "rollout.top_p=1, top_k=0, min_p=0 and min_tokens=0"
+        )
+    if few is not None and tail and few.divergence.kind != "reverse_kl":
+        yield (
+            f"method.loss.divergence={few.divergence.kind}: head=tail_sample estimates the "
+            "reverse KL only; expected reverse_kl, or head=tail_bucket"
+        )
+    lone = False
+    if isinstance(score, TopK):
+        lone = score.k == 1 and score.support != "union" and not score.sampled
+    if lone and few is not None and few.head == "renormalised":
+        yield (
+            "method.score.k=1: one word renormalised has probability 1 in both models, the loss is "
+            "identically zero; expected k of 2 or more, or score.sampled=true"
+        )
+    if isinstance(score, WholeVocabulary) and "teacher.hidden" not in method.needs:
+        yield (
+            "method.score: whole_vocabulary keeps the teacher's hidden states, which neither "
+            "filter, reweight nor loss reads; expected sampled_token or top_k"
+        )
+    if isinstance(score, WholeVocabulary) and num_teachers > 1:
+        yield (
+            f"method.score: whole_vocabulary reads one teacher's head, {num_teachers} "
+            "teachers are given; expected one, or score.kind=top_k"
+        )

@@ -1,0 +1,121 @@
+"""Every option of every variant of a stage changes what the stage gives: none is decoration."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fireopd_jax.batch import coefficients
+from fireopd_jax.config import members
+from fireopd_jax.filtering import Reopold
+from fireopd_jax.losses.sampled_token import SampledReverseKL, SampledSquare
+from fireopd_jax.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
+from fireopd_jax.losses.vocabulary import MiniLLM, VocabularyDivergence
+from fireopd_jax.ops.formulas import (
+    AdaptiveKL,
+    ForwardKL,
+    JensenShannon,
+    SkewedForwardKL,
+    SkewedReverseKL,
+)
+from fireopd_jax.recipe import MethodConfig
+from fireopd_jax.reweighting import Progressive
+from fireopd_jax.types import Batch, Scores, Support, TokenStats
+from tests import cases
+
+
+def of_loss(loss):
+    """Value and gradient of a batch in which every part has something to say."""
+    rng = np.random.default_rng(0)
+    shape = (3, 5)
+    mask = np.arange(5)[None] < np.array([5, 3, 4])[:, None]
+
+    def draw(*shape, scale=1.0):
+        return jnp.asarray(-rng.exponential(scale, shape), jnp.float32)
+
+    stats = [TokenStats(draw(*shape), -draw(*shape)) for _ in range(3)]
+    ids = jnp.asarray(np.tile([[[0, 1, 2]]], (*shape, 1)), jnp.int32)
+    scores = Scores(*stats, support=Support(ids, draw(*shape, 3) - 1.0))
+    rollout = cases.make_rollout(mask, logprob=stats[0].logprob + 0.7)
+    object.__setattr__(rollout, "tokens", rng.integers(0, 6, shape).astype(np.int32))
+    keep = mask.any(axis=1)
+    batch = Batch(rollout, scores, jnp.ones(shape), coefficients(mask, keep, "seq"))
+    moved = stats[0].logprob + jnp.asarray(rng.normal(0, 0.3, shape), jnp.float32)
+    student = TokenStats(moved, stats[0].entropy, draw(*shape, 3) - 1.0, -draw(*shape))
+
+    def total(student):
+        value = loss(student, batch)
+        return value.sum(), value
+
+    gradient, value = jax.jit(jax.grad(total, has_aux=True))(student)
+    return [value, *jax.tree.leaves(gradient)]
+
+
+def of_divergence(divergence):
+    log_p, log_q = (
+        jax.nn.log_softmax(jnp.asarray(z, jnp.float32))
+        for z in np.random.default_rng(0).normal(size=(2, 7))
+    )
+    if divergence.adaptive:
+        return [log_q >= divergence.border(log_q[None])[0]]
+    return [divergence(log_p, log_q)]
+
+
+def of_filter(progress):
+    def run(stage):
+        scores, mask, _ = cases.random_case(0)
+        return [stage(scores, mask, np.zeros(len(mask), np.int32), 1, progress)]
+
+    return run
+
+
+def of_weight(stage):
+    scores, mask, teacher = cases.random_case(0)
+    return [stage(scores, mask, mask.any(axis=1), teacher, 2)]
+
+
+CHANGES = [
+    (of_loss, SampledReverseKL(), "clip", 0.01),
+    (of_loss, SampledReverseKL(), "importance_cap", 0.3),
+    (of_loss, SampledReverseKL(), "extrapolation", 1.25),
+    (of_loss, SampledReverseKL(), "floor", -0.2),
+    (of_loss, SampledReverseKL(), "ceiling", 0.2),
+    (of_loss, SampledReverseKL(), "baseline", "exact_kl"),
+    (of_loss, SampledReverseKL(), "gamma", 0.5),
+    (of_loss, SampledSquare(), "importance_cap", 0.3),
+    (of_loss, SupportDivergence(), "head", "score"),
+    (of_loss, SupportDivergence(), "divergence", ForwardKL()),
+    (of_loss, SupportPolicyGradient(), "weight", "none"),
+    (of_loss, EntropyAware(), "alpha", 0.5),
+    (of_loss, EntropyAware(), "tau", 5.0),
+    (of_loss, EntropyAware(), "normalise", True),
+    (of_loss, EntropyAware(), "clip", 0.01),
+    (of_loss, MiniLLM(), "clip", 0.01),
+    (of_divergence, JensenShannon(), "beta", 0.2),
+    (of_divergence, SkewedForwardKL(), "alpha", 0.3),
+    (of_divergence, SkewedReverseKL(), "alpha", 0.3),
+    (of_divergence, AdaptiveKL(), "mu", 0.9),
+    (of_filter(0.0), Reopold(), "floor", 0.9),
+    (of_filter(0.9), Reopold(), "entropy_fraction", 0.7),
+    (of_filter(0.3), Reopold(), "switch", 0.2),
+    (of_weight, Progressive(), "gamma", 2.0),
+]
+
+
+def test_every_option_changes_something():
+    for run, stage, name, value in CHANGES:
+        assert getattr(stage, name) != value
+        other = dataclasses.replace(stage, **{name: value})
+        before, after = run(stage), run(other)
+        changed = any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(before, after))  # noqa: B905
+        assert changed, f"{type(stage).__name__}.{name}"
+
+
+def test_every_option_of_the_losses_is_tried():
+    tried = {(type(stage), name) for _, stage, name, _ in CHANGES}
+    # What the update computes for it: the divergences are compared in tests/ops/test_divergence.py.
+    tried |= {(VocabularyDivergence, "divergence")}
+    for loss in members(MethodConfig.__dataclass_fields__["loss"].type):
+        for field in dataclasses.fields(loss):
+            assert field.name == "kind" or (loss, field.name) in tried, (loss, field.name)
