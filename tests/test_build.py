@@ -47,8 +47,9 @@ def programs(head):
     params = jax.eval_shape(setup.student.model.init, key)
     teachers = [jax.eval_shape(teacher.model.init, key) for teacher in setup.teachers]
     state = jax.eval_shape(lambda params: init_state(params, made.optimizer), params)
-    score = made.score.lower(params, teachers, rollout, temperature)
-    batch, *_ = jax.eval_shape(made.score, params, teachers, rollout, temperature)
+    inputs = params, teachers, rollout, temperature, state.updates
+    score = made.score.lower(*inputs)
+    batch, *_ = jax.eval_shape(made.score, *inputs)
     update = made.update.lower(state, batch, temperature)
     return config, {"score": score.compile().as_text(), "update": update.compile().as_text()}
 
