@@ -106,7 +106,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
         (["eval", "nowhere", "run.seed=3"], "only eval.*"),
         (["export", "nowhere", "--to", "out"], "no finished model"),
         (["export", "nowhere", "--to", "out", "--dtype", "bf16"], "--dtype bf16: expected float32"),
-        (["generate", "nowhere", "--prompts", "p.jsonl", "--out", "o.jsonl"], "no finished model"),
+        (["generate", "nowhere", "--prompts", "p.jsonl", "--out", "o.jsonl"], "no such folder"),
     ],
 )
 def test_mistakes_name_what_is_wrong(monkeypatch, capsys, tmp_path, arguments, words):

@@ -3,7 +3,8 @@
     x[..., H] -> (x,)        or        (round(127 x / max|x|), max|x| / 127)
 
 Nothing that is not finite enters a cache: a masked slot has weight 0, and 0 times NaN is NaN, so
-one request's overflow would reach the next that sits in its place.
+one request's overflow would reach the next that sits in its place. NaN becomes the largest number,
+which overflows again in whoever may see it: its own row still ends.
 """
 
 from typing import Literal
@@ -18,12 +19,17 @@ Leaves = tuple[Array, ...]
 
 def encode(x: Array, kind: KVType) -> Leaves:
     """Turn values [..., H] into what is kept; int8 has one float32 scale a vector."""
-    x = jnp.nan_to_num(x)
+    x = finite(x)
     if kind == "model":
         return (x,)
     wide = x.astype(jnp.float32)
     scale = jnp.abs(wide).max(axis=-1, keepdims=True) / 127
     return jnp.round(wide / jnp.where(scale == 0, 1, scale)).astype(jnp.int8), scale
+
+
+def finite(x: Array) -> Array:
+    """Replace what is not finite by the largest number of the type."""
+    return jnp.nan_to_num(x, nan=float(jnp.finfo(x.dtype).max))
 
 
 def decode(leaves: Leaves, dtype: jnp.dtype) -> Array:

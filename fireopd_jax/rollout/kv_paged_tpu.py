@@ -13,6 +13,7 @@ from jaxtyping import Int32
 
 from fireopd_jax.config import UserError, config
 from fireopd_jax.models.decoder import DecoderConfig
+from fireopd_jax.rollout.kv_codec import finite
 from fireopd_jax.rollout.kv_paged import Paged
 
 LANES = 128
@@ -43,7 +44,7 @@ class PagedTPU(Paged):
         self, kept: Any, at: Int32[Array, "R P"], k: Array, v: Array, dtype: jnp.dtype
     ) -> tuple[tuple[Array, Array], Any]:
         """Write whole pages; give the keys and values as they will be read, and the pool."""
-        k, v = jnp.nan_to_num(k), jnp.nan_to_num(v)
+        k, v = finite(k), finite(v)
         both = _side_by_side(k, v)
         rows, _, heads, width = both.shape
         pages = both.reshape(rows, at.shape[1], self.page_size, heads, width)
@@ -51,7 +52,7 @@ class PagedTPU(Paged):
 
     def _write_tokens(self, kept: Any, page: Array, at: Array, k: Array, v: Array) -> Any:
         """Write one token of each row into its page."""
-        both = _side_by_side(jnp.nan_to_num(k), jnp.nan_to_num(v))
+        both = _side_by_side(finite(k), finite(v))
         return kept.at[page, at].set(both[:, 0], mode="drop")
 
     def _rows(self, kept: Any, tables: Array, dtype: jnp.dtype) -> tuple[Array, Array]:

@@ -169,7 +169,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(name):
 def test_sharp_models_stay_finite(name):
     inputs, cotangent = make_inputs(4, 21, spread=8.0)
     # p rho and p KL are a hundred here and cancel: 1e-5 of what they are is left.
-    check(name, inputs, cotangent, tolerance=1e-4, gradient_tolerance=5e-3, chunk=8)
+    check(name, inputs, cotangent, tolerance=1e-4, gradient_tolerance=1e-2, chunk=8)
 
 
 @pytest.mark.parametrize("name", ["adaptive"])

@@ -131,7 +131,7 @@ def test_eight_bit_keys_and_values_stay_close():
 def test_rows_of_one_prompt_share_its_prefill(plain):
     before = plain.statistics.prefilled
     prompt = PROMPTS.tokens[0, :WIDTH]
-    group = [Request(i, prompt, Knobs(max_tokens=3)) for i in range(5)]
+    group = [Request(i, prompt, Knobs(max_tokens=3, temperature=4.0)) for i in range(5)]
     drawn = plain.generate(group)
     # The table has room for six rows: all five wait side by side.
     assert plain.statistics.prefilled - before == WIDTH - 1
@@ -151,8 +151,8 @@ def test_ten_lengths_of_prompts_compile_one_program_at_the_start(plain):
 def test_a_long_cache_grows_through_three_programs_that_are_there_from_the_start():
     made = engine(width=8, room=1100, chunk_steps=64)
     assert made.programs == 3 and made.capacity == made.capacities[0] < 300
-    counter = CompileCounter()
     short = made.generate([Request(1, PROMPTS.tokens[0, :5], Knobs(max_tokens=100))])
+    counter = CompileCounter()
     assert made.capacity == made.capacities[0]
     long = made.generate([Request(1, PROMPTS.tokens[0, :5], Knobs(max_tokens=700))])
     assert made.capacity == made.capacities[2] and counter.count <= 2  # growing, twice

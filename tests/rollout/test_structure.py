@@ -37,9 +37,9 @@ def test_the_cache_is_updated_in_place(memory):
     made, program = compiled(memory=memory)
     text = program.as_text()
     cache = jax.tree.leaves(made._state.cache)
-    buffer = max(leaf.size for leaf in cache)
-    copies = sizes(text, "copy")
-    assert copies and max(copies) < buffer / 2, max(copies)
+    buffers = {leaf.size for leaf in cache if leaf.ndim > 3}
+    copies = set(sizes(text, "copy"))
+    assert copies and not copies & buffers, copies & buffers
     analysis = program.memory_analysis()
     assert analysis.alias_size_in_bytes >= sum(leaf.nbytes for leaf in cache)
 
