@@ -190,7 +190,7 @@ class Engine:
                         del running[at]
                         yield completion
             if running:
-                finish, count, _ = jax.device_get(self._status(self._state))
+                finish, count, _ = self._status()
                 for _, completion in self._read(running, set(running), finish, count):
                     yield dataclasses.replace(completion, finish="budget")
             yield from (empty(request, "budget") for request in pending)
@@ -227,7 +227,10 @@ class Engine:
                 row = free[replica].popleft()
                 blocks[replica].append((row, pending.popleft()))
                 running[replica, row] = last = request
-            self._state = self._write(self._state, *self._block(blocks))
+            state = self._state
+            assert state is not None
+            requests, ring = self._write(state.requests, state.ring, *self._block(blocks))
+            self._state = dataclasses.replace(state, requests=requests, ring=ring)
         self.statistics.overlong += len(refused)
         return refused
 
@@ -265,7 +268,7 @@ class Engine:
         self._make_room(running, steps)
         run = self._runs[self.capacity]
         self._state = run(self._params, self._state, jnp.int32(steps), self.version)
-        finish, count, counters = jax.device_get(self._status(self._state))
+        finish, count, counters = self._status()
         sums = {name: int(np.sum(value)) for name, value in vars(counters).items()}
         drawn, statistics = sums["drawn"], self.statistics
         for name in ("steps", "drawn", "prefills", "prefilled", "stalled", "evicted"):
@@ -273,11 +276,17 @@ class Engine:
         statistics.slot_steps += sums["steps"] * self.shape.slots
         return finish, count, drawn
 
+    def _status(self) -> tuple[np.ndarray, np.ndarray, Any]:
+        """Read how the rows fare, finish [D, Q] and count [D, Q], and the counters."""
+        assert self._state is not None
+        requests = self._state.requests
+        return jax.device_get((requests.finish, requests.count, self._state.counters))
+
     def _make_room(self, running: dict[tuple[int, int], Request], steps: int) -> None:
         """Let the cache grow where the next run may need it."""
         if len(self.capacities) == 1:
             return
-        _, count, _ = jax.device_get(self._status(self._state))
+        _, count, _ = self._status()
         longest = max(len(request.prompt) + int(count[at]) for at, request in running.items())
         need = min(longest + steps, self.capacities[-1])
         capacity = next(each for each in self.capacities if each >= need)
@@ -301,7 +310,9 @@ class Engine:
             pieces = [each[start : start + self.block] for each in by_replica]
             for d, piece in enumerate(pieces):
                 at[d, : len(piece)] = piece
-            tokens, logprob, model_logprob, version = jax.device_get(self._pick(self._state, at))
+            tokens, logprob, model_logprob, version = jax.device_get(
+                self._pick(self._state.requests, at)
+            )
             for d, piece in enumerate(pieces):
                 for i, q in enumerate(piece):
                     real = slice(0, int(count[d, q]))
@@ -383,12 +394,10 @@ class Engine:
         self._run = jax.jit(on_replicas(run, False, True, False, False), donate_argnums=1)
         self._make = jax.jit(make, static_argnums=0, out_shardings=by_replica)
         self._grow = jax.jit(grow, static_argnums=1)
-        self._write = jax.jit(on_replicas(write, True, True, True), donate_argnums=0)
+        # These do not see the cache, so that one that has grown compiles none of them again.
+        self._write = jax.jit(on_replicas(write, *(True,) * 4), donate_argnums=(0, 1))
         self._remove = jax.jit(on_replicas(remove, True, True), donate_argnums=0)
         self._pick = jax.jit(on_replicas(pick, True, True))
-        self._status = jax.jit(
-            lambda state: (state.requests.finish, state.requests.count, state.counters)
-        )
         self._abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_replica)
 
     def _initial(self, capacity: int, seed: Array) -> State:

@@ -197,15 +197,16 @@ def enqueue(ring: Ring, requests: Requests, rows: Int32[Array, " A"]) -> Ring:
     )
 
 
-def write(state: State, rows: Int32[Array, " A"], table: Requests) -> State:
+def write(
+    requests: Requests, ring: Ring, rows: Int32[Array, " A"], table: Requests
+) -> tuple[Requests, Ring]:
     """Put requests into rows of the table and let them wait, in order; row Q is none."""
 
     def put(old: Array, new: Array) -> Array:
         return old if old.ndim == 0 else old.at[rows].set(new, mode="drop")
 
-    requests = jax.tree.map(put, state.requests, table)
-    ring = enqueue(state.ring, requests, rows)
-    return dataclasses.replace(state, requests=requests, ring=ring)
+    requests = jax.tree.map(put, requests, table)
+    return requests, enqueue(ring, requests, rows)
 
 
 def remove(state: State, row: Int32[Array, ""]) -> State:
@@ -230,7 +231,6 @@ def remove(state: State, row: Int32[Array, ""]) -> State:
     return dataclasses.replace(state, ring=ring, entries=entries, slots=slots)
 
 
-def pick(state: State, rows: Int32[Array, " A"]) -> tuple[Array, Array, Array, Array]:
+def pick(r: Requests, rows: Int32[Array, " A"]) -> tuple[Array, Array, Array, Array]:
     """Read the responses of rows: tokens, both log-probs, versions."""
-    r = state.requests
     return r.tokens[rows], r.logprob[rows], r.model_logprob[rows], r.version[rows]

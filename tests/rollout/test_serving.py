@@ -242,11 +242,12 @@ def test_logits_that_are_not_finite_end_their_row_alone(plain):
     head = tiny_model(num_hidden_layers=2, tie_word_embeddings=False)
     params = PARAMS | {
         "embed_tokens": PARAMS["embed_tokens"].at[31].set(np.nan),
-        "lm_head": PARAMS["embed_tokens"].at[31].set(-50.0),
+        "lm_head": PARAMS["embed_tokens"].at[31].set(0.0),
     }
     tokens = np.where(PROMPTS.tokens == 31, 0, PROMPTS.tokens)
-    clean = [Request(i, tokens[i, : LENGTHS[i]], Knobs(max_tokens=6)) for i in range(5)]
-    poison = Request(9, np.array([1, 31, 2], np.int32), Knobs(max_tokens=6))
+    knobs = Knobs(max_tokens=6, min_tokens=6, stop=(31,))  # so that nobody draws it
+    clean = [Request(i, tokens[i, : LENGTHS[i]], knobs) for i in range(5)]
+    poison = Request(9, np.array([1, 31, 2], np.int32), knobs)
     made = engine(head, params, slots=1)
     alone = made.generate(clean)
     among = made.generate([poison, *clean])  # its slot serves the others afterwards

@@ -34,7 +34,15 @@ def sizes(text, operation):
 
 @pytest.mark.parametrize("memory", [Dense(), Paged(page_size=8)], ids=["dense", "paged"])
 def test_the_cache_is_updated_in_place(memory):
-    made, program = compiled(memory=memory)
+    # Large enough that XLA does not find a copy cheaper than an alias.
+    wide = tiny_model(
+        VOCABULARY,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+    )
+    made, program = compiled(wide, width=64, room=256, slots=16, rows=64, memory=memory)
     text = program.as_text()
     cache = jax.tree.leaves(made._state.cache)
     buffers = {leaf.size for leaf in cache if leaf.ndim > 3}
