@@ -302,6 +302,7 @@ class Engine:
         count: np.ndarray,
     ) -> Iterator[tuple[tuple[int, int], Completion]]:
         """Fetch what has been drawn of some rows."""
+        assert self._state is not None
         by_replica = [
             sorted(q for d, q in rows if d == replica) for replica in range(self.replicas)
         ]
