@@ -10,7 +10,7 @@ somebody lacks a page, so a step costs one look at a stack.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,8 @@ class Paged:
     kind: Literal["paged"] = "paged"
     dtype: KVType = "model"
     """Keys and values as the model computes them, or as 8-bit integers with a scale a vector."""
-    page_size: int = Field(default=16, ge=8, multiple_of=8)
-    """Tokens of a page."""
+    page_size: Annotated[int, Field(ge=8, multiple_of=8)] = 16
+    """Tokens of a page, a multiple of 8."""
     tokens: PositiveInt | None = None
     """Tokens that the pool has room for, on each replica; by default as many as `dense` has."""
 
