@@ -108,7 +108,8 @@ def test_every_option_changes_something():
         assert getattr(stage, name) != value
         other = dataclasses.replace(stage, **{name: value})
         before, after = run(stage), run(other)
-        changed = any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(before, after))  # noqa: B905
+        pairs = zip(before, after, strict=True)
+        changed = any(np.any(np.asarray(a) != np.asarray(b)) for a, b in pairs)
         assert changed, f"{type(stage).__name__}.{name}"
 
 

@@ -257,7 +257,10 @@ def _log_softmax(z: Array, normaliser: tuple[Array, Array]) -> Array:
 def _terms(z: Array, z_q: Array, normaliser, share: Array, pair: Pair) -> tuple[Array, Array]:
     """Return the terms of a chunk and their derivatives a to log p."""
     log_p, log_q = _log_softmax(z, normaliser[0]), _log_softmax(z_q, normaliser[1])
-    of = lambda log_p: pair.divergence(log_p, log_q, share[:, None])  # noqa: E731
+
+    def of(log_p: Array) -> Array:
+        return pair.divergence(log_p, log_q, share[:, None])
+
     return jax.jvp(of, (log_p,), (jnp.ones_like(log_p),))
 
 

@@ -12,7 +12,6 @@ never of the slot, the neighbours or the time.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -304,6 +303,3 @@ def sequence_at(
 def limit_of(requests: Requests, row: Int32[Array, " B"]) -> Int32[Array, " B"]:
     """Tell how many tokens the responses may have."""
     return jnp.minimum(requests.sampling.max_tokens[row], requests.tokens.shape[1])
-
-
-Run = Callable[[Params, State, Array, Array], State]

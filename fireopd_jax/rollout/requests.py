@@ -10,7 +10,7 @@ from jaxtyping import Float32, Int32
 from fireopd_jax.config import UserError
 from fireopd_jax.rollout.sampling import NO_TOKEN
 
-Finish = Literal["running", "stop", "length", "not_finite", "aborted", "overlong", "budget"]
+Finish = Literal["running", "stop", "length", "not_finite", "overlong", "budget"]
 """Why a response ended; `running` never leaves the engine."""
 STOP_SLOTS = 8
 """Stop tokens that a request may name."""

@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float32, Int32
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.types import pytree
 
-RUNNING, STOP, LENGTH, NOT_FINITE, ABORTED, OVERLONG, BUDGET = range(7)
-FINISH = ("running", "stop", "length", "not_finite", "aborted", "overlong", "budget")
-"""Why a response ended, by its code: on a stop token, at its limit, because the logits were not
-finite, because it was asked to, because its prompt does not fit, or because the rollout ended."""
+RUNNING, STOP, LENGTH, NOT_FINITE = range(4)
+FINISH = ("running", "stop", "length", "not_finite")
+"""Why a response ended, by its code: not yet, on a stop token, at its limit, or because the logits
+were not finite."""
 
 SLOTS = {"cpu": 32}
 """Slots by platform where nobody says how many; 256 elsewhere."""

@@ -312,7 +312,10 @@ def test_fixed_points(name):
     loss, ratio = FIXED[name]
     z_q = jnp.asarray([ZQ], jnp.float32)
     few = jnp.asarray([[SUPPORT]], jnp.int32)
-    pick = lambda z: jax.nn.log_softmax(z, axis=1)[:, None, :][..., np.array(SUPPORT)]  # noqa: E731
+
+    def pick(z):
+        return jax.nn.log_softmax(z, axis=1)[:, None, :][..., np.array(SUPPORT)]
+
     mask = np.ones((1, 1), bool)
     zero = TokenStats(jnp.zeros((1, 1)), jnp.full((1, 1), 9.0))
     scores = Scores(zero, zero, support=Support(few, pick(z_q)))
