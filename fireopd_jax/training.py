@@ -15,11 +15,12 @@ import jax
 import numpy as np
 
 from fireopd_jax import runs
-from fireopd_jax.build import ModelSpec, check_training_batches, set_up
+from fireopd_jax.build import ModelSpec, set_up
 from fireopd_jax.compilation import compile_cache
 from fireopd_jax.distill import Distillation
 from fireopd_jax.evaluation.evaluator import EvalResult
 from fireopd_jax.exporting import check_exportable, export
+from fireopd_jax.fits import check_training_batches
 from fireopd_jax.loop import Interrupted, stop_on_signal
 from fireopd_jax.models.decoder import parameter_count
 from fireopd_jax.models.language_model import Params

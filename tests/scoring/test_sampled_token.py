@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fireopd_jax import build, cli
+from fireopd_jax import cli, fits
 from fireopd_jax.compilation import CompileCounter
 from fireopd_jax.config import UserError
 from fireopd_jax.models.language_model import LanguageModel
@@ -195,7 +195,7 @@ def test_a_recipe_can_name_every_implementation():
 @pytest.mark.parametrize("name", sorted(PLATFORMS))
 def test_a_kernel_of_another_platform_is_refused(name):
     with pytest.raises(UserError) as raised:
-        build.check_kernel(name)
+        fits.check_kernel(name)
     platform = PLATFORMS[name].upper()
     assert str(raised.value) == (
         f"method.score.head={name} runs on {platform} only, this machine has CPU; "
@@ -206,7 +206,7 @@ def test_a_kernel_of_another_platform_is_refused(name):
 @pytest.mark.parametrize("name", [None, "reference", "chunked", "pallas_tpu"])
 def test_what_runs_here_is_not_refused(monkeypatch, name):
     monkeypatch.setitem(PLATFORMS, "pallas_tpu", "cpu")
-    build.check_kernel(name)
+    fits.check_kernel(name)
 
 
 def test_a_run_with_such_a_kernel_does_not_begin(monkeypatch, capsys, tmp_path):

@@ -1,0 +1,76 @@
+"""Whether a configuration fits the devices that are here; asked before any compute.
+
+Config, mesh -> nothing, or one line that names the key
+"""
+
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import Mesh
+
+from fireopd_jax.config import UserError
+from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
+from fireopd_jax.recipe import Config
+from fireopd_jax.rollout.kv_paged import Paged
+from fireopd_jax.rollout.kv_paged_tpu import PagedTPU
+from fireopd_jax.rollout.state import Shape
+
+
+def check_training_batches(config: Config, mesh: Mesh) -> None:
+    """Refuse what the devices cannot do: share a batch evenly, run another platform's kernel."""
+    check_kernel(config.method.score.head)
+    check_cache(config, mesh)
+    sizes = {
+        "rollout.batch_size": config.rollout.batch_size,
+        "optim.micro_batch_size": config.optim.micro_batch_size,
+        "method.score.micro_batch_size": config.method.score.micro_batch_size,
+        "eval.batch_size": config.eval.batch_size,
+    }
+    teachers = {f"teachers.{name}": teacher for name, teacher in config.teachers.items()}
+    for key, model in {"student": config.student, **teachers}.items():
+        if model.sft is not None:
+            sizes[f"{key}.sft.batch_size"] = model.sft.batch_size
+            sizes[f"{key}.sft.optim.micro_batch_size"] = model.sft.optim.micro_batch_size
+    check_divisible(sizes, mesh)
+
+
+def check_cache(config: Config, mesh: Mesh) -> None:
+    """Refuse a pool of pages that one response may not fit into."""
+    rollout = config.rollout
+    if isinstance(rollout.cache, PagedTPU) and jax.default_backend() != "tpu":
+        raise UserError(
+            f"rollout.cache.kind={rollout.cache.kind} runs on TPU only, this machine has "
+            f"{jax.default_backend().upper()}; here run: dense, paged"
+        )
+    if isinstance(rollout.cache, Paged):
+        shape = Shape.of(
+            max(1, rollout.batch_size // mesh.shape["data"]),
+            config.data.max_prompt_tokens,
+            rollout.max_tokens,
+            rollout.slots,
+            rollout.cache.align,
+        )
+        rollout.cache.pages(shape.slots, shape.entries, shape.capacity)
+
+
+def check_kernel(name: str | None) -> None:
+    """Refuse a kernel of another platform."""
+    here = jax.default_backend()
+    if name is None or PLATFORMS.get(name, here) == here:
+        return
+    able = [each for each in IMPLEMENTATIONS if PLATFORMS.get(each, here) == here]
+    raise UserError(
+        f"method.score.head={name} runs on {PLATFORMS[name].upper()} only, this machine has "
+        f"{here.upper()}; here run: {', '.join(able)}"
+    )
+
+
+def check_divisible(sizes: Mapping[str, int | None], mesh: Mesh) -> None:
+    """Refuse sizes, by key, that the data axis does not divide."""
+    devices = mesh.shape["data"]
+    for key, size in sizes.items():
+        if size is not None and size % devices:
+            raise UserError(
+                f"{key}={size} is not divisible by the {devices} devices of the data axis "
+                "(mesh.data)"
+            )
