@@ -1,5 +1,7 @@
 """Small models, prompts, rollouts and scores for the tests of the method's stages."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,15 @@ import numpy as np
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.types import Prompts, Rollout, Scores, TokenStats
+
+
+def one_device():
+    """Return the environment of a process with one device, and the same compiler as here.
+
+    Another level of optimisation would give other bits.
+    """
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    return os.environ | {"XLA_FLAGS": flags}
 
 
 def make_rollout(mask, teacher=None, logprob=None):

@@ -1,7 +1,6 @@
 """The command line: quick help, one line for a mistake, exit statuses."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import yaml
 from fireopd_jax import cli
 from fireopd_jax.config import keys
 from fireopd_jax.recipe import Config, as_tree, load_config
+from tests.cases import one_device
 
 COMMAND = "from fireopd_jax.cli import main; main()"
 HEAVY = "{'jax', 'flax', 'transformers', 'datasets', 'numpy'}"
@@ -22,7 +22,7 @@ def process(*arguments, code=COMMAND, **kwargs):
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        env=one_device(),
         **kwargs,
     )
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from fireopd_jax.distill import Distillation
 from fireopd_jax.filtering import TeacherQuantile
 from fireopd_jax.recipe import load_config
 from fireopd_jax.training import sft, train
+from tests.cases import one_device
 
 MODEL = (
     "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, "
@@ -103,7 +103,7 @@ def command(folder, settings, before=""):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        env=one_device(),
     )
 
 
