@@ -66,11 +66,10 @@ def check_kernel(name: str | None) -> None:
 
 
 def check_divisible(sizes: Mapping[str, int | None], mesh: Mesh) -> None:
-    """Refuse sizes, by key, that the data axis does not divide."""
-    devices = mesh.shape["data"]
+    """Refuse sizes, by key, that the devices cannot share evenly."""
     for key, size in sizes.items():
-        if size is not None and size % devices:
+        if size is not None and size % mesh.size:
             raise UserError(
-                f"{key}={size} is not divisible by the {devices} devices of the data axis "
-                "(mesh.data)"
+                f"{key}={size} is not divisible by the {mesh.size} devices of the mesh (mesh.data, "
+                "mesh.tensor)"
             )

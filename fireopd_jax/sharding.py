@@ -1,8 +1,11 @@
 """The mesh, and what lies on which of its axes.
 
-Rows of a batch lie over `data`; parameters and optimizer state lie whole on every device. The
-axes are Auto: the compiler inserts the collectives, so statistics over the row axis are global by
-construction.
+    data      replicas, each of which draws its own rows
+    tensor    devices of a replica: they share a model's heads, its MLPs and its vocabulary there
+
+That is how rows are drawn. Where rows are scored and learnt from they lie over all devices, and
+parameters and optimizer state lie whole on each. The axes are Auto: the compiler inserts the
+collectives, so statistics over the row axis are global by construction.
 """
 
 from collections.abc import Sequence
@@ -16,6 +19,7 @@ from fireopd_jax.config import UserError, config
 from fireopd_jax.types import Array
 
 Tree = TypeVar("Tree")
+AXES = ("data", "tensor")
 
 
 @config
@@ -23,21 +27,30 @@ class MeshConfig:
     """How the devices are laid."""
 
     data: PositiveInt | None = None
-    """Devices over which the rows of a batch are split; by default all of them."""
+    """Replicas that draw rows of their own; by default as many as the devices make."""
+    tensor: PositiveInt = 1
+    """Devices of a replica, which share the model and its cache while they draw."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Lay the devices as the configuration says."""
     devices = devices if devices is not None else jax.devices()
-    size = config.data or len(devices)
+    if config.data is None and len(devices) % config.tensor:
+        raise UserError(
+            f"mesh.tensor={config.tensor}: does not divide the {len(devices)} devices; give "
+            "mesh.data too, to leave some of them idle"
+        )
+    shape = config.data or len(devices) // config.tensor, config.tensor
+    size = shape[0] * shape[1]
     if size > len(devices):
-        raise UserError(f"mesh.data: {size} devices asked for, {len(devices)} found")
-    return jax.make_mesh((size,), ("data",), (AxisType.Auto,), devices=devices[:size])
+        keys = "mesh.data" if config.tensor == 1 else "mesh.data x mesh.tensor"
+        raise UserError(f"{keys}: {size} devices asked for, {len(devices)} found")
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 2, devices=devices[:size])
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays whose leading axis is the batch."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

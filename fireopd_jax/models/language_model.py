@@ -19,10 +19,12 @@ from jaxtyping import Bool, Float, Int32
 
 from fireopd_jax.models.decoder import Decoder, DecoderConfig, Layer, Remat
 from fireopd_jax.models.lora import Adapters
+from fireopd_jax.models.placement import place_relaid, tensor_devices
 from fireopd_jax.models.quantized import Quantize, is_quantized, quantize_params
 from fireopd_jax.ops.dispatch import PLAIN
 from fireopd_jax.ops.head import HeadOptions, head_stats
 from fireopd_jax.ops.logits import HeadSharding
+from fireopd_jax.sharding import AXES
 from fireopd_jax.types import Array, TokenStats
 
 Params = dict[str, Any]
@@ -39,7 +41,7 @@ class LanguageModel:
     valid: int | None = None
     """Rows that are tokens, where the others only pad the head: they have no probability."""
     mesh: Mesh | None = None
-    """Devices over whose `data` axis rows are split, where a program runs on several."""
+    """Devices that share the rows, and the parameters laid out for decoding, if several."""
     quantize: Quantize | None = None
     """What the kernels are kept in, of a model that does not learn; null: the parameters' type."""
 
@@ -53,7 +55,7 @@ class LanguageModel:
         """Tell the head's statistics where the tokens lie."""
         if self.mesh is None or self.mesh.size == 1:
             return None
-        return HeadSharding(self.mesh, ("data",))
+        return HeadSharding(self.mesh, AXES)
 
     def _module(self, rngs: nnx.Rngs) -> Decoder:
         return Decoder(self.config, self.vocab_size, rngs=rngs)
@@ -72,7 +74,7 @@ class LanguageModel:
     def relay(self, params: Params) -> Params:
         """Lay parameters out for decoding: a tree a layer, matrices in the type of the computation.
 
-        A loop over layers that are stacked would make XLA hoist a second copy of all of them.
+        They are split over the mesh's tensor axis. A loop over layers that are stacked would make XLA hoist a second copy of all of them.
         """
         dtype = jnp.dtype(self.config.dtype)
 
@@ -87,7 +89,10 @@ class LanguageModel:
 
         rest = {name: cast(leaf) for name, leaf in params.items() if name not in ("layers", "norm")}
         layers = tuple(layer(index) for index in range(self.config.num_hidden_layers))
-        return rest | {"norm": params["norm"], "layers": layers}
+        relaid = rest | {"norm": params["norm"], "layers": layers}
+        if tensor_devices(self.mesh) == 1:
+            return relaid
+        return place_relaid(relaid, self.config, self.mesh)
 
     def bind_relaid(self, relaid: Params) -> tuple[Decoder, list[Layer]]:
         """Put what `relay` gives into the module and its layers."""
@@ -109,9 +114,10 @@ class LanguageModel:
                             preferred_element_type=jnp.float32)  # fmt: skip
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * jnp.tanh(logits / cap)
-        if self.size == self.vocab_size:
+        width = logits.shape[1]
+        if self.size == width:
             return logits
-        return jnp.where(jnp.arange(self.vocab_size)[None] < self.size, logits, -jnp.inf)
+        return jnp.where(jnp.arange(width)[None] < self.size, logits, -jnp.inf)
 
     def head_options(
         self,

@@ -3,24 +3,24 @@
     prompts -> table of requests -> `Loop.run` to its end -> Rollout
 
 The rows are shared out over the `data` axis of the model's mesh, one loop a replica: a replica
-whose responses are short does not wait at every step for the others. For requests that come and go,
-budgets and streams there is `serving.Engine`, around the same loop.
+whose responses are short does not wait at every step for the others. The devices of a replica, on
+the `tensor` axis, share its model, its cache and the columns of its vocabulary. For requests that
+come and go, budgets and streams there is `serving.Engine`, around the same loop.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Int32
 
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.loop import Loop
+from fireopd_jax.rollout.meshes import over_data, split_cache
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.state import STOP, Requests, Shape, empty_requests, enqueue, initial
 from fireopd_jax.types import Prompts, Rollout
@@ -58,6 +58,7 @@ def generate(
         requests = table(prompts, sampling, max_tokens)
         count = requests.length.shape[0]
         cache = memory.init(model.config, shape.slots, shape.entries, shape.capacity)
+        cache = split_cache(cache, memory, model)
         state = initial(requests, shape.slots, shape.entries, cache)
         real = jnp.where(requests.length > 0, jnp.arange(count, dtype=jnp.int32), count)
         state = dataclasses.replace(state, ring=enqueue(state.ring, requests, real))
@@ -90,21 +91,4 @@ def table(prompts: Prompts, sampling: Sampling, room: int) -> Requests:
         prompt=jnp.asarray(prompts.tokens),
         length=jnp.asarray(prompts.length),
         sample_id=jnp.asarray(prompts.sample_id),
-    )
-
-
-def over_data(
-    function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any
-) -> Callable[..., Any]:
-    """Run a function once a replica, each on its own rows; other axes stay the compiler's."""
-    if mesh is None or mesh.size == 1:
-        return function
-    # The loops of the replicas end at different times, which no check of their values can see.
-    return jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names={"data"},
-        check_vma=False,
     )

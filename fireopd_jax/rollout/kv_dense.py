@@ -37,6 +37,8 @@ class Dense:
     dtype: KVType = "model"
     """Keys and values as the model computes them, or as 8-bit integers with a scale a vector."""
 
+    heads_axis = 1
+    """Axis of every array that counts the key heads."""
     align = 8
     """Pieces of prompts are a multiple of it."""
 

@@ -52,6 +52,9 @@ class Paged:
     tokens: PositiveInt | None = None
     """Tokens that the pool has room for, on each replica; by default as many as `dense` has."""
 
+    heads_axis = 1
+    """Axis of every array of the pool that counts the key heads."""
+
     @property
     def align(self) -> int:
         """Pieces of prompts are a multiple of it."""

@@ -30,6 +30,8 @@ class PagedTPU(Paged):
     dtype: Literal["model"] = "model"
     """Keys and values as the model computes them."""
 
+    heads_axis = 2
+
     def _empty(self, c: DecoderConfig, count: int) -> Any:
         """Allocate a layer's pool."""
         if c.head_dim % LANES:

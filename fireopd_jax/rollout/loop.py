@@ -22,7 +22,8 @@ from jaxtyping import Bool, Int32
 
 from fireopd_jax.models.decoder import Decoder, Layer
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.rollout.sampling import draw, row_keys
+from fireopd_jax.rollout.meshes import draw_over
+from fireopd_jax.rollout.sampling import row_keys
 from fireopd_jax.rollout.state import (
     LENGTH,
     NOT_FINITE,
@@ -200,7 +201,7 @@ class Loop:
         at = requests.count[row]
         sampling = requests.sampling.at_rows(row)
         keys = row_keys(sampling.seed, requests.sample_id[row], at)
-        drawn = draw(logits, keys, sampling, at)
+        drawn = draw_over(self.model.mesh, logits, keys, sampling, at)
         valid = going & ~drawn.bad
         count = at + valid
         stopped = valid & (drawn.token[:, None] == sampling.stop).any(axis=1)

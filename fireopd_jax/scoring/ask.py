@@ -115,7 +115,7 @@ def _in_micro_batches(score: Callable[[Any], Answer], inputs: Any, count: int) -
 
 def _block(rows: int, mesh: Mesh | None) -> int:
     """Give the rows that a teacher scores at a time: an eighth, an even share for each device."""
-    devices = 1 if mesh is None else mesh.shape["data"]
+    devices = 1 if mesh is None else mesh.size
     return -(-rows // (8 * devices)) * devices
 
 

@@ -1,0 +1,72 @@
+"""How the loop of a rollout lies on a mesh: a loop for each replica, whose devices share the work.
+
+    data      manual: a program a replica, nothing passes between them
+    tensor    the compiler's, from where parameters and cache lie; manual only for the draw
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float, Int32, Key
+
+from fireopd_jax.models.language_model import LanguageModel
+from fireopd_jax.models.placement import over_tensor, tensor_devices
+from fireopd_jax.rollout.sampling import Draw, Sampling, draw
+
+
+def over_data(
+    function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """Run a function once a replica, each on its own rows; other axes stay the compiler's."""
+    if mesh is None or mesh.size == 1:
+        return function
+    # The loops of the replicas end at different times, which no check of their values can see.
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={"data"},
+        check_vma=False,
+    )
+
+
+def draw_over(
+    mesh: Mesh | None,
+    logits: Float[Array, "B V"],
+    keys: Key[Array, " B"],
+    sampling: Sampling,
+    position: Int32[Array, " B"],
+) -> Draw:
+    """Draw one token a row; the devices of a replica read their own columns only."""
+    if tensor_devices(mesh) == 1:
+        return draw(logits, keys, sampling, position)
+    whole, columns = PartitionSpec(), PartitionSpec(None, "tensor")
+    # Within the function of `over_data`, whose mesh is the one that counts here.
+    return jax.shard_map(
+        lambda *arguments: draw(*arguments, axis="tensor"),
+        in_specs=(columns, whole, whole, whole),
+        out_specs=whole,
+        axis_names={"tensor"},
+        check_vma=False,
+    )(logits, keys, sampling, position)
+
+
+def cache_spec(leaf: Any, memory: Any, model: LanguageModel) -> PartitionSpec:
+    """Tell where an array of a cache lies: its key heads are shared, if there are enough."""
+    devices = tensor_devices(model.mesh)
+    if leaf.ndim < 4:  # tables of pages
+        return PartitionSpec()
+    return over_tensor(leaf.ndim, memory.heads_axis, model.config.num_key_value_heads, devices)
+
+
+def split_cache(cache: Any, memory: Any, model: LanguageModel) -> Any:
+    """Split a new cache over the devices of its replica."""
+    if tensor_devices(model.mesh) == 1:
+        return cache
+    return jax.tree.map(
+        lambda leaf: jax.lax.with_sharding_constraint(leaf, cache_spec(leaf, memory, model)), cache
+    )
