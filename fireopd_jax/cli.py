@@ -199,8 +199,10 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     slots: Annotated[
-        int | None, typer.Option(min=1, help="Responses drawn at a time; changes no response.")
+        int | None,
+        typer.Option(min=1, help="Responses drawn at a time, a copy; changes no response."),
     ] = None,
+    tensor: Annotated[int, typer.Option(min=1, help="Devices that share a copy of the model.")] = 1,
 ) -> None:
     """Answer prompts from a file; a command that was killed goes on where it was."""
     from fireopd_jax.config import UserError
@@ -221,7 +223,9 @@ def generate(
         raw=raw,
         dtype=known_dtype(dtype),
     )
-    generate_to_file(model, prompts, out, settings, name=name, slots=slots, logprobs=logprobs)
+    generate_to_file(
+        model, prompts, out, settings, name=name, slots=slots, tensor=tensor, logprobs=logprobs
+    )
 
 
 def known_dtype(dtype: str | None) -> Any:

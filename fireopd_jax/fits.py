@@ -12,8 +12,10 @@ from fireopd_jax.config import UserError
 from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
 from fireopd_jax.recipe import Config
 from fireopd_jax.rollout.kv_paged import Paged
-from fireopd_jax.rollout.kv_paged_tpu import PagedTPU
 from fireopd_jax.rollout.state import Shape
+
+CACHES = {"paged_tpu": "tpu", "paged_gpu": "gpu"}
+"""Platforms of the caches that a kernel reads."""
 
 
 def check_training_batches(config: Config, mesh: Mesh) -> None:
@@ -37,10 +39,12 @@ def check_training_batches(config: Config, mesh: Mesh) -> None:
 def check_cache(config: Config, mesh: Mesh) -> None:
     """Refuse a pool of pages that one response may not fit into."""
     rollout = config.rollout
-    if isinstance(rollout.cache, PagedTPU) and jax.default_backend() != "tpu":
+    here = jax.default_backend()
+    if CACHES.get(rollout.cache.kind, here) != here:
         raise UserError(
-            f"rollout.cache.kind={rollout.cache.kind} runs on TPU only, this machine has "
-            f"{jax.default_backend().upper()}; here run: dense, paged"
+            f"rollout.cache.kind={rollout.cache.kind} runs on "
+            f"{CACHES[rollout.cache.kind].upper()} only, this machine has {here.upper()}; "
+            "here run: dense, paged"
         )
     if isinstance(rollout.cache, Paged):
         shape = Shape.of(

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding
 
 from fireopd_jax.build import ModelSpec, load_spec
 from fireopd_jax.checkpoint import restore_params
@@ -34,6 +34,7 @@ from fireopd_jax.recipe import ModelConfig
 from fireopd_jax.rollout.requests import Completion, Knobs, Request
 from fireopd_jax.rollout.sampling import stream
 from fireopd_jax.rollout.serving import Engine
+from fireopd_jax.sharding import MeshConfig, make_mesh, replicated
 from fireopd_jax.text.chat import decode, prompt_ids
 from fireopd_jax.tracking import progress
 
@@ -69,16 +70,19 @@ def generate_to_file(
     *,
     name: str = "student",
     slots: int | None = None,
+    tensor: int = 1,
     logprobs: bool = True,
 ) -> None:
     """Answer each prompt of a file `samples` times; `out` appears when all are there, in order.
 
     `model` is a run, whose model `name` answers in the template it had there, or a model's folder
-    or name on the hub. Rows have `prompt`, `text`, `token_ids`, `logprobs` and `finish`.
+    or name on the hub. All devices take part, `tensor` of them to a copy of the model. Rows have
+    `prompt`, `text`, `token_ids`, `logprobs` and `finish`.
     """
     if out.exists():
         raise UserError(f"{out} exists; expected a new file, nothing is overwritten")
-    spec, params, template_kwargs = open_any(model, name, settings.dtype)
+    mesh = make_mesh(MeshConfig(tensor=tensor))
+    spec, params, template_kwargs = open_any(model, name, settings.dtype, replicated(mesh))
     rows = read_rows(DataConfig(path=str(prompts), prompt_column="prompt"))
     ids = plain_ids(spec, rows) if settings.raw else rendered_ids(spec, rows, template_kwargs)
     identity = {"model": model, "name": name, "prompts": digest(ids)}
@@ -92,7 +96,7 @@ def generate_to_file(
         if requests:
             compile_cache()
             engine = Engine(
-                spec.model,
+                spec.on(mesh).model,
                 width=-(-max(map(len, ids)) // ALIGN) * ALIGN,
                 room=settings.max_tokens,
                 seed=stream(settings.seed, "generate"),
@@ -109,12 +113,13 @@ def generate_to_file(
 
 
 def open_any(
-    model: str, name: str, dtype: Literal["float32", "bfloat16"] | None
+    model: str, name: str, dtype: Literal["float32", "bfloat16"] | None, place: Sharding
 ) -> tuple[ModelSpec, Params, Mapping[str, Any]]:
     """Read a model of a run, of a folder or of the hub, with the arguments of its template."""
     folder = Path(model)
     if (folder / "models").is_dir() or (folder / "config.yaml").is_file():
         spec, params = open_model(folder, name, dtype)
+        params = jax.device_put(params, place)
         return spec, params, own_template_kwargs(run_config(folder), name)
     if folder.is_dir() and not any((folder / f).is_file() for f in ("model.json", "config.json")):
         raise UserError(
@@ -125,8 +130,7 @@ def open_any(
     spec = load_spec("model", folder, ModelConfig(path=str(folder), dtype=dtype))
     if (folder / "model.json").is_file():
         like = jax.jit(spec.model.init)(jax.random.key(0))
-        return spec, restore_params(folder, like), {}
-    place = SingleDeviceSharding(jax.devices()[0])
+        return spec, jax.device_put(restore_params(folder, like), place), {}
     return spec, load(folder, spec.model.config, spec.model.vocab_size, place), {}
 
 

@@ -36,9 +36,11 @@ def prompts(tmp_path_factory):
     return file
 
 
-def answers(folder, prompts, out, slots=8, logprobs=True, **settings):
+def answers(folder, prompts, out, slots=8, tensor=1, logprobs=True, **settings):
     settings = Settings(**{"max_tokens": 20, "raw": True} | settings)
-    generate_to_file(str(folder), prompts, out, settings, slots=slots, logprobs=logprobs)
+    generate_to_file(
+        str(folder), prompts, out, settings, slots=slots, tensor=tensor, logprobs=logprobs
+    )
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -103,7 +105,7 @@ def test_a_killed_command_goes_on_where_it_was(folder, prompts, tmp_path, monkey
         return stream(self, drawn)
 
     monkeypatch.setattr(generating.Engine, "stream", counted)
-    again = answers(folder, prompts, out, samples=2, slots=5)
+    again = answers(folder, prompts, out, samples=2, slots=5, tensor=2)
     assert len(drawn) == 2 * ROWS - 40
     for one, other in zip(whole, again, strict=True):
         np.testing.assert_allclose(one.pop("logprobs"), other.pop("logprobs"), atol=2e-5)

@@ -74,7 +74,8 @@ class LanguageModel:
     def relay(self, params: Params) -> Params:
         """Lay parameters out for decoding: a tree a layer, matrices in the type of the computation.
 
-        They are split over the mesh's tensor axis. A loop over layers that are stacked would make XLA hoist a second copy of all of them.
+        They are split over the mesh's tensor axis. A loop over layers that are stacked would make
+        XLA hoist a second copy of all of them.
         """
         dtype = jnp.dtype(self.config.dtype)
 

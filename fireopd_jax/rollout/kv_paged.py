@@ -169,7 +169,7 @@ class Paged:
         rows = jnp.where((at == whole[:, None]) & copies[:, None], new[:, None], rows)
 
         def copy(pool: Array) -> Array:
-            return pool.at[new].set(pool[jnp.minimum(last, none - 1)], mode="drop")
+            return self._copy_page(pool, new, jnp.minimum(last, none - 1))
 
         return dataclasses.replace(
             state,
@@ -284,6 +284,10 @@ class Paged:
             )
             for buffer, x in zip(kept, (k, v), strict=True)
         )
+
+    def _copy_page(self, pool: Array, to: Array, source: Array) -> Array:
+        """Copy whole pages; page N is nowhere."""
+        return pool.at[to].set(pool[source], mode="drop")
 
     def _rows(self, kept: Any, tables: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
         """Lay the pages of each row side by side: [B, K, S, H]; what is none gets masked later."""

@@ -1,15 +1,16 @@
 """How the loop of a rollout lies on a mesh: a loop for each replica, whose devices share the work.
 
-    data      manual: a program a replica, nothing passes between them
-    tensor    the compiler's, from where parameters and cache lie; manual only for the draw
+data      manual: a program a replica, nothing passes between them
+tensor    the compiler's, from where parameters and cache lie; manual only for the draw
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int32, Key
 
 from fireopd_jax.models.language_model import LanguageModel
@@ -55,18 +56,33 @@ def draw_over(
     )(logits, keys, sampling, position)
 
 
-def cache_spec(leaf: Any, memory: Any, model: LanguageModel) -> PartitionSpec:
+def cache_spec(ndim: int, memory: Any, model: LanguageModel) -> PartitionSpec:
     """Tell where an array of a cache lies: its key heads are shared, if there are enough."""
-    devices = tensor_devices(model.mesh)
-    if leaf.ndim < 4:  # tables of pages
+    if ndim < 4:  # tables of pages
         return PartitionSpec()
-    return over_tensor(leaf.ndim, memory.heads_axis, model.config.num_key_value_heads, devices)
+    heads, devices = model.config.num_key_value_heads, tensor_devices(model.mesh)
+    return over_tensor(ndim, memory.heads_axis, heads, devices)
 
 
 def split_cache(cache: Any, memory: Any, model: LanguageModel) -> Any:
     """Split a new cache over the devices of its replica."""
     if tensor_devices(model.mesh) == 1:
         return cache
-    return jax.tree.map(
-        lambda leaf: jax.lax.with_sharding_constraint(leaf, cache_spec(leaf, memory, model)), cache
-    )
+
+    def split(leaf: Array) -> Array:
+        return jax.lax.with_sharding_constraint(leaf, cache_spec(leaf.ndim, memory, model))
+
+    return jax.tree.map(split, cache)
+
+
+def state_shardings(state: Any, memory: Any, model: LanguageModel) -> Any:
+    """Tell where the arrays of a state lie, stacked over the replicas; None on one device."""
+    mesh = model.mesh
+    if mesh is None or mesh.size == 1:
+        return None
+    places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec("data")), state)
+
+    def place(leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec("data", *cache_spec(leaf.ndim - 1, memory, model)))
+
+    return dataclasses.replace(places, cache=jax.tree.map(place, state.cache))

@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from fireopd_jax.config import UserError
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.rollout.engine import DENSE, Memory, over_data
+from fireopd_jax.rollout.engine import DENSE, Memory
 from fireopd_jax.rollout.loop import Loop
+from fireopd_jax.rollout.meshes import over_data, state_shardings
 from fireopd_jax.rollout.requests import (
     Budget,
     Completion,
@@ -125,9 +126,7 @@ class Engine:
         if not self._runs:
             start = time.perf_counter()
             for capacity in self.capacities:
-                state = jax.eval_shape(functools.partial(self._make, capacity), self.seed)
-                state = jax.tree.map(self._abstract, state)
-                arguments = (self._params, state, jnp.int32(0), self.version)
+                arguments = (self._params, self._shape_of(capacity), jnp.int32(0), self.version)
                 self._runs[capacity] = self._run.lower(*arguments).compile()
             self.statistics.compile_seconds = time.perf_counter() - start
             self._state = self._make(self.capacity, self.seed)
@@ -360,7 +359,6 @@ class Engine:
         """Wrap what runs on the devices; only `_run` is compiled more than once."""
         mesh = self.model.mesh
         split, whole = PartitionSpec("data"), PartitionSpec()
-        by_replica = None if mesh is None or mesh.size == 1 else NamedSharding(mesh, split)
         loop = Loop(self.model, self.memory, self.shape.piece)
 
         def on_replicas(function: Callable[..., Any], *stacked: bool) -> Callable[..., Any]:
@@ -391,15 +389,28 @@ class Engine:
 
             return on_replicas(one, True)(state)
 
+        shapes = jax.eval_shape(functools.partial(make, self.capacity), self.seed)
+        places = state_shardings(shapes, self.memory, self.model)
         self._relay = jax.jit(self.model.relay)
-        self._run = jax.jit(on_replicas(run, False, True, False, False), donate_argnums=1)
-        self._make = jax.jit(make, static_argnums=0, out_shardings=by_replica)
-        self._grow = jax.jit(grow, static_argnums=1)
+        self._run = jax.jit(
+            on_replicas(run, False, True, False, False), donate_argnums=1, out_shardings=places
+        )
+        self._make = jax.jit(make, static_argnums=0, out_shardings=places)
+        self._grow = jax.jit(grow, static_argnums=1, out_shardings=places)
         # These do not see the cache, so that one that has grown compiles none of them again.
         self._write = jax.jit(on_replicas(write, *(True,) * 4), donate_argnums=(0, 1))
         self._remove = jax.jit(on_replicas(remove, True, True), donate_argnums=0)
         self._pick = jax.jit(on_replicas(pick, True, True))
-        self._abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_replica)
+
+    def _shape_of(self, capacity: int) -> State:
+        """Describe a state, as its program will be given it."""
+        state = jax.eval_shape(functools.partial(self._make, capacity), self.seed)
+        places = state_shardings(state, self.memory, self.model)
+        if places is None:
+            return state
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+        )
 
     def _initial(self, capacity: int, seed: Array) -> State:
         shape = self.shape

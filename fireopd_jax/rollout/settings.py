@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from fireopd_jax.config import UnitInterval, config
 from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
+from fireopd_jax.rollout.kv_paged_gpu import PagedGPU
 from fireopd_jax.rollout.kv_paged_tpu import PagedTPU
 
 
@@ -33,5 +34,5 @@ class RolloutConfig:
     slots: PositiveInt | None = None
     """Responses decoded at a time, on each device; changes no response. By default 32 on a CPU, 256
     elsewhere."""
-    cache: Annotated[Dense | Paged | PagedTPU, Field(discriminator="kind")] = Dense()
+    cache: Annotated[Dense | Paged | PagedTPU | PagedGPU, Field(discriminator="kind")] = Dense()
     """How keys and values are kept."""

@@ -60,3 +60,42 @@ def test_any_mesh_draws_what_one_device_draws(data, tensor, memory):
     np.testing.assert_array_equal(got.mask, wanted.mask)
     np.testing.assert_allclose(got.logprob, wanted.logprob, atol=1e-5)
     np.testing.assert_allclose(got.model_logprob, wanted.model_logprob, atol=1e-5)
+
+
+def engine(data, tensor, model=MODEL):
+    mesh = make_mesh(MeshConfig(data=data, tensor=tensor))
+    model = dataclasses.replace(model, mesh=mesh)
+    made = Engine(model, width=WIDTH, room=ROOM, seed=3, slots=2, rows=4, chunk_steps=5)
+    made.load(place_whole(mesh, random_params(model)), version=4)
+    return made
+
+
+def test_the_engine_of_a_mesh_draws_what_one_device_draws():
+    made, wanted = engine(2, 2), drawn(1, 1)
+    knobs = Knobs(stop=STOP, max_tokens=ROOM, **KNOBS)
+    real = [i for i in range(ROWS) if PROMPTS.length[i]]
+    got = made.generate(
+        [Request(10 + i, PROMPTS.tokens[i, : PROMPTS.length[i]], knobs) for i in real]
+    )
+    for i, each in zip(real, got, strict=True):
+        np.testing.assert_array_equal(each.tokens, wanted.tokens[i][wanted.mask[i]])
+
+
+def test_devices_of_a_replica_tell_one_another_sums_not_logits_nor_caches():
+    """Half of the heads, of the MLP and of the words are a device's own."""
+    made = engine(2, 2, dataclasses.replace(MODEL, vocab_size=5000))
+    kept = jax.tree.leaves(made._state.cache)
+    assert all(leaf.sharding.shard_shape(leaf.shape)[2] == leaf.shape[2] // 2 for leaf in kept)
+    relaid = made._params
+    table = relaid["embed_tokens"]
+    assert table.shape[0] == 5120 and table.sharding.shard_shape(table.shape)[0] == 2560
+    for name, axis in {"q_proj": 1, "k_proj": 1, "o_proj": 0}.items():
+        kernel = relaid["layers"][0]["self_attn"][name]["kernel"]
+        assert kernel.sharding.shard_shape(kernel.shape)[axis] == kernel.shape[axis] // 2
+    (program,) = made._runs.values()
+    text = program.as_text()
+    moved = re.findall(r"= \(?\w+\[([0-9,]*)\][^=]*? (?:all-gather|all-to-all)\(", text)
+    sizes = [int(np.prod([int(d) for d in shape.split(",") if d])) for shape in moved]
+    assert "all-reduce" in text and sizes
+    # What is gathered of two slots are masses of blocks, and the few best words of each.
+    assert max(sizes) < 2 * table.shape[0] / 8
