@@ -7,21 +7,17 @@ split of the rows into micro-batches adds up to the same loss and gradient.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32
 
-from fireopd_jax.types import Array, Batch, Rollout, Scores
+from fireopd_jax.types import Array, Batch, Rollout, Rows, Scores
 
 Keep = Bool[Array, " B"] | Bool[Array, "B T"]
-Progress = Float32[Array, ""] | float
-"""Share of the updates that are done, 0 to 1."""
-Filter = Callable[[Scores, Bool[Array, "B T"], Int32[Array, " B"], int, Progress], Keep]
-Reweight = Callable[
-    [Scores, Bool[Array, "B T"], Keep, Int32[Array, " B"], int, int | None], Float32[Array, "B T"]
-]
+Filter = Callable[[Scores, Rows], Keep]
+Reweight = Callable[[Scores, Rows, Keep], Float32[Array, "B T"]]
 
 
 def assemble(
@@ -32,15 +28,30 @@ def assemble(
     aggregate: Literal["seq", "token"],
     num_teachers: int,
     vocab_size: int | None = None,
-    progress: Progress = 0.0,
+    **known: Any,
 ) -> tuple[Batch, Keep]:
-    """Return the batch of the update and what the filter kept; no gradient passes."""
+    """Return the batch of the update and what the filter kept; no gradient passes.
+
+    `known` is what else the stages may want to know: fields of `Rows`.
+    """
     rollout, scores = jax.lax.stop_gradient((rollout, scores))
-    teacher, mask = rollout.prompts.teacher, rollout.mask
-    keep = filter(scores, mask, teacher, num_teachers, progress)
-    weight = reweight(scores, mask, keep, teacher, num_teachers, vocab_size)
-    weight = jax.lax.stop_gradient(weight)
-    return Batch(rollout, scores, weight, coefficients(mask, keep, aggregate)), keep
+    rows = rows_of(rollout, num_teachers, vocab_size, **known)
+    keep = filter(scores, rows)
+    weight = jax.lax.stop_gradient(reweight(scores, rows, keep))
+    return Batch(rollout, scores, weight, coefficients(rollout.mask, keep, aggregate)), keep
+
+
+def rows_of(rollout: Rollout, num_teachers: int, vocab_size: int | None, **known: Any) -> Rows:
+    """Gather what the stages may know of the rows."""
+    return Rows(
+        mask=rollout.mask,
+        teacher=rollout.prompts.teacher,
+        num_teachers=num_teachers,
+        vocab_size=vocab_size,
+        tokens=rollout.tokens,
+        sample_id=rollout.prompts.sample_id,
+        **known,
+    )
 
 
 def coefficients(

@@ -343,7 +343,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
             method.aggregate,
             len(teachers),
             student.vocab_size,
-            done / jnp.float32(updates),
+            progress=done / jnp.float32(updates),
         )
         return batch, keep, diagnostics.of_batch(batch, keep, config.rollout.max_tokens)
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 
 from fireopd_jax.filtering import TeacherQuantile
 from fireopd_jax.reweighting import ConfidenceConfusion, Scope
-from fireopd_jax.types import Array, Scores, TokenStats
+from fireopd_jax.types import Array, Rows, Scores, TokenStats
 
 
 def fire_weights(
@@ -51,8 +51,7 @@ def fire_weights(
         student=TokenStats(logprob=jnp.zeros_like(logprob), entropy=of_student),
         teacher=TokenStats(logprob=logprob, entropy=of_teacher),
     )
-    keep = TeacherQuantile(drop_fraction=drop_fraction, scope=filter_scope)(
-        scores, mask, teacher, num_teachers
-    )
+    rows = Rows(mask, teacher, num_teachers, vocab_size)
+    keep = TeacherQuantile(drop_fraction=drop_fraction, scope=filter_scope)(scores, rows)
     reweight = ConfidenceConfusion(alpha=alpha, beta=beta, max_scope=max_scope)
-    return reweight(scores, mask, keep, teacher, num_teachers, vocab_size), keep
+    return reweight(scores, rows, keep), keep

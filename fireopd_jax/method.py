@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fireopd_jax.config import config
-from fireopd_jax.filtering import KeepAll, Reopold, TeacherQuantile
+from fireopd_jax.filtering import AllOf, TeacherQuantile
+from fireopd_jax.filtering.several import Filters
 from fireopd_jax.losses.sampled_token import SampledReverseKL, SampledSquare
 from fireopd_jax.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
 from fireopd_jax.losses.vocabulary import MiniLLM, VocabularyDivergence
-from fireopd_jax.reweighting import ConfidenceConfusion, Progressive, Uniform
+from fireopd_jax.reweighting import ConfidenceConfusion, Progressive, SoftTrajectories, Uniform
 from fireopd_jax.rollout.settings import RolloutConfig
 from fireopd_jax.scoring import SampledToken, TopK, WholeVocabulary
 
@@ -26,12 +27,11 @@ class MethodConfig:
         SampledToken()
     )
     """What student and teachers say of a rollout."""
-    filter: Annotated[KeepAll | TeacherQuantile | Reopold, Field(discriminator="kind")] = (
-        TeacherQuantile()
-    )
+    filter: Annotated[Filters | AllOf, Field(discriminator="kind")] = TeacherQuantile()
     """Which trajectories, or tokens, the student learns from."""
     reweight: Annotated[
-        Uniform | ConfidenceConfusion | Progressive, Field(discriminator="kind")
+        Uniform | ConfidenceConfusion | Progressive | SoftTrajectories,
+        Field(discriminator="kind"),
     ] = ConfidenceConfusion()
     """How much each token counts."""
     loss: Annotated[

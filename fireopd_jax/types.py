@@ -128,6 +128,19 @@ class Overlap:
 
 
 @pytree
+class Margin:
+    """How far apart a prompt's right and wrong responses are, and what would part them enough.
+
+    References: arXiv 2605.03677 (Uni-OPD), Eq. 23.
+    """
+
+    shift: Float32[Array, " B"]
+    """Added to every advantage of a row: + d / 2 of a right one, - d / 2 of a wrong one."""
+    gap: Float32[Array, " B"]
+    """mean s+ - mean s- of the row's group, s the mean advantage; 0 where all are of one sort."""
+
+
+@pytree
 class Scores:
     """What the models say of a rollout, each at the rollout's temperature; no gradient."""
 
@@ -139,6 +152,36 @@ class Scores:
     overlap: Overlap | None = None
     teacher_hidden: Float[Array, "B T E"] | None = None
     """The teacher's final hidden states, for losses over the whole vocabulary."""
+    reverse_kl: Float32[Array, "B T"] | None = None
+    """KL(student || teacher) over the whole vocabulary."""
+    correct: Float32[Array, " B"] | None = None
+    """1 where the response was graded as right, 0 where not."""
+    margin: Margin | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What a filter or a weighting may know of the rows besides their scores."""
+
+    mask: Bool[Array, "B T"]
+    teacher: Int32[Array, " B"]
+    """Route: index of the teacher that scores the row."""
+    num_teachers: int = 1
+    vocab_size: int | None = None
+    tokens: Int32[Array, "B T"] | None = None
+    sample_id: Int32[Array, " B"] | None = None
+    progress: Float32[Array, ""] | float = 0.0
+    """Share of the updates that are done, 0 to 1."""
+    recent: Float32[Array, "W B 2"] | None = None
+    """Scores and teachers of the rows of earlier batches; NaN where there was none."""
+    special: tuple[int, ...] | None = None
+    """Ids that the method's filter has named by their texts."""
+    stop: tuple[int, ...] | None = None
+    """Ids that end a response."""
+
+    def masked(self, mask: Bool[Array, "B T"]) -> "Rows":
+        """Look at some of the tokens only."""
+        return dataclasses.replace(self, mask=mask)
 
 
 @pytree

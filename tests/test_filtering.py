@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 from pydantic import ValidationError
 
 from fireopd_jax.filtering import KeepAll, Reopold, TeacherQuantile
+from fireopd_jax.types import Rows
 from tests import cases, oracle
 
 
@@ -15,7 +16,7 @@ def keep_of(logprob, mask, num_teachers=1, teacher=None, **options):
     logprob, mask = np.asarray(logprob, np.float32), np.asarray(mask)
     teacher = np.zeros(len(mask), np.int32) if teacher is None else np.asarray(teacher, np.int32)
     scores = cases.make_scores(logprob, logprob, logprob, logprob)
-    return np.asarray(TeacherQuantile(**options)(scores, mask, teacher, num_teachers))
+    return np.asarray(TeacherQuantile(**options)(scores, Rows(mask, teacher, num_teachers)))
 
 
 @pytest.mark.parametrize("scope", ["batch", "teacher"])
@@ -23,7 +24,7 @@ def keep_of(logprob, mask, num_teachers=1, teacher=None, **options):
 @pytest.mark.parametrize("seed", range(5))
 def test_equals_oracle(seed, drop_fraction, scope):
     scores, mask, teacher = cases.random_case(seed, rows=13, num_teachers=3)
-    keep = TeacherQuantile(drop_fraction=drop_fraction, scope=scope)(scores, mask, teacher, 3)
+    keep = TeacherQuantile(drop_fraction=drop_fraction, scope=scope)(scores, Rows(mask, teacher, 3))
     groups = teacher if scope == "teacher" else None
     expected = oracle.keep_rows(scores.teacher.logprob, mask, drop_fraction, groups)
     np.testing.assert_array_equal(keep, expected)
@@ -77,15 +78,19 @@ def test_each_teacher_drops_its_own():
     np.testing.assert_array_equal(own, [True, False, True, False])
 
 
+def called(stage, scores, mask, teacher):
+    return stage(scores, Rows(mask, teacher, 2))
+
+
 def test_row_order_and_padding_do_not_matter():
     scores, mask, teacher = cases.random_case(3, rows=11)
     stage = TeacherQuantile(drop_fraction=0.3, scope="teacher")
-    keep = np.asarray(stage(scores, mask, teacher, 2))
+    keep = np.asarray(stage(scores, Rows(mask, teacher, 2)))
     order = np.random.default_rng(1).permutation(11)
     shuffled = jax.tree.map(lambda x: x[order], (scores, mask, teacher))
-    np.testing.assert_array_equal(stage(*shuffled, 2), keep[order])
+    np.testing.assert_array_equal(called(stage, *shuffled), keep[order])
     wide = jax.tree.map(lambda x: np.pad(x, ((0, 5), (0, 3))), (scores, mask))
-    padded = stage(*wide, np.pad(teacher, (0, 5)), 2)
+    padded = called(stage, *wide, np.pad(teacher, (0, 5)))
     np.testing.assert_array_equal(padded, np.pad(keep, (0, 5)))
 
 
@@ -93,17 +98,17 @@ def test_sharded_rows_equal_one_device():
     scores, mask, teacher = cases.random_case(4, rows=16)
     mesh = Mesh(np.array(jax.devices()[:8]), ("data",), axis_types=(AxisType.Auto,))
     stage = TeacherQuantile(drop_fraction=0.4, scope="teacher")
-    compiled = jax.jit(stage, static_argnums=3)
+    compiled = jax.jit(lambda *x: called(stage, *x))
     spread = jax.device_put((scores, mask, teacher), NamedSharding(mesh, P("data")))
-    np.testing.assert_array_equal(compiled(*spread, 2), stage(scores, mask, teacher, 2))
+    np.testing.assert_array_equal(compiled(*spread), called(stage, scores, mask, teacher))
 
 
 def test_keep_all_keeps_what_holds_a_token():
     scores, mask, teacher = cases.random_case(0)
-    keep = KeepAll()(scores, mask, teacher, 2)
+    keep = KeepAll()(scores, Rows(mask, teacher, 2))
     np.testing.assert_array_equal(keep, mask.any(axis=1))
     assert not keep[1]
-    nothing = TeacherQuantile(drop_fraction=0.0)(scores, mask, teacher, 2)
+    nothing = TeacherQuantile(drop_fraction=0.0)(scores, Rows(mask, teacher, 2))
     np.testing.assert_array_equal(keep, nothing)
 
 
@@ -114,7 +119,9 @@ def test_fraction_outside_the_unit_interval_is_refused(fraction):
 
 
 def reopold(scores, mask, progress, **options):
-    return np.asarray(Reopold(**options)(scores, mask, np.zeros(len(mask), np.int32), 1, progress))
+    return np.asarray(
+        Reopold(**options)(scores, Rows(mask, np.zeros(len(mask), np.int32), 1, progress=progress))
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -139,7 +146,9 @@ def test_the_student_relative_score_forgives_what_the_student_finds_unlikely_too
     scores = cases.make_scores(student, teacher, -student, -teacher)
     route = np.zeros(3, np.int32)
     by = {
-        score: np.asarray(TeacherQuantile(drop_fraction=0.4, score=score)(scores, mask, route, 1))
+        score: np.asarray(
+            TeacherQuantile(drop_fraction=0.4, score=score)(scores, Rows(mask, route, 1))
+        )
         for score in ("likelihood", "student_relative")
     }
     np.testing.assert_array_equal(by["likelihood"], [False, True, True])

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from fireopd_jax.ops.head import head_topk
 from fireopd_jax.reweighting import ConfidenceConfusion, Progressive, Uniform
+from fireopd_jax.types import Rows
 from tests import cases, oracle
 
 SCOPES = pytest.mark.parametrize("scope", ["batch", "kept", "teacher", "row", "vocabulary"])
@@ -23,7 +24,7 @@ def test_equals_oracle(seed, alpha, beta, scope):
     scores, mask, teacher = cases.random_case(seed, rows=9, num_teachers=3)
     keep = np.arange(9) % 3 != 0
     stage = ConfidenceConfusion(alpha=alpha, beta=beta, max_scope=scope)
-    ours = stage(scores, mask, keep, teacher, 3, VOCABULARY)
+    ours = stage(scores, Rows(mask, teacher, 3, VOCABULARY), keep)
     entropies = scores.teacher.entropy, scores.student.entropy
     expected = oracle.weights(*entropies, mask, keep, alpha, beta, scope, teacher, VOCABULARY)
     np.testing.assert_allclose(ours, expected, rtol=2e-6)
@@ -34,7 +35,7 @@ def test_equals_oracle(seed, alpha, beta, scope):
 def test_mean_is_one_on_every_trajectory_and_zero_is_masked(scope):
     scores, mask, teacher = cases.random_case(5)
     stage = ConfidenceConfusion(max_scope=scope)
-    weight = stage(scores, mask, np.zeros(7, bool), teacher, 2, VOCABULARY)
+    weight = stage(scores, Rows(mask, teacher, 2, VOCABULARY), np.zeros(7, bool))
     filled = mask.any(axis=1)
     mean = np.sum(weight, axis=1)[filled] / mask.sum(axis=1)[filled]
     np.testing.assert_allclose(mean, 1.0, rtol=1e-6)
@@ -46,7 +47,9 @@ def test_the_largest_entropy_in_a_dropped_row():
     scores = cases.make_scores(-entropy, -entropy, entropy, entropy)
     mask, keep, teacher = np.ones((2, 2), bool), np.array([True, False]), np.zeros(2, np.int32)
     by_scope = {
-        scope: np.asarray(ConfidenceConfusion(max_scope=scope)(scores, mask, keep, teacher, 1))
+        scope: np.asarray(
+            ConfidenceConfusion(max_scope=scope)(scores, Rows(mask, teacher, 1), keep)
+        )
         for scope in ("batch", "kept", "row")
     }
     # Row 0 by hand, maximum 4: (1.75 * 1.25, 1.875 * 1.125); maximum 1: (1 * 2, 1.5 * 1.5).
@@ -62,8 +65,8 @@ def test_no_strength_is_exactly_uniform(scope):
     scores, mask, teacher = cases.random_case(6, tokens=13)
     keep = mask.any(axis=1)
     stage = ConfidenceConfusion(alpha=0, beta=0, max_scope=scope)
-    ours = stage(scores, mask, keep, teacher, 2, VOCABULARY)
-    np.testing.assert_array_equal(ours, Uniform()(scores, mask, keep, teacher, 2))
+    ours = stage(scores, Rows(mask, teacher, 2, VOCABULARY), keep)
+    np.testing.assert_array_equal(ours, Uniform()(scores, Rows(mask, teacher, 2), keep))
     np.testing.assert_array_equal(ours, mask.astype(np.float32))
 
 
@@ -74,7 +77,7 @@ def test_certain_models_divide_by_no_zero(scope):
     mask = np.array([[True, True, False], [False, False, False]])
     nobody, teacher = np.zeros(2, bool), np.zeros(2, np.int32)
     stage = ConfidenceConfusion(max_scope=scope)
-    weight = stage(scores, mask, nobody, teacher, 1, VOCABULARY)
+    weight = stage(scores, Rows(mask, teacher, 1, VOCABULARY), nobody)
     np.testing.assert_array_equal(weight, mask.astype(np.float32))
 
 
@@ -86,9 +89,13 @@ def test_a_broken_row_does_not_reach_the_others(scope):
     empty[0] = False
     keep = np.ones(7, bool)
     stage = ConfidenceConfusion(max_scope=scope)
-    ours = stage(broken, mask, keep, teacher, 2)
-    np.testing.assert_array_equal(ours[1:], stage(scores, empty, keep, teacher, 2)[1:])
+    ours = stage(broken, Rows(mask, teacher, 2), keep)
+    np.testing.assert_array_equal(ours[1:], stage(scores, Rows(empty, teacher, 2), keep)[1:])
     assert np.isnan(ours[0]).all()
+
+
+def called(stage, scores, mask, keep, teacher):
+    return stage(scores, Rows(mask, teacher, 2, VOCABULARY), keep)
 
 
 @SCOPES
@@ -96,16 +103,16 @@ def test_row_order_padding_and_devices_do_not_matter(scope):
     scores, mask, teacher = cases.random_case(8, rows=8)
     keep = np.arange(8) != 2
     stage = ConfidenceConfusion(max_scope=scope)
-    weight = np.asarray(stage(scores, mask, keep, teacher, 2, VOCABULARY))
+    weight = np.asarray(stage(scores, Rows(mask, teacher, 2, VOCABULARY), keep))
     order = np.random.default_rng(1).permutation(8)
     shuffled = jax.tree.map(lambda x: x[order], (scores, mask, keep, teacher))
-    np.testing.assert_allclose(stage(*shuffled, 2, VOCABULARY), weight[order], rtol=1e-6)
+    np.testing.assert_allclose(called(stage, *shuffled), weight[order], rtol=1e-6)
     wide = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 3))), (scores, mask))
     expected = np.pad(weight, ((0, 0), (0, 3)))
-    np.testing.assert_allclose(stage(*wide, keep, teacher, 2, VOCABULARY), expected, rtol=1e-6)
+    np.testing.assert_allclose(called(stage, *wide, keep, teacher), expected, rtol=1e-6)
     mesh = Mesh(np.array(jax.devices()[:8]), ("data",), axis_types=(AxisType.Auto,))
     spread = jax.device_put((scores, mask, keep, teacher), NamedSharding(mesh, P("data")))
-    sharded = jax.jit(stage, static_argnums=(4, 5))(*spread, 2, VOCABULARY)
+    sharded = jax.jit(lambda *x: called(stage, *x))(*spread)
     np.testing.assert_allclose(sharded, weight, rtol=1e-6)
 
 
@@ -114,7 +121,7 @@ def test_prefix_keep_limits_the_kept_maximum():
     scores = cases.make_scores(-entropy, -entropy, entropy, entropy)
     mask, teacher = np.ones((1, 3), bool), np.zeros(1, np.int32)
     prefix = np.array([[True, True, False]])
-    ours = ConfidenceConfusion(max_scope="kept")(scores, mask, prefix, teacher, 1)
+    ours = ConfidenceConfusion(max_scope="kept")(scores, Rows(mask, teacher, 1), prefix)
     # Maximum 1: the last token is clamped to c^T = 0, c^S = 1, hence equal to the first.
     raw = np.array([[2.0, 2.25, 2.0]])
     np.testing.assert_allclose(ours, raw / raw.mean(), rtol=1e-6)
@@ -126,7 +133,7 @@ def test_no_gradient_passes():
     keep = mask.any(axis=1)
 
     def total(scores):
-        return (ConfidenceConfusion()(scores, mask, keep, teacher, 2) ** 2).sum()
+        return (ConfidenceConfusion()(scores, Rows(mask, teacher, 2), keep) ** 2).sum()
 
     assert not any(np.any(g) for g in jax.tree.leaves(jax.grad(total)(scores)))
 
@@ -139,7 +146,9 @@ def test_negative_strength_is_refused():
 def test_the_bound_of_the_vocabulary_needs_its_size():
     scores, mask, teacher = cases.random_case(3)
     with pytest.raises(ValueError, match="'vocabulary' needs vocab_size"):
-        ConfidenceConfusion(max_scope="vocabulary")(scores, mask, np.ones(7, bool), teacher, 2)
+        ConfidenceConfusion(max_scope="vocabulary")(
+            scores, Rows(mask, teacher, 2), np.ones(7, bool)
+        )
 
 
 def test_the_weight_of_the_head_is_that_of_the_vocabulary_scope():
@@ -162,7 +171,7 @@ def test_the_weight_of_the_head_is_that_of_the_vocabulary_scope():
 def test_progressive_weights_fall_as_the_disagreement_is_met(gamma):
     scores, mask, teacher = cases.random_case(0)
     gap = np.abs(np.asarray(scores.teacher.logprob) - np.asarray(scores.student.logprob))
-    ours = Progressive(gamma=gamma)(scores, mask, mask.any(axis=1), teacher, 2)
+    ours = Progressive(gamma=gamma)(scores, Rows(mask, teacher, 2), mask.any(axis=1))
     for i, t in np.ndindex(mask.shape):
         expected = 0.0
         if mask[i, t]:
@@ -175,5 +184,5 @@ def test_progressive_weights_fall_as_the_disagreement_is_met(gamma):
 def test_progressive_weights_without_disagreement():
     mask = np.ones((1, 3), bool)
     scores = cases.make_scores(*[np.full((1, 3), -1.0)] * 4)
-    ours = Progressive()(scores, mask, mask.any(axis=1), np.zeros(1, np.int32), 1)
+    ours = Progressive()(scores, Rows(mask, np.zeros(1, np.int32), 1), mask.any(axis=1))
     np.testing.assert_array_equal(ours, np.full((1, 3), 2.0))

@@ -21,7 +21,7 @@ from fireopd_jax.ops.formulas import (
 )
 from fireopd_jax.recipe import MethodConfig
 from fireopd_jax.reweighting import Progressive
-from fireopd_jax.types import Batch, Scores, Support, TokenStats
+from fireopd_jax.types import Batch, Rows, Scores, Support, TokenStats
 from tests import cases
 
 
@@ -65,14 +65,14 @@ def of_divergence(divergence):
 def of_filter(progress):
     def run(stage):
         scores, mask, _ = cases.random_case(0)
-        return [stage(scores, mask, np.zeros(len(mask), np.int32), 1, progress)]
+        return [stage(scores, Rows(mask, np.zeros(len(mask), np.int32), 1, progress=progress))]
 
     return run
 
 
 def of_weight(stage):
     scores, mask, teacher = cases.random_case(0)
-    return [stage(scores, mask, mask.any(axis=1), teacher, 2)]
+    return [stage(scores, Rows(mask, teacher, 2), mask.any(axis=1))]
 
 
 CHANGES = [
