@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from fireopd_jax import diagnostics
-from fireopd_jax.batch import assemble
+from fireopd_jax.batch import assemble, rows_of
 from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import Encoded, encode, split
 from fireopd_jax.data.sources import Row, read_rows, route
+from fireopd_jax.filtering import AllOf, SpecialTokens, ranking
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.hf_config import check_same
 from fireopd_jax.models.hf_load import read_config, resolve
@@ -32,11 +33,12 @@ from fireopd_jax.models.quantized import Quantize
 from fireopd_jax.recipe import Config, MethodConfig, ModelConfig, StudentConfig
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling, stream
+from fireopd_jax.scoring import TopK
 from fireopd_jax.sharding import by_rows, make_mesh, replicated
 from fireopd_jax.text.chat import stop_ids
 from fireopd_jax.text.checks import Speaker, check_ids, check_teacher, valid_rows
 from fireopd_jax.text.tokenizer import load_tokenizer, read_generation
-from fireopd_jax.types import Batch, Prompts, Rollout
+from fireopd_jax.types import Batch, Prompts, Rollout, pytree
 from fireopd_jax.update import Metrics, OptimConfig, TrainState, make_optimizer, make_update
 
 
@@ -109,6 +111,8 @@ class Setup:
     mesh: Mesh
     student: ModelSpec
     teachers: tuple[ModelSpec, ...]
+    base: ModelSpec | None
+    """The base policy, where another than the student as it begins is named."""
     rows: Sequence[Row]
     encoded: Encoded
     train: np.ndarray
@@ -219,12 +223,14 @@ def set_up(config: Config) -> Setup:
         make_spec(f"teacher {name}", teacher).quantized(teacher.quantize).on(mesh)
         for name, teacher in config.teachers.items()
     )
-    for teacher in teachers:
-        check_teacher(student.speaker, teacher.speaker, config.checks.allow)
-    for spec in (student, *teachers):
+    base = None if config.base is None else make_spec("base", config.base).on(mesh)
+    others = teachers if base is None else (*teachers, base)
+    for other in others:
+        check_teacher(student.speaker, other.speaker, config.checks.allow)
+    for spec in (student, *others):
         check_length(spec, config)
     # What a teacher has no token for, it cannot score.
-    student = student.limited(min(teacher.model.size for teacher in teachers))
+    student = student.limited(min(other.model.size for other in others))
     rows = read_rows(config.data)
     routes = route(rows, list(config.teachers), config.data.teacher_column)
     for index, name in enumerate(config.teachers):
@@ -242,6 +248,7 @@ def set_up(config: Config) -> Setup:
     )
     check_rows(student, teachers, encoded)
     check_support(config.method, student)
+    special_ids(config.method.filter, student.tokenizer)
     kept = encoded.kept
     train, held_out = (kept[side] for side in split([rows[i] for i in kept], config.eval.problems))
     for index in held_out:
@@ -250,14 +257,34 @@ def set_up(config: Config) -> Setup:
                 f"{rows[index].origin}: no answer to grade by; name its column as "
                 "data.answer_column, or set eval.problems=0"
             )
-    return Setup(config, mesh, student, teachers, rows, encoded, train, held_out)
+    if config.method.score.margin is not None:
+        for index in train:
+            if rows[index].answer is None:
+                raise UserError(
+                    f"{rows[index].origin}: no answer to grade by, which method.score.margin needs"
+                )
+    return Setup(config, mesh, student, teachers, base, rows, encoded, train, held_out)
 
 
 def check_support(method: MethodConfig, student: ModelSpec) -> None:
     """Refuse a list longer than the vocabulary."""
-    k, size = getattr(method.score, "k", 1), student.model.size
-    if k > size:
-        raise UserError(f"method.score.k={k}: the vocabulary has {size} words")
+    score, size = method.score, student.model.size
+    if isinstance(score, TopK) and score.k > size:
+        raise UserError(f"method.score.k={score.k}: the vocabulary has {size} words")
+
+
+def special_ids(filter: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Turn the texts that a filter names into all the ids that they are made of."""
+    ids: set[int] = set()
+    filters = filter.filters if isinstance(filter, AllOf) else (filter,)
+    for text in (
+        text for each in filters if isinstance(each, SpecialTokens) for text in each.strings
+    ):
+        found = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not found:
+            raise UserError(f"method.filter.strings: {text!r} is no token of the student's")
+        ids.update(found)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return tuple(sorted(ids))
 
 
 def check_rows(student: ModelSpec, teachers: Sequence[ModelSpec], encoded: Encoded) -> None:
@@ -281,6 +308,18 @@ def check_length(spec: ModelSpec, config: Config) -> None:
         )
 
 
+@pytree
+class Beside:
+    """What only some methods score with."""
+
+    base: Params | None = None
+    """The base policy."""
+    recent: jax.Array | None = None
+    """Scores of earlier batches, f32[W, B, 2]: see `Rows`."""
+    correct: jax.Array | np.ndarray | None = None
+    """Grades of the responses, f32[B]."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """The jitted programs of a method; shapes are fixed, so each compiles once."""
@@ -289,8 +328,8 @@ class Programs:
     """What learns, of the student as it begins: a copy of its parameters, or new adapters."""
     whole: Callable[[Params, Params], Params]
     """The student from how it began and what has learnt: what answers, is scored and saved."""
-    score: Callable[..., tuple[Batch, jax.Array, Metrics]]
-    """(student, teachers, rollout, temperature, updates done, base policy or None)"""
+    score: Callable[..., tuple[Batch, jax.Array, Metrics, jax.Array | None]]
+    """(student, teachers, rollout, temperature, updates done, `Beside`)"""
     update: Callable[..., tuple[TrainState, Metrics]]
     """(state, batch, temperature, what adapters are added to or None, teacher or None)"""
     copy: Callable[[Any], Any]
@@ -325,16 +364,22 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
     updates = config.run.steps * config.run.updates_per_rollout
     optimizer = make_optimizer(optim, updates)
     lora = config.student.lora
+    base_model = student if setup.base is None else setup.base.model
+    ids = {"special": special_ids(method.filter, setup.student.tokenizer)}
+    ids["stop"] = setup.student.stop
 
-    def score(params, teacher_params, rollout, temperature, done, base=None):
+    def score(params, teacher_params, rollout, temperature, done, beside):
         scores = method.score(
             (student, params),
             list(zip(teachers, teacher_params, strict=True)),
             rollout,
             temperature,
             setup.mesh,
-            None if base is None else (student, base),
+            None if beside.base is None else (base_model, beside.base),
         )
+        if method.score.margin is not None:
+            scores = method.score.margin(scores, rollout, beside.correct)
+        known = ids | {"recent": beside.recent, "progress": done / jnp.float32(updates)}
         batch, keep = assemble(
             rollout,
             scores,
@@ -343,9 +388,15 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
             method.aggregate,
             len(teachers),
             student.vocab_size,
-            progress=done / jnp.float32(updates),
+            **known,
         )
-        return batch, keep, diagnostics.of_batch(batch, keep, config.rollout.max_tokens)
+        recent = None
+        if beside.recent is not None:
+            rows = rows_of(rollout, len(teachers), student.vocab_size, **known)
+            recent = ranking(method.filter).remember(scores, rows, beside.recent)
+        names = list(config.teachers)
+        metrics = diagnostics.of_batch(batch, keep, config.rollout.max_tokens, names)
+        return batch, keep, metrics, recent
 
     update = make_update(
         student,
@@ -368,7 +419,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
     return Programs(
         learner=learner,
         whole=merge,
-        score=jax.jit(score, out_shardings=(rows, rows, whole)),
+        score=jax.jit(score, out_shardings=(rows, rows, whole, whole)),
         update=jax.jit(update, donate_argnums=0, out_shardings=(whole, whole)),
         copy=copy,
         optimizer=optimizer,

@@ -15,20 +15,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fireopd_jax.build import Programs, make_programs
+from fireopd_jax.alarms import Alarms
+from fireopd_jax.build import Beside, Programs, make_programs
 from fireopd_jax.checkpoint import Checkpoints
 from fireopd_jax.compilation import CompileCounter
 from fireopd_jax.completions import write_completions
 from fireopd_jax.data.pipeline import PromptLoader
+from fireopd_jax.filtering import ranking
 from fireopd_jax.loop import run_steps
 from fireopd_jax.metrics import merge, results
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe import MethodConfig
+from fireopd_jax.rollout.mixing import given_rows, mix, without
 from fireopd_jax.rollout.sampling import stream
 from fireopd_jax.session import Session
-from fireopd_jax.sharding import place_whole
+from fireopd_jax.sharding import by_rows, place_rows, place_whole
 from fireopd_jax.tracking import Tracker
-from fireopd_jax.types import Batch
+from fireopd_jax.types import Batch, Prompts, Rollout
 from fireopd_jax.update import Metrics, TrainState, init_state, learning_rate, skip_reason
 
 
@@ -51,6 +54,7 @@ class Distillation:
         method: MethodConfig,
         teachers: Sequence[Params],
         start: Params,
+        base: Params | None,
         home: Path,
         name: str,
     ):
@@ -75,21 +79,28 @@ class Distillation:
             prompts_per_step=config.rollout.batch_size // config.rollout.group_size,
             group_size=config.rollout.group_size,
             seed=stream(config.run.seed, "prompts"),
+            references=config.rollout.on_policy_fraction < 1,
         )
+        self.mix = jax.jit(mix, out_shardings=by_rows(session.setup.mesh))
         self.start = start
-        self.base = start if config.student.lora is not None else None
         # Who is not read is not passed: the programs would hold on to it.
-        self.extrapolated = start if method.score.base else None
-        reads = getattr(method.loss, "divergence_from_teacher", None) is not None
-        self.lent = self.teachers[0] if reads else None
+        self.adapted = start if config.student.lora is not None else None
+        self.base = (start if base is None else base) if method.score.base else None
+        self.graded = method.score.margin is not None
+        self.lent = self.teachers[0] if method.loss.divergence_from_teacher is not None else None
+        ranks = ranking(method.filter)
+        shape = (ranks.window if ranks else 0, config.rollout.batch_size, 2)
+        self.recent = jnp.full(shape, jnp.nan, jnp.float32) if ranks else None
         self.counter = CompileCounter()
+        self.alarms = Alarms()
         self.reported = time.monotonic()
 
     def run(self) -> Params:
         """Train to the end, from the newest checkpoint if there is one."""
         run = self.config.run
         self.home.mkdir(parents=True, exist_ok=True)
-        state = init_state(self.programs.learner(self.start), self.programs.optimizer)
+        learner = self.programs.learner(self.start)
+        state = init_state(learner, self.programs.optimizer, self.recent)
         state = place_whole(self.session.setup.mesh, state)
         self.checkpoints = Checkpoints(
             self.home / "checkpoints", keep=run.keep, keep_best=run.keep_best
@@ -125,17 +136,18 @@ class Distillation:
         before = self.counter.count
         prompts = next(self.loader)
         params = self.programs.whole(self.start, state.params)
-        rollout = self.session.generate(
-            self.session.setup.student, params, prompts, self.sampling, state.updates
-        )
-        batch, keep, metrics = self.programs.score(
-            params, self.teachers, rollout, self.temperature, state.updates, self.extrapolated
+        rollout = self._rollout(params, prompts, state.updates)
+        correct = self.session.grades(rollout) if self.graded else None
+        beside = Beside(self.base, state.recent, correct)
+        batch, keep, metrics, recent = self.programs.score(
+            params, self.teachers, rollout, self.temperature, state.updates, beside
         )
         del params  # a merged copy makes room for the update
+        state = dataclasses.replace(state, recent=recent)
         updates = []
         for _ in range(self.config.run.updates_per_rollout):
             state, update = self.programs.update(
-                state, batch, self.temperature, self.base, self.lent
+                state, batch, self.temperature, self.adapted, self.lent
             )
             updates.append(update)
         return state, Step(
@@ -145,11 +157,23 @@ class Distillation:
             compilations=self.counter.count - before,
         )
 
+    def _rollout(self, params: Params, prompts: Prompts, version: jax.Array) -> Rollout:
+        """Draw responses; where rows learn from given ones, those take their place."""
+        student, fraction = self.session.setup.student, self.config.rollout.on_policy_fraction
+        if fraction == 1:
+            return self.session.generate(student, params, prompts, self.sampling, version)
+        given = given_rows(prompts, fraction, stream(self.config.run.seed, "on-policy"))
+        own = without(prompts, given)
+        rollout = self.session.generate(student, params, own, self.sampling, version)
+        return self.mix(rollout, place_rows(self.session.setup.mesh, prompts), given)
+
     def report(self, done: int, step: Step) -> dict[str, object]:
         """Write a finished step's metrics and samples; tell what to show."""
         run = self.config.run
         values = results(step.metrics)
         values.update(self._derived(done, values, step))
+        for alarm in self.alarms.check(done, values):
+            self.session.log(f"{self.name}: step {done}: {alarm}")
         if values["skipped"]:
             self.session.log(f"{self.name}: step {done} skipped: {skip_reason(values)}")
         if done % run.log_every == 0 or done == run.steps:
@@ -170,9 +194,11 @@ class Distillation:
         self.applied += round((1 - values["skipped"]) * self.config.run.updates_per_rollout)
         square = values.pop("fire/token_weight_square")
         mean = values["fire/token_weight_mean"]
+        spread = values.pop("distill/advantage_square") - values["distill/reverse_kl"] ** 2
         return {
             "learning_rate": float(np.asarray(self.learning_rate(max(self.applied - 1, 0)))),
             "fire/token_weight_ess": mean**2 / square if square else float("nan"),
+            "distill/advantage_std": max(spread, 0.0) ** 0.5,
             "timing_s/step": seconds,
             "perf/tokens_per_s": values["num_tokens"] / max(seconds, 1e-9),
             "perf/compilations": step.compilations,

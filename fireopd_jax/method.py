@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fireopd_jax.config import config
-from fireopd_jax.filtering import AllOf, TeacherQuantile
-from fireopd_jax.filtering.several import Filters
+from fireopd_jax.filtering import AllOf, Filters, TeacherQuantile
 from fireopd_jax.losses.sampled_token import SampledReverseKL, SampledSquare
 from fireopd_jax.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
 from fireopd_jax.losses.vocabulary import MiniLLM, VocabularyDivergence
@@ -60,10 +59,11 @@ class MethodConfig:
 
 
 def conflicts(method: MethodConfig, rollout: RolloutConfig, num_teachers: int) -> Iterator[str]:
-    """Refuse losses that this score or these rollouts make wrong, or identically zero."""
+    """Refuse stages that this score or these rollouts make wrong, vain, or identically zero."""
     score, loss = method.score, method.loss
     filtered = rollout.top_p < 1 or max(rollout.top_k, rollout.min_p, rollout.min_tokens) > 0
-    if filtered and getattr(loss, "importance_cap", 1.0) is None:
+    sampled = isinstance(loss, SampledReverseKL | SampledSquare)
+    if filtered and sampled and loss.importance_cap is None:
         yield (
             f"{loss.kind} is exact only for unfiltered rollouts: with rollout.top_p, "
             "top_k, min_p or min_tokens set, give method.loss.importance_cap too"
@@ -74,6 +74,23 @@ def conflicts(method: MethodConfig, rollout: RolloutConfig, num_teachers: int) -
         yield (
             f"{loss.kind} takes the rollout's tokens for draws of the student itself: expected "
             "rollout.top_p=1, top_k=0, min_p=0 and min_tokens=0"
+        )
+    own = sampled or tail or isinstance(loss, EntropyAware | MiniLLM)
+    if rollout.on_policy_fraction < 1 and own:
+        yield (
+            f"rollout.on_policy_fraction={rollout.on_policy_fraction}: {loss.kind} takes every "
+            "response for the student's own; expected 1, or a divergence on a support or over the "
+            "vocabulary"
+        )
+    if score.margin is not None and rollout.group_size == 1:
+        yield (
+            "method.score.margin compares the responses of a prompt: expected rollout.group_size "
+            "of 2 or more, it is 1"
+        )
+    if score.margin is not None and not method.needs & {"margin"}:
+        yield (
+            "method.score.margin: neither filter nor loss reads it; expected null, or "
+            "method.loss.margin=true"
         )
     if few is not None and tail and few.divergence.kind != "reverse_kl":
         yield (
@@ -88,7 +105,7 @@ def conflicts(method: MethodConfig, rollout: RolloutConfig, num_teachers: int) -
             "method.score.k=1: one word renormalised has probability 1 in both models, the loss is "
             "identically zero; expected k of 2 or more, or score.sampled=true"
         )
-    if isinstance(score, WholeVocabulary) and "teacher.hidden" not in method.needs:
+    if isinstance(score, WholeVocabulary) and not method.needs & {"teacher.hidden", "reverse_kl"}:
         yield (
             "method.score: whole_vocabulary keeps the teacher's hidden states, which neither "
             "filter, reweight nor loss reads; expected sampled_token or top_k"

@@ -93,6 +93,12 @@ def make_teacher(session: Session, index: int) -> Params:
     return once(session, spec, spec.slug, _maker(session, spec, rows, ()))
 
 
+def read_base(session: Session) -> Params | None:
+    """Read the base policy that is named, if one is."""
+    spec = session.setup.base
+    return None if spec is None else _first_params(session, spec)
+
+
 def make_student(session: Session, teachers: Sequence[Params]) -> Params:
     """Make or read the student as distillation will find it."""
     spec = session.setup.student

@@ -23,7 +23,7 @@ from fireopd_jax.config import (
 from fireopd_jax.config import validate as validate_tree
 from fireopd_jax.data.sources import DataConfig
 from fireopd_jax.evaluation.evaluator import EvalConfig
-from fireopd_jax.filtering import TeacherQuantile
+from fireopd_jax.filtering import AllOf, TeacherQuantile
 from fireopd_jax.losses.sampled_token import SampledReverseKL
 from fireopd_jax.method import MethodConfig, conflicts
 from fireopd_jax.models.decoder import DecoderConfig
@@ -87,6 +87,8 @@ class Config:
     """The model that learns."""
     teachers: dict[str, TeacherConfig] = dataclasses.field(default_factory=dict)
     """The models that score, by name; `teacher.x` is short for `teachers.default.x`."""
+    base: ModelConfig | None = None
+    """The base policy of a method that extrapolates; null: the student as it begins."""
     method: MethodConfig = MethodConfig()
     """How the student learns."""
     rollout: RolloutConfig = RolloutConfig()
@@ -135,6 +137,7 @@ ALIASES = {
     "entropy_beta": "method.reweight.beta",
     "opd_teacher": "data.teacher_column",
     "rollout_is_threshold": "method.loss.importance_cap",
+    "lmbda": "rollout.on_policy_fraction",
 }
 
 
@@ -212,7 +215,8 @@ def _conflicts(config: Config) -> Iterator[str]:
         yield "rollout.temperature=0: greedy rollouts have no gradient; expected a positive value"
     yield from conflicts(method, rollout, len(config.teachers))
     if isinstance(method.filter, TeacherQuantile) and method.filter.scope == "batch":
-        rho, rows = method.filter.drop_fraction, rollout.batch_size
+        rho = method.filter.drop_fraction
+        rows = rollout.batch_size * (1 + method.filter.window)
         if rho == 1:
             yield "method.filter.drop_fraction=1: every trajectory is dropped, nothing is learnt"
         elif rho > 0 and int(rho * rows + 1e-9) == 0:
@@ -279,12 +283,12 @@ def _ineffective(config: Config) -> Iterator[tuple[str, str, str]]:
         switch = "run.updates_per_rollout"
         yield "method.loss.clip", switch, "with run.updates_per_rollout=1: the ratio is 1"
     if len(config.teachers) == 1:
-        for key, value in (
-            ("method.filter.scope", getattr(config.method.filter, "scope", None)),
-            ("method.reweight.max_scope", getattr(config.method.reweight, "max_scope", None)),
-        ):
-            if value == "teacher":
-                yield key, "teachers", "as 'teacher' with a single teacher"
+        filter, reweight = config.method.filter, config.method.reweight
+        alone = "as 'teacher' with a single teacher"
+        if isinstance(filter, TeacherQuantile) and filter.scope == "teacher":
+            yield "method.filter.scope", "teachers", alone
+        if isinstance(reweight, ConfidenceConfusion) and reweight.max_scope == "teacher":
+            yield "method.reweight.max_scope", "teachers", alone
     if config.run.dir is not None:
         yield "run.name", "run.dir", "beside run.dir"
     else:
@@ -295,14 +299,24 @@ def _ineffective(config: Config) -> Iterator[tuple[str, str, str]]:
             yield "method.loss.floor", "method.loss.ceiling", "with a ceiling that is no higher"
     if "base.logprob" not in config.method.needs:
         yield "method.score.base", "method.loss", "with stages that need no base.logprob"
+    if not config.method.score.base:
+        yield "base", "method.score.base", "with a score that asks no base policy"
+    if isinstance(config.method.filter, AllOf) and not config.method.filter.filters:
+        yield "method.filter.kind", "method.filter.filters", "as all_of without filters"
     reweight = config.method.reweight
     if isinstance(reweight, ConfidenceConfusion) and reweight.alpha == reweight.beta == 0:
-        yield "method.reweight.max_scope", "method.reweight.alpha", "with alpha = beta = 0"
+        for name in ("max_scope", "max_quantile"):
+            yield f"method.reweight.{name}", "method.reweight.alpha", "with alpha = beta = 0"
+    if isinstance(reweight, ConfidenceConfusion) and reweight.max_scope == "vocabulary":
+        reason = "with max_scope: vocabulary, whose bound is log V"
+        yield "method.reweight.max_quantile", "method.reweight.max_scope", reason
     if config.eval.temperature == 0:
         yield "eval.top_p", "eval.temperature", "with eval.temperature=0, which is greedy"
     stages = [model.sft for _, model in _models(config) if model.sft is not None]
-    if not any(stage.source == "rows" for stage in stages):
-        yield "data.reference_column", "student.sft", "without supervised training on rows"
+    learnt = any(stage.source == "rows" for stage in stages)
+    if not learnt and config.rollout.on_policy_fraction == 1:
+        reason = "without supervised training on rows, and with rollouts all on-policy"
+        yield "data.reference_column", "student.sft", reason
     for key, model in _models(config):
         if model.sft is not None and model.sft.source == "rows":
             yield f"{key}.sft.teacher_rows", f"{key}.sft.source", "with source: rows"

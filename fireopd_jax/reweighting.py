@@ -167,7 +167,7 @@ class SoftTrajectories:
         valid, length = mask.any(axis=1), mask.sum(axis=1)
         score = jnp.where(mask, scores.teacher.logprob, 0.0).sum(axis=1) / jnp.maximum(length, 1)
         usable = valid & jnp.isfinite(score)
-        share = jax.nn.softmax(score / self.temperature, where=usable, initial=-jnp.inf)
+        share = jax.nn.softmax(score / self.temperature, where=usable)
         share = jnp.where(usable, share * jnp.sum(valid), 0.0)
         return jax.lax.stop_gradient(share[:, None] * self.tokens(scores, rows, keep))
 

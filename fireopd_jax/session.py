@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fireopd_jax.build import ModelSpec, Setup, make_generate
 from fireopd_jax.data.pipeline import eval_prompts
 from fireopd_jax.evaluation.evaluator import EvalResult, evaluate
+from fireopd_jax.evaluation.graders import grade as grade_text
 from fireopd_jax.loop import Interrupted, StopFlag
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.rollout.sampling import Sampling
@@ -74,6 +76,15 @@ class Session:
         batches = -(-len(indices) * samples // config.batch_size)
         with progress(f"eval {label}", batches) as bar:
             return grade(setup, spec, draw, indices, samples, bar, out)
+
+    def grades(self, rollout: Rollout) -> np.ndarray:
+        """Grade responses against their rows' answers: f32[B], 1 where right; waits for them."""
+        drawn, setup = jax.device_get(rollout), self.setup
+        right = np.zeros(len(drawn.mask), np.float32)
+        for i in np.flatnonzero(drawn.mask.any(axis=1)):
+            text = decode(setup.student.tokenizer, drawn.tokens[i][drawn.mask[i]].tolist())
+            right[i] = grade_text(text, setup.rows[int(drawn.prompts.row[i])].answer or "")
+        return right
 
     def evaluate_teachers(self, teachers: Sequence[Params]) -> list[EvalResult]:
         """Grade each teacher on its own problems."""

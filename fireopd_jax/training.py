@@ -24,7 +24,7 @@ from fireopd_jax.fits import check_training_batches
 from fireopd_jax.loop import Interrupted, stop_on_signal
 from fireopd_jax.models.decoder import parameter_count
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.prepare import check_learners, make_student, make_teacher, once
+from fireopd_jax.prepare import check_learners, make_student, make_teacher, once, read_base
 from fireopd_jax.recipe import Config, MethodConfig, as_tree, with_method
 from fireopd_jax.report import print_curve, print_results, write_card
 from fireopd_jax.session import Session
@@ -134,13 +134,14 @@ def _sft(session: Session) -> Summary:
 def _train(session: Session) -> Summary:
     config = session.setup.config
     teachers, start, summary = _prepare(session)
+    base = read_base(session)
 
     def distil(method: MethodConfig, home: Any, name: str) -> Params:
         return once(
             session,
             session.setup.student,
             name,
-            lambda _: Distillation(session, method, teachers, start, home, name).run(),
+            lambda _: Distillation(session, method, teachers, start, base, home, name).run(),
         )
 
     student = distil(config.method, session.folder.path, "student")

@@ -7,6 +7,7 @@ add up. A step without a usable gradient changes nothing but the counters, and i
 what was not finite.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
@@ -20,11 +21,11 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from fireopd_jax.batch import total_loss
 from fireopd_jax.config import UnitInterval, config
 from fireopd_jax.metrics import Max, Mean
+from fireopd_jax.models.comparison import divergence_from
 from fireopd_jax.models.decoder import Remat
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.models.lora import LoraConfig
-from fireopd_jax.ops.dispatch import PLAIN
-from fireopd_jax.ops.divergence import head_divergence
+from fireopd_jax.ops.formulas import Divergence
 from fireopd_jax.ops.head import HeadOptions, head_gather, head_stats
 from fireopd_jax.sharding import micro_batches
 from fireopd_jax.types import Array, Batch, TokenStats, pytree
@@ -32,6 +33,8 @@ from fireopd_jax.types import Array, Batch, TokenStats, pytree
 Metrics = dict[str, Any]
 """Name -> Mean or Max."""
 
+FAR = 0.2
+"""How far from 1 a ratio of probabilities is far: the usual bound of a clipped surrogate."""
 CAUSES = {
     "nonfinite/teacher_logprob": "the teacher's log-probs",
     "nonfinite/scored_student_logprob": "the student's log-probs when scored",
@@ -74,6 +77,11 @@ class OptimConfig:
 class Loss(Protocol):
     """Per-token loss of the stats that carry the gradient."""
 
+    @property
+    def divergence_from_teacher(self) -> Divergence | None:
+        """The divergence over the whole vocabulary that the update must compute, if any."""
+        ...
+
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Give the loss of each response token, not yet weighted.
 
@@ -93,6 +101,8 @@ class TrainState:
     updates: Int32[Array, ""]
     """Updates tried; those skipped are counted in both."""
     skipped: Int32[Array, ""]
+    recent: Float32[Array, "W B 2"] | None = None
+    """Scores of earlier batches, for a filter that ranks by them, too."""
 
 
 def learning_rate(config: OptimConfig, updates: int) -> optax.Schedule:
@@ -151,13 +161,16 @@ def in_float32(
     return optax.GradientTransformation(init, update)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, recent: Array | None = None
+) -> TrainState:
     """Begin training from `params`."""
     return TrainState(
         params=params,
         opt_state=optimizer.init(params),
         updates=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
+        recent=recent,
     )
 
 
@@ -202,6 +215,7 @@ def gradients(
 
     def add(sums: Params, part: Batch) -> tuple[Params, Metrics]:
         grads, metrics = differentiate(params, part)
+        metrics["grad_square"] = _sum(optax.tree.norm(grads, squared=True))
         return jax.tree.map(jnp.add, sums, grads), metrics
 
     rows = batch.coefficient.shape[0]
@@ -229,27 +243,12 @@ def _student_stats(
     else:
         stats = head_gather(hidden, head, tokens, support.ids, **options)
         few = stats.support_logprob
-    divergence, value = getattr(loss, "divergence_from_teacher", None), None
+    divergence, value = loss.divergence_from_teacher, None
     if divergence is not None:
         of_teacher = part.scores.teacher_hidden
         if teacher is None or of_teacher is None:
             raise ValueError("a divergence over the whole vocabulary needs the teacher's states")
-        model, params = teacher
-        value = head_divergence(
-            divergence,
-            hidden,
-            head,
-            of_teacher,
-            model.bind(params).head,
-            logit_scale=options.get("logit_scale", 1.0),
-            softcap=options.get("softcap"),
-            teacher_softcap=model.config.final_logit_softcapping,
-            valid=min(options.get("valid") or head.shape[0], model.size),
-            sharding=options.get("sharding"),
-            # No kernel computes this: it goes by chunks wherever logits are not held.
-            implementation=PLAIN if options.get("implementation") == PLAIN else None,
-            chunk=options.get("chunk"),
-        )
+        value = divergence_from(teacher, of_teacher, divergence, hidden, head, options)
     return TokenStats(stats.logprob, stats.entropy, few, value)
 
 
@@ -263,12 +262,23 @@ def _update_metrics(total: Array, student: TokenStats, part: Batch) -> Metrics:
     return {
         "loss": _sum(total),
         "policy/log_ratio_max": Max.of(jnp.abs(gap), counted),
+        "policy/ratio_far_fraction": Mean.of(jnp.abs(jnp.expm1(gap)) > FAR, counted),
         "entropy": Mean.of(student.entropy, counted),
+        **_of_support(student, part, counted),
         "nonfinite/student_logprob": bad(student.logprob),
         "nonfinite/scored_student_logprob": bad(part.scores.student.logprob),
         "nonfinite/teacher_logprob": bad(part.scores.teacher.logprob),
         "nonfinite/token_weight": bad(part.weight),
     }
+
+
+def _of_support(student: TokenStats, part: Batch, counted: Array) -> Metrics:
+    """Tell the student's mass on the support: falling, it is lost to the words outside."""
+    if student.support is None or part.scores.support is None:
+        return {}
+    there = jnp.asarray(part.scores.support.ids) >= 0
+    mass = jnp.where(there, jnp.exp(student.support), 0.0).sum(axis=-1)
+    return {"policy/support_mass": Mean.of(mass, counted)}
 
 
 def _sum(total: Array) -> Mean:
@@ -318,6 +328,10 @@ def make_update(
             remat=remat, lora=lora, base=base, teacher=lent,
         )  # fmt: skip
         norm = optax.tree.norm(grads)
+        if (each := metrics.pop("grad_square", None)) is not None:
+            # Over M parts g_m: (mean |g_m|^2 - |mean g_m|^2) / |mean g_m|^2.
+            parts = batch.coefficient.shape[0] // (micro_batch_size or 1)
+            metrics["grad_noise"] = Mean(parts * each.total - norm**2, norm**2)
         usable = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
         counted = (batch.coefficient > 0).sum()
         usable &= counted > 0
@@ -326,7 +340,8 @@ def make_update(
         moved = (optax.apply_updates(state.params, steps), opt_state)
         kept = (state.params, state.opt_state)
         params, opt_state = jax.tree.map(lambda new, old: jnp.where(usable, new, old), moved, kept)
-        state = TrainState(
+        state = dataclasses.replace(
+            state,
             params=params,
             opt_state=opt_state,
             updates=state.updates + 1,

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from pydantic import ValidationError
 
 from fireopd_jax.ops.head import head_topk
-from fireopd_jax.reweighting import ConfidenceConfusion, Progressive, Uniform
+from fireopd_jax.reweighting import ConfidenceConfusion, Progressive, SoftTrajectories, Uniform
 from fireopd_jax.types import Rows
 from tests import cases, oracle
 
@@ -186,3 +186,41 @@ def test_progressive_weights_without_disagreement():
     scores = cases.make_scores(*[np.full((1, 3), -1.0)] * 4)
     ours = Progressive()(scores, Rows(mask, np.zeros(1, np.int32), 1), mask.any(axis=1))
     np.testing.assert_array_equal(ours, np.full((1, 3), 2.0))
+
+
+@pytest.mark.parametrize("scope", ["batch", "kept", "teacher", "row"])
+def test_a_quantile_in_place_of_the_maximum(scope):
+    scores, mask, teacher = cases.random_case(11, rows=8, tokens=20)
+    keep = np.arange(8) % 3 != 0
+    got = ConfidenceConfusion(max_scope=scope, max_quantile=0.8)(
+        scores, Rows(mask, teacher, 2), keep
+    )
+    for i in np.flatnonzero(mask.any(axis=1)):
+        chosen = {
+            "batch": np.ones(8, bool),
+            "kept": keep,
+            "teacher": teacher == teacher[i],
+            "row": np.arange(8) == i,
+        }[scope]
+        inside = mask & chosen[:, None]
+        shares = []
+        for stats in (scores.teacher, scores.student):
+            entropy = np.asarray(stats.entropy, np.float64)
+            top = np.quantile(entropy[inside], 0.8)
+            shares.append(np.clip(entropy[i][mask[i]] / top, 0, 1))
+        raw = (2 - shares[0]) * (1 + shares[1])
+        np.testing.assert_allclose(got[i][mask[i]], raw / raw.mean(), rtol=1e-4)
+
+
+def test_soft_trajectories_weigh_rows_by_likelihood():
+    scores, mask, teacher = cases.random_case(12)
+    rows, keep = Rows(mask, teacher, 2), mask.any(axis=1)
+    got = SoftTrajectories(temperature=0.7)(scores, rows, keep)
+    mean = np.array([scores.teacher.logprob[i][m].mean() if m.any() else -np.inf
+                     for i, m in enumerate(mask)])  # fmt: skip
+    share = np.exp(mean / 0.7)
+    share *= keep.sum() / share.sum()
+    np.testing.assert_allclose(got, np.where(mask, share[:, None], 0.0), rtol=1e-5)
+    inner = ConfidenceConfusion()
+    both = SoftTrajectories(temperature=0.7, tokens=inner)(scores, rows, keep)
+    np.testing.assert_allclose(both, got * inner(scores, rows, keep), rtol=1e-5)

@@ -8,7 +8,19 @@ import numpy as np
 
 from fireopd_jax.batch import coefficients
 from fireopd_jax.config import members
-from fireopd_jax.filtering import Reopold
+from fireopd_jax.filtering import (
+    AllOf,
+    GapBound,
+    HardTokens,
+    LengthDrop,
+    Prefix,
+    RandomDrop,
+    Reopold,
+    RepetitionGuard,
+    SpecialTokens,
+    TeacherQuantile,
+    Tip,
+)
 from fireopd_jax.losses.sampled_token import SampledReverseKL, SampledSquare
 from fireopd_jax.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
 from fireopd_jax.losses.vocabulary import MiniLLM, VocabularyDivergence
@@ -20,8 +32,9 @@ from fireopd_jax.ops.formulas import (
     SkewedReverseKL,
 )
 from fireopd_jax.recipe import MethodConfig
-from fireopd_jax.reweighting import Progressive
-from fireopd_jax.types import Batch, Rows, Scores, Support, TokenStats
+from fireopd_jax.reweighting import ConfidenceConfusion, Progressive, SoftTrajectories
+from fireopd_jax.scoring.outcomes import OutcomeMargin
+from fireopd_jax.types import Batch, Margin, Rows, Scores, Support, TokenStats
 from tests import cases
 
 
@@ -36,7 +49,8 @@ def of_loss(loss):
 
     stats = [TokenStats(draw(*shape), -draw(*shape)) for _ in range(3)]
     ids = jnp.asarray(np.tile([[[0, 1, 2]]], (*shape, 1)), jnp.int32)
-    scores = Scores(*stats, support=Support(ids, draw(*shape, 3) - 1.0))
+    margin = Margin(-draw(3), jnp.zeros(3))
+    scores = Scores(*stats, support=Support(ids, draw(*shape, 3) - 1.0), margin=margin)
     rollout = cases.make_rollout(mask, logprob=stats[0].logprob + 0.7)
     object.__setattr__(rollout, "tokens", rng.integers(0, 6, shape).astype(np.int32))
     keep = mask.any(axis=1)
@@ -64,10 +78,34 @@ def of_divergence(divergence):
 
 def of_filter(progress):
     def run(stage):
-        scores, mask, _ = cases.random_case(0)
-        return [stage(scores, Rows(mask, np.zeros(len(mask), np.int32), 1, progress=progress))]
+        scores, mask, teacher = cases.random_case(1, rows=9)
+        rng = np.random.default_rng(0)
+        margin = Margin(np.zeros(9, np.float32), np.full(9, 5.0, np.float32))
+        kl = rng.exponential(1.0, mask.shape).astype(np.float32)
+        scores = dataclasses.replace(scores, margin=margin, reverse_kl=kl)
+        rows = Rows(
+            mask,
+            teacher,
+            2,
+            tokens=rng.integers(0, 3, mask.shape).astype(np.int32),
+            sample_id=np.arange(9, dtype=np.int32),
+            progress=progress,
+            recent=np.float32([-1, 0]) * rng.exponential(0.3, (2, 9, 1)).astype(np.float32),
+            special=(),
+            stop=(2,),
+        )
+        return [np.broadcast_to(np.asarray(stage(scores, rows)).T, mask.T.shape)]
 
     return run
+
+
+def of_outcome(stage):
+    scores, mask, _ = cases.random_case(0)
+    rollout = cases.make_rollout(mask)
+    group = np.zeros(len(mask), np.int32)
+    prompts = dataclasses.replace(rollout.prompts, group=group)
+    correct = (np.arange(len(mask)) % 2).astype(np.float32)
+    return [stage(scores, dataclasses.replace(rollout, prompts=prompts), correct).margin.shift]
 
 
 def of_weight(stage):
@@ -99,7 +137,36 @@ CHANGES = [
     (of_filter(0.0), Reopold(), "floor", 0.9),
     (of_filter(0.9), Reopold(), "entropy_fraction", 0.7),
     (of_filter(0.3), Reopold(), "switch", 0.2),
+    (of_filter(0.0), TeacherQuantile(), "drop_fraction", 0.6),
+    (of_filter(0.0), TeacherQuantile(drop_fraction=0.5), "scope", "teacher"),
+    (of_filter(0.0), TeacherQuantile(drop_fraction=0.5), "score", "student_relative"),
+    (of_filter(0.0), TeacherQuantile(), "window", 2),
+    (of_filter(0.0), RandomDrop(), "drop_fraction", 0.7),
+    (of_filter(0.0), RandomDrop(drop_fraction=0.5), "seed", 1),
+    (of_filter(0.0), LengthDrop(), "drop_fraction", 0.7),
+    (of_filter(0.0), LengthDrop(), "drop", "shortest"),
+    (of_filter(0.0), Tip(), "keep_fraction", 0.2),
+    (of_filter(0.0), HardTokens(), "keep_fraction", 0.2),
+    (of_filter(0.0), HardTokens(), "alpha", 9.0),
+    (of_filter(0.0), HardTokens(), "beta", 9.0),
+    (of_filter(0.0), RepetitionGuard(ngram=1, limit=0.1), "ngram", 6),
+    (of_filter(0.0), RepetitionGuard(ngram=1, limit=0.1), "limit", 0.9),
+    (of_filter(0.0), Prefix(least=-0.5), "window", 1),
+    (of_filter(0.0), Prefix(), "least", 0.0),
+    (of_filter(0.0), SpecialTokens(log_ratio=0.5, least=1), "log_ratio", 2.0),
+    (of_filter(0.0), SpecialTokens(log_ratio=0.5, least=1), "least", 9),
+    (of_filter(0.0), SpecialTokens(log_ratio=0.1, least=1), "stop", True),
+    (of_filter(0.0), GapBound(), "largest", 1.0),
+    (of_filter(0.0), AllOf(), "filters", (LengthDrop(drop_fraction=0.5),)),
     (of_weight, Progressive(), "gamma", 2.0),
+    (of_weight, ConfidenceConfusion(), "alpha", 2.0),
+    (of_weight, ConfidenceConfusion(), "beta", 2.0),
+    (of_weight, ConfidenceConfusion(), "max_scope", "row"),
+    (of_weight, ConfidenceConfusion(), "max_quantile", 0.5),
+    (of_weight, SoftTrajectories(), "temperature", 0.3),
+    (of_weight, SoftTrajectories(), "tokens", Progressive()),
+    (of_loss, SampledReverseKL(), "margin", True),
+    (of_outcome, OutcomeMargin(), "delta", 2.0),
 ]
 
 
@@ -113,10 +180,13 @@ def test_every_option_changes_something():
         assert changed, f"{type(stage).__name__}.{name}"
 
 
-def test_every_option_of_the_losses_is_tried():
+def test_every_option_of_the_stages_is_tried():
     tried = {(type(stage), name) for _, stage, name, _ in CHANGES}
     # What the update computes for it: the divergences are compared in tests/ops/test_divergence.py.
     tried |= {(VocabularyDivergence, "divergence")}
-    for loss in members(MethodConfig.__dataclass_fields__["loss"].type):
-        for field in dataclasses.fields(loss):
-            assert field.name == "kind" or (loss, field.name) in tried, (loss, field.name)
+    # Named texts are turned into ids by the build: tests/filtering/test_tokens.py.
+    tried |= {(SpecialTokens, "strings")}
+    for section in ("loss", "filter", "reweight"):
+        for variant in members(MethodConfig.__dataclass_fields__[section].type):
+            for field in dataclasses.fields(variant):
+                assert field.name == "kind" or (variant, field.name) in tried, (variant, field.name)

@@ -99,7 +99,8 @@ class SpecialTokens:
         tokens, mask = jnp.asarray(rows.tokens), jnp.asarray(rows.mask)
 
         def among(ids: tuple[int, ...]) -> Array:
-            return (tokens[..., None] == jnp.asarray(ids or (-1,), jnp.int32)).any(axis=-1)
+            known = jnp.asarray(ids or (-1,), jnp.int32)[None, None]
+            return (tokens[..., None] == known).any(axis=-1)
 
         out = among(rows.special)
         if self.log_ratio is not None:

@@ -44,16 +44,6 @@ class AllOf:
         """What the score must give."""
         return frozenset().union(*(each.needs for each in self.filters))
 
-    @property
-    def window(self) -> int:
-        """Earlier batches that one of them ranks by."""
-        return max((each.window for each in self.ranking), default=0)
-
-    @property
-    def ranking(self) -> tuple[TeacherQuantile, ...]:
-        """Those that rank trajectories by the teacher."""
-        return tuple(each for each in self.filters if isinstance(each, TeacherQuantile))
-
     def __call__(self, scores: Scores, rows: Rows) -> Bool[Array, "B T"]:
         """Return the tokens that stay."""
         mask = jnp.asarray(rows.mask)
@@ -61,3 +51,10 @@ class AllOf:
             keep = each(scores, rows.masked(mask))
             mask = mask & (keep if keep.ndim == 2 else keep[:, None])
         return mask
+
+
+def ranking(filter: Filters | AllOf) -> TeacherQuantile | None:
+    """Find the filter that ranks by earlier batches, too, if there is one."""
+    filters = filter.filters if isinstance(filter, AllOf) else (filter,)
+    windowed = (each for each in filters if isinstance(each, TeacherQuantile) and each.window)
+    return next(windowed, None)

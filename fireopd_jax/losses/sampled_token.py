@@ -58,6 +58,8 @@ class SampledReverseKL:
     gradient in the mean, less variance."""
     gamma: UnitInterval = 0.0
     """Discount of the advantages that follow: A_t + gamma A_t+1 + gamma^2 A_t+2 ..."""
+    margin: bool = False
+    """Add to A what holds right responses above wrong ones: `method.score.margin`."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -65,6 +67,8 @@ class SampledReverseKL:
         needs = {"teacher.logprob", "student.logprob"}
         if self.extrapolation != 1:
             needs |= {"base.logprob"}
+        if self.margin:
+            needs |= {"margin"}
         return frozenset(needs | ({"teacher.hidden"} if self.divergence_from_teacher else set()))
 
     @property
@@ -103,6 +107,10 @@ class SampledReverseKL:
             if student.divergence is None:
                 raise ValueError("the exact baseline needs the divergence")
             advantage = advantage + valid(stop_gradient(student.divergence))
+        if self.margin:
+            if scores.margin is None:
+                raise ValueError("the margin needs graded responses: method.score.margin")
+            advantage = advantage + valid(scores.margin.shift[:, None])
         if self.floor is not None or self.ceiling is not None:
             advantage = jnp.clip(advantage, self.floor, self.ceiling)
         if self.gamma:
@@ -125,6 +133,7 @@ class SampledSquare:
     null applies no correction."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher.logprob", "student.logprob"})
+    divergence_from_teacher: ClassVar[None] = None
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l on each response token, exactly 0 in value and gradient elsewhere."""

@@ -17,6 +17,7 @@ class NegativeLogLikelihood:
     """Name of this loss."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    divergence_from_teacher: ClassVar[None] = None
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l on each response token, exactly 0 in value and gradient elsewhere."""

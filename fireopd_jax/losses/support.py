@@ -52,6 +52,7 @@ class SupportDivergence:
     """Which divergence; `tail_sample` is an estimate of the reverse KL alone."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"support"})
+    divergence_from_teacher: ClassVar[None] = None
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return the divergence at each response token, exactly 0 elsewhere."""
@@ -87,6 +88,7 @@ class SupportPolicyGradient:
     """w: p or q, each over its mass on the support, or 1 over the number of words."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"support"})
+    divergence_from_teacher: ClassVar[None] = None
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return the value at each response token, exactly 0 elsewhere."""
@@ -123,6 +125,7 @@ class EntropyAware:
     """How far the ratio r may leave 1 before its gradient stops."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"support", "teacher.entropy", "teacher.logprob"})
+    divergence_from_teacher: ClassVar[None] = None
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l at each response token, exactly 0 elsewhere."""

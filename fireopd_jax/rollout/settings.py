@@ -21,6 +21,9 @@ class RolloutConfig:
     """Responses of each prompt; divides the batch size."""
     max_tokens: PositiveInt = 512
     """Longest response, its end-of-sequence token included."""
+    on_policy_fraction: UnitInterval = 1.0
+    """Share of the rows, each by lot, that learn from a response of the student's own; the others
+    learn from their references. For losses that do not mind who wrote a response."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Divides the logits; models score at it too. 0 is greedy."""
     top_p: UnitInterval = 1.0

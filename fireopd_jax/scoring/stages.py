@@ -6,7 +6,7 @@ rollout -> SampledToken: of the token drawn
 """
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -14,8 +14,11 @@ from jaxtyping import Float
 from pydantic import Field, PositiveInt
 
 from fireopd_jax.config import config
+from fireopd_jax.models.comparison import divergence_from
+from fireopd_jax.ops.formulas import ReverseKL
 from fireopd_jax.ops.head import LARGEST_K
 from fireopd_jax.scoring.ask import Model, Question, ask_student, ask_teachers
+from fireopd_jax.scoring.outcomes import OutcomeMargin
 from fireopd_jax.scoring.supports import Kind, make_support, overlap
 from fireopd_jax.types import Array, Rollout, Scores
 
@@ -35,12 +38,15 @@ class ScoreConfig:
     head_chunk: PositiveInt | None = None
     """Columns of logits that exist at a time; by default a formula of the shape."""
     base: bool = False
-    """Let the base policy score the sampled tokens, too: the student as it begins."""
+    """Let the base policy score the sampled tokens, too: `base`, or the student as it begins."""
+    margin: OutcomeMargin | None = None
+    """Grade each response against its row's answer, and hold right ones above wrong ones."""
 
     @property
     def gives(self) -> frozenset[str]:
         """What other stages may need."""
-        return SAMPLED | ({"base.logprob"} if self.base else set())
+        given = {"base.logprob"} if self.base else set()
+        return SAMPLED | given | ({"margin"} if self.margin is not None else set())
 
     def __call__(
         self,
@@ -140,13 +146,14 @@ class WholeVocabulary(ScoreConfig):
     """
 
     kind: Literal["whole_vocabulary"] = "whole_vocabulary"
+    reverse_kl: bool = False
+    """Compute the exact KL(student || teacher) of each token, too, for filters that rank by it."""
 
     @property
     def gives(self) -> frozenset[str]:
         """What other stages may need."""
-        return super().gives | {"teacher.hidden"}
-
-    needs_one_teacher: ClassVar[bool] = True
+        given = {"reverse_kl"} if self.reverse_kl else set()
+        return super().gives | {"teacher.hidden"} | given
 
     def __call__(
         self,
@@ -159,13 +166,22 @@ class WholeVocabulary(ScoreConfig):
     ) -> Scores:
         """Score a batch of rollouts, its rows split over the mesh where one is given."""
         size = self.micro_batch_size
-        own = ask_student(student, rollout, temperature, self._question(), size)
+        question = self._question(hidden=self.reverse_kl)
+        own = ask_student(student, rollout, temperature, question, size)
         asked = self._question(hidden=True)
         theirs = ask_teachers(teachers, rollout, None, temperature, asked, size, mesh)
+        exact = None
+        if self.reverse_kl:
+            network, params = student
+            options = network.head_options(temperature, self.head, self.head_chunk)
+            head = network.bind(params).head
+            pair = own.hidden, head, options
+            exact = divergence_from(teachers[0], theirs.hidden, ReverseKL(), *pair)
         scores = Scores(
             own.stats,
             theirs.stats,
             base=self._of_base(base, rollout, temperature),
             teacher_hidden=theirs.hidden,
+            reverse_kl=exact,
         )
         return jax.lax.stop_gradient(scores)

@@ -7,7 +7,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pydantic import ValidationError
 
-from fireopd_jax.filtering import KeepAll, Reopold, TeacherQuantile
+from fireopd_jax.filtering import KeepAll, LengthDrop, RandomDrop, Reopold, TeacherQuantile
+from fireopd_jax.filtering.trajectories import trajectory_score
 from fireopd_jax.types import Rows
 from tests import cases, oracle
 
@@ -154,3 +155,47 @@ def test_the_student_relative_score_forgives_what_the_student_finds_unlikely_too
     np.testing.assert_array_equal(by["likelihood"], [False, True, True])
     np.testing.assert_array_equal(by["student_relative"], [True, False, True])
     assert "student.logprob" in TeacherQuantile(score="student_relative").needs
+
+
+def test_lots_are_the_rows_own_and_as_many_go():
+    scores, mask, teacher = cases.random_case(0, rows=20)
+    mask = np.ones_like(mask)
+    ids = np.arange(20, dtype=np.int32) * 7
+    rows = Rows(mask, teacher, sample_id=ids)
+    keep = np.asarray(RandomDrop(drop_fraction=0.3)(scores, rows))
+    assert keep.sum() == 14
+    order = np.random.default_rng(1).permutation(20)
+    again = RandomDrop(drop_fraction=0.3)(scores, Rows(mask, teacher, sample_id=ids[order]))
+    np.testing.assert_array_equal(again, keep[order])
+    other = np.asarray(RandomDrop(drop_fraction=0.3, seed=1)(scores, rows))
+    assert other.sum() == 14 and (other != keep).any()
+
+
+def test_the_longest_or_the_shortest_go():
+    mask = np.arange(4)[None] < np.array([1, 4, 2, 3, 0])[:, None]
+    scores, rows = cases.random_case(0, rows=5, tokens=4)[0], Rows(mask, np.zeros(5, np.int32))
+    longest = LengthDrop(drop_fraction=0.25)(scores, rows)
+    np.testing.assert_array_equal(longest, [True, False, True, True, False])
+    shortest = LengthDrop(drop_fraction=0.25, drop="shortest")(scores, rows)
+    np.testing.assert_array_equal(shortest, [False, True, True, True, False])
+
+
+@pytest.mark.parametrize("scope", ["batch", "teacher"])
+def test_a_window_ranks_among_the_rows_of_earlier_batches(scope):
+    stage = TeacherQuantile(drop_fraction=0.25, scope=scope, window=2)
+    recent = np.full((2, 4, 2), np.nan, np.float32)
+    seen = []
+    for step in range(5):
+        scores, mask, teacher = cases.random_case(step, rows=4)
+        rows = Rows(mask, teacher, 2, recent=recent)
+        keep = np.asarray(stage(scores, rows))
+        own = np.asarray(trajectory_score(scores.teacher.logprob, mask))
+        valid = mask.any(axis=1)
+        seen.append([(own[i], teacher[i]) for i in np.flatnonzero(valid)])
+        pool = [each for batch in seen[-3:] for each in batch]
+        for i in range(4):
+            group = [s for s, t in pool if scope == "batch" or t == teacher[i]]
+            below = sum(s < own[i] for s in group)
+            assert keep[i] == (valid[i] and below >= int(0.25 * len(group) + 1e-9)), (step, i)
+        recent = np.asarray(stage.remember(scores, rows, recent))
+    assert not np.isnan(recent[:, 0]).any() and np.isnan(recent[:, 1, 0]).all()

@@ -1,0 +1,41 @@
+"""The exact divergence of two models, from the states that their heads read."""
+
+from jaxtyping import Float, Float32
+
+from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.ops.dispatch import PLAIN
+from fireopd_jax.ops.divergence import head_divergence
+from fireopd_jax.ops.formulas import Divergence
+from fireopd_jax.ops.head import HeadOptions
+from fireopd_jax.types import Array
+
+
+def divergence_from(
+    teacher: tuple[LanguageModel, Params],
+    teacher_hidden: Float[Array, "B T E"],
+    divergence: Divergence,
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    options: HeadOptions,
+) -> Float32[Array, "B T"]:
+    """Return D(student || teacher) at each position, over the words of both.
+
+    `options` are those of the student's head, and its temperature is the teacher's, too.
+    Differentiable in `hidden` and `head`.
+    """
+    model, params = teacher
+    return head_divergence(
+        divergence,
+        hidden,
+        head,
+        teacher_hidden,
+        model.bind(params).head,
+        logit_scale=options.get("logit_scale", 1.0),
+        softcap=options.get("softcap"),
+        teacher_softcap=model.config.final_logit_softcapping,
+        valid=min(options.get("valid") or head.shape[0], model.size),
+        sharding=options.get("sharding"),
+        # No kernel computes this: it goes by chunks wherever logits are not held.
+        implementation=PLAIN if options.get("implementation") == PLAIN else None,
+        chunk=options.get("chunk"),
+    )
