@@ -38,7 +38,7 @@ from fireopd_jax.sharding import by_rows, make_mesh, replicated
 from fireopd_jax.text.chat import stop_ids
 from fireopd_jax.text.checks import Speaker, check_ids, check_teacher, valid_rows
 from fireopd_jax.text.tokenizer import load_tokenizer, read_generation
-from fireopd_jax.types import Batch, Prompts, Rollout, pytree
+from fireopd_jax.types import Array, Batch, Prompts, Rollout, pytree
 from fireopd_jax.update import Metrics, OptimConfig, TrainState, make_optimizer, make_update
 
 
@@ -314,9 +314,9 @@ class Beside:
 
     base: Params | None = None
     """The base policy."""
-    recent: jax.Array | None = None
+    recent: Array | None = None
     """Scores of earlier batches, f32[W, B, 2]: see `Rows`."""
-    correct: jax.Array | np.ndarray | None = None
+    correct: Array | None = None
     """Grades of the responses, f32[B]."""
 
 
@@ -328,7 +328,7 @@ class Programs:
     """What learns, of the student as it begins: a copy of its parameters, or new adapters."""
     whole: Callable[[Params, Params], Params]
     """The student from how it began and what has learnt: what answers, is scored and saved."""
-    score: Callable[..., tuple[Batch, jax.Array, Metrics, jax.Array | None]]
+    score: Callable[..., tuple[Batch, jax.Array, Metrics, Array | None]]
     """(student, teachers, rollout, temperature, updates done, `Beside`)"""
     update: Callable[..., tuple[TrainState, Metrics]]
     """(state, batch, temperature, what adapters are added to or None, teacher or None)"""
@@ -367,6 +367,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
     base_model = student if setup.base is None else setup.base.model
     ids = {"special": special_ids(method.filter, setup.student.tokenizer)}
     ids["stop"] = setup.student.stop
+    ranks = ranking(method.filter)
 
     def score(params, teacher_params, rollout, temperature, done, beside):
         scores = method.score(
@@ -391,9 +392,9 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
             **known,
         )
         recent = None
-        if beside.recent is not None:
+        if ranks is not None and beside.recent is not None:
             rows = rows_of(rollout, len(teachers), student.vocab_size, **known)
-            recent = ranking(method.filter).remember(scores, rows, beside.recent)
+            recent = ranks.remember(scores, rows, beside.recent)
         names = list(config.teachers)
         metrics = diagnostics.of_batch(batch, keep, config.rollout.max_tokens, names)
         return batch, keep, metrics, recent

@@ -31,7 +31,7 @@ from fireopd_jax.rollout.sampling import stream
 from fireopd_jax.session import Session
 from fireopd_jax.sharding import by_rows, place_rows, place_whole
 from fireopd_jax.tracking import Tracker
-from fireopd_jax.types import Batch, Prompts, Rollout
+from fireopd_jax.types import Array, Batch, Prompts, Rollout
 from fireopd_jax.update import Metrics, TrainState, init_state, learning_rate, skip_reason
 
 
@@ -157,7 +157,7 @@ class Distillation:
             compilations=self.counter.count - before,
         )
 
-    def _rollout(self, params: Params, prompts: Prompts, version: jax.Array) -> Rollout:
+    def _rollout(self, params: Params, prompts: Prompts, version: Array) -> Rollout:
         """Draw responses; where rows learn from given ones, those take their place."""
         student, fraction = self.session.setup.student, self.config.rollout.on_policy_fraction
         if fraction == 1:

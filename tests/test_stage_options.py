@@ -78,7 +78,7 @@ def of_divergence(divergence):
 
 def of_filter(progress):
     def run(stage):
-        scores, mask, teacher = cases.random_case(1, rows=9)
+        scores, mask, teacher = cases.random_case(4, rows=9)
         rng = np.random.default_rng(0)
         margin = Margin(np.zeros(9, np.float32), np.full(9, 5.0, np.float32))
         kl = rng.exponential(1.0, mask.shape).astype(np.float32)
@@ -154,7 +154,7 @@ CHANGES = [
     (of_filter(0.0), Prefix(least=-0.5), "window", 1),
     (of_filter(0.0), Prefix(), "least", 0.0),
     (of_filter(0.0), SpecialTokens(log_ratio=0.5, least=1), "log_ratio", 2.0),
-    (of_filter(0.0), SpecialTokens(log_ratio=0.5, least=1), "least", 9),
+    (of_filter(0.0), SpecialTokens(log_ratio=0.5, least=1), "least", 99),
     (of_filter(0.0), SpecialTokens(log_ratio=0.1, least=1), "stop", True),
     (of_filter(0.0), GapBound(), "largest", 1.0),
     (of_filter(0.0), AllOf(), "filters", (LengthDrop(drop_fraction=0.5),)),

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float32
 from pydantic import Field
 
 from fireopd_jax.config import UnitInterval, config
+from fireopd_jax.losses.base import TokenLoss
 from fireopd_jax.ops.formulas import Divergence, ReverseKL
 from fireopd_jax.types import Array, Batch, TokenStats
 
@@ -28,7 +29,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @config
-class SampledReverseKL:
+class SampledReverseKL(TokenLoss):
     """Estimate KL(student || teacher) on the student's own tokens, as a clipped policy gradient.
 
     A = log pi_T - log pi_old, r = pi_theta / pi_old, l = max(-A r, -A clip(r, 1 - eps, 1 + eps)).
@@ -119,7 +120,7 @@ class SampledReverseKL:
 
 
 @config
-class SampledSquare:
+class SampledSquare(TokenLoss):
     """The k2 estimator as a loss: l = (log pi_theta - log pi_T)^2 / 2.
 
     Its gradient (log pi_theta - log pi_T) grad log pi_theta is in expectation that of
@@ -133,7 +134,6 @@ class SampledSquare:
     null applies no correction."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher.logprob", "student.logprob"})
-    divergence_from_teacher: ClassVar[None] = None
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l on each response token, exactly 0 in value and gradient elsewhere."""

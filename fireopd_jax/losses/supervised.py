@@ -6,18 +6,18 @@ import jax.numpy as jnp
 from jaxtyping import Float32
 
 from fireopd_jax.config import config
+from fireopd_jax.losses.base import TokenLoss
 from fireopd_jax.types import Array, Batch, TokenStats
 
 
 @config
-class NegativeLogLikelihood:
+class NegativeLogLikelihood(TokenLoss):
     """Raise the likelihood of every response token: l = -log pi_theta."""
 
     kind: Literal["negative_log_likelihood"] = "negative_log_likelihood"
     """Name of this loss."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    divergence_from_teacher: ClassVar[None] = None
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l on each response token, exactly 0 in value and gradient elsewhere."""

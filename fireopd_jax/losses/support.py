@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float32
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from fireopd_jax.config import config
+from fireopd_jax.losses.base import TokenLoss
 from fireopd_jax.losses.sampled_token import bounded_exp, live, sampled_reverse_kl
 from fireopd_jax.ops.formulas import ForwardKL, JensenShannon, ReverseKL
 from fireopd_jax.types import Array, Batch, Support, TokenStats
@@ -29,7 +30,7 @@ Few = Float32[Array, "B T S"]
 
 
 @config
-class SupportDivergence:
+class SupportDivergence(TokenLoss):
     """A divergence of student and teacher on a support; local support matching by default.
 
     renormalised  D(p/Z_p || q/Z_q): the mass Z_p is free (arXiv 2603.25562, Eq. 6-8)
@@ -52,7 +53,6 @@ class SupportDivergence:
     """Which divergence; `tail_sample` is an estimate of the reverse KL alone."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"support"})
-    divergence_from_teacher: ClassVar[None] = None
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return the divergence at each response token, exactly 0 elsewhere."""
@@ -72,7 +72,7 @@ class SupportDivergence:
 
 
 @config
-class SupportPolicyGradient:
+class SupportPolicyGradient(TokenLoss):
     """A policy gradient with every word of the support as an action.
 
     Value sum_S w (log p - log q), gradient sum_S w (log p - log q) grad log p, w fixed.
@@ -88,7 +88,6 @@ class SupportPolicyGradient:
     """w: p or q, each over its mass on the support, or 1 over the number of words."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"support"})
-    divergence_from_teacher: ClassVar[None] = None
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return the value at each response token, exactly 0 elsewhere."""
@@ -103,7 +102,7 @@ class SupportPolicyGradient:
 
 
 @config
-class EntropyAware:
+class EntropyAware(TokenLoss):
     """The sampled reverse KL, and forward KL where the teacher is unsure.
 
     l = max(-A r, -A clip(r)) + alpha [H(q) > tau] sum_S q (log q - log p), p over the whole
@@ -125,7 +124,6 @@ class EntropyAware:
     """How far the ratio r may leave 1 before its gradient stops."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"support", "teacher.entropy", "teacher.logprob"})
-    divergence_from_teacher: ClassVar[None] = None
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l at each response token, exactly 0 elsewhere."""

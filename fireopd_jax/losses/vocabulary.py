@@ -11,6 +11,7 @@ from jaxtyping import Float32
 from pydantic import Field, PositiveFloat
 
 from fireopd_jax.config import config
+from fireopd_jax.losses.base import TokenLoss
 from fireopd_jax.losses.sampled_token import clipped_surrogate, live, mean_of_later
 from fireopd_jax.ops.formulas import (
     AdaptiveKL,
@@ -30,7 +31,7 @@ Named = Annotated[
 
 
 @config
-class VocabularyDivergence:
+class VocabularyDivergence(TokenLoss):
     """A divergence of student and teacher over all words at every position visited.
 
     The positions are those of the rollout and carry no gradient of their own: there is no policy
@@ -55,7 +56,7 @@ class VocabularyDivergence:
 
 
 @config
-class MiniLLM:
+class MiniLLM(TokenLoss):
     """The gradient of the sequence's reverse KL: the next token exactly, those after by reward.
 
     l_t = KL(p_t || q_t) + max(-R r, -R clip(r, 1 - eps, 1 + eps)), R the mean of log q - log p over

@@ -91,7 +91,7 @@ class LanguageModel:
         rest = {name: cast(leaf) for name, leaf in params.items() if name not in ("layers", "norm")}
         layers = tuple(layer(index) for index in range(self.config.num_hidden_layers))
         relaid = rest | {"norm": params["norm"], "layers": layers}
-        if tensor_devices(self.mesh) == 1:
+        if self.mesh is None or tensor_devices(self.mesh) == 1:
             return relaid
         return place_relaid(relaid, self.config, self.mesh)
 

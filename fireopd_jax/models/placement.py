@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fireopd_jax.models.architecture import DecoderConfig
-from fireopd_jax.types import Array
 
 COLUMNS = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
 ROWS = {"o_proj", "down_proj"}
@@ -42,9 +41,9 @@ def place_relaid(relaid: dict[str, Any], c: DecoderConfig, mesh: Mesh) -> dict[s
     heads = {"q_proj": c.num_attention_heads, "o_proj": c.num_attention_heads}
     heads |= {"k_proj": c.num_key_value_heads, "v_proj": c.num_key_value_heads}
 
-    def place(path: tuple[Any, ...], leaf: Array) -> Array:
+    def place(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         # Keys of a dict, fields of a `Quantized`, indices of layers.
-        names = {getattr(key, "key", None) for key in path}
+        names = {str(getattr(key, "key", "")) for key in path}
         spec = PartitionSpec()
         if names & TABLES:
             leaf = jnp.pad(leaf, ((0, -leaf.shape[0] % (WORDS * devices)), (0, 0)))

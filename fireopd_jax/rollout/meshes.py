@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int32, Key
 
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.models.placement import over_tensor, tensor_devices
 from fireopd_jax.rollout.sampling import Draw, Sampling, draw
+from fireopd_jax.types import Array
 
 
 def over_data(

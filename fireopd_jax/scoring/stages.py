@@ -175,6 +175,7 @@ class WholeVocabulary(ScoreConfig):
             network, params = student
             options = network.head_options(temperature, self.head, self.head_chunk)
             head = network.bind(params).head
+            assert own.hidden is not None and theirs.hidden is not None
             pair = own.hidden, head, options
             exact = divergence_from(teachers[0], theirs.hidden, ReverseKL(), *pair)
         scores = Scores(
