@@ -320,6 +320,9 @@ class Beside:
     """Grades of the responses, f32[B]."""
 
 
+NOTHING_BESIDE = Beside()
+
+
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """The jitted programs of a method; shapes are fixed, so each compiles once."""
@@ -369,7 +372,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
     ids["stop"] = setup.student.stop
     ranks = ranking(method.filter)
 
-    def score(params, teacher_params, rollout, temperature, done, beside):
+    def score(params, teacher_params, rollout, temperature, done, beside=NOTHING_BESIDE):
         scores = method.score(
             (student, params),
             list(zip(teachers, teacher_params, strict=True)),

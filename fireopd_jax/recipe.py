@@ -23,7 +23,7 @@ from fireopd_jax.config import (
 from fireopd_jax.config import validate as validate_tree
 from fireopd_jax.data.sources import DataConfig
 from fireopd_jax.evaluation.evaluator import EvalConfig
-from fireopd_jax.filtering import AllOf, TeacherQuantile
+from fireopd_jax.filtering import TeacherQuantile
 from fireopd_jax.losses.sampled_token import SampledReverseKL
 from fireopd_jax.method import MethodConfig, conflicts
 from fireopd_jax.models.decoder import DecoderConfig
@@ -173,6 +173,11 @@ def check(config: Config, origins: Origins) -> list[str]:
             raise UserError(
                 f"run.compare: {name} is the method of the run itself; take it out (run.compare=[])"
             )
+        if dataclasses.replace(control, method=config.method) != config:
+            raise UserError(
+                f"run.compare: {name} sets more than a method, which the run's other parts would "
+                "not follow; expected a run of its own"
+            )
         for problem in _conflicts(control):
             raise UserError(f"run.compare: {name}: {problem}")
     order, overruled = list(origins), []
@@ -299,10 +304,10 @@ def _ineffective(config: Config) -> Iterator[tuple[str, str, str]]:
             yield "method.loss.floor", "method.loss.ceiling", "with a ceiling that is no higher"
     if "base.logprob" not in config.method.needs:
         yield "method.score.base", "method.loss", "with stages that need no base.logprob"
-    if not config.method.score.base:
-        yield "base", "method.score.base", "with a score that asks no base policy"
-    if isinstance(config.method.filter, AllOf) and not config.method.filter.filters:
-        yield "method.filter.kind", "method.filter.filters", "as all_of without filters"
+    if config.base is not None and not config.method.score.base:
+        for field in dataclasses.fields(ModelConfig):
+            reason = "with a score that asks no base policy"
+            yield f"base.{field.name}", "method.score.base", reason
     reweight = config.method.reweight
     if isinstance(reweight, ConfidenceConfusion) and reweight.alpha == reweight.beta == 0:
         for name in ("max_scope", "max_quantile"):

@@ -22,7 +22,8 @@ from fireopd_jax.recipe import (
     load_config,
     with_method,
 )
-from fireopd_jax.scoring import SampledToken
+from fireopd_jax.scoring import SampledToken, WholeVocabulary
+from fireopd_jax.scoring.outcomes import OutcomeMargin
 
 CONFIGS = next(folder for folder in SHIPPED if folder.is_dir())
 WHOLE = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
@@ -170,6 +171,21 @@ def test_the_paper_is_the_default():
             [TEACHER, "method/opd", "method.loss.kind=sampled_square", "rollout.top_p=.9"],
             "importance_cap",
         ),
+        ([TEACHER, "method.filter.kind=tip"], "tip needs reverse_kl"),
+        ([TEACHER, "method/uni_opd"], "expected rollout.group_size of 2 or more"),
+        ([TEACHER, "method.score.margin={}", "rollout.group_size=4"], "method.loss.margin=true"),
+        ([TEACHER, "method.loss.margin=true"], "needs margin"),
+        ([TEACHER, "rollout.on_policy_fraction=0.5"], "takes every response for the student's own"),
+        (
+            [TEACHER, "method/minillm", "rollout.on_policy_fraction=0.5"],
+            "rollout.on_policy_fraction",
+        ),
+        ([TEACHER, "method/gkd", "rollout.on_policy_fraction=1.5"], "rollout.on_policy_fraction"),
+        (
+            [TEACHER, "rollout.batch_size=2", "method.filter.window=1"],
+            "of 4 rows drops none",
+        ),
+        ([TEACHER, "method.filter={kind: all_of, filters: [{kind: prefxi}]}"], "method.filter"),
     ],
 )
 def test_sections_that_do_not_fit_together(arguments, named):
@@ -211,6 +227,9 @@ def test_what_fits_together():
         (["eval.problems=0", "eval.every=3"], "eval.every"),
         (["optim.master=false"], "optim.master"),
         (["method.score.base=true"], "method.score.base"),
+        (["base.path=x"], "base.path"),
+        (["method.reweight.max_scope=vocabulary", "method.reweight.max_quantile=0.9"],
+         "method.reweight.max_quantile"),
         (["method.loss.floor=1", "method.loss.ceiling=0"], "method.loss.floor"),
         (["student.lora.rank=2", "student.path=x", "optim.master=false"], "optim.master"),
         (["student.path=x", "student.param_dtype=float32", "student.sft.optim.master=false"],
@@ -272,9 +291,10 @@ def test_every_stage_says_what_it_needs():
         for name, field in MethodConfig.__dataclass_fields__.items()
         if name != "aggregate"
     }
-    assert [len(stages[name]) for name in ("score", "filter", "reweight", "loss")] == [3, 3, 3, 7]
+    assert [len(stages[name]) for name in ("score", "filter", "reweight", "loss")] == [3, 12, 4, 7]
     assert KeepAll() in stages["filter"]
-    given = frozenset().union(*(score.gives for score in stages["score"]))
+    scores = [*stages["score"], WholeVocabulary(reverse_kl=True, margin=OutcomeMargin())]
+    given = frozenset().union(*(score.gives for score in scores))
     for name in ("filter", "reweight", "loss"):
         assert all(stage.needs <= given for stage in stages[name])
 
@@ -395,7 +415,7 @@ def test_every_key_is_read_by_what_it_configures(tmp_path, monkeypatch):
     # Read on export, of a model from a folder, and of a model that has experts or stretched
     # positions: tests/models/ does that.
     elsewhere |= {"DecoderConfig.model_type"}
-    elsewhere |= {f"{c}.{n}" for c in ("StudentConfig", "TeacherConfig")
+    elsewhere |= {f"{c}.{n}" for c in ("ModelConfig", "StudentConfig", "TeacherConfig")
                   for n in ("dtype", "param_dtype")}  # fmt: skip
     # Of other variants of a stage than this run's, and other values than the defaults: each is
     # shown to change what its stage gives in tests/test_stage_options.py and tests/scoring/.
@@ -410,5 +430,6 @@ def test_every_key_is_read_by_what_it_configures(tmp_path, monkeypatch):
     }
     elsewhere |= {f"{c.__name__}.{f.name}" for c in variants for f in dataclasses.fields(c)}
     # Other layouts of the cache than this run's: tests/rollout/ draws the same with each.
-    optional = ("MoEConfig.", "LinearRope.", "Llama3Rope.", "YarnRope.", "Paged.", "PagedTPU.")
+    optional = ("MoEConfig.", "LinearRope.", "Llama3Rope.", "YarnRope.", "Paged.", "PagedTPU.",
+                "PagedGPU.")  # fmt: skip
     assert [k for k in sorted(wanted - read - elsewhere) if not k.startswith(optional)] == []

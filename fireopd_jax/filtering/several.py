@@ -33,10 +33,9 @@ class AllOf:
 
     kind: Literal["all_of"] = "all_of"
     """Name of this filter."""
-    filters: tuple[Annotated[Filters, Field(discriminator="kind")], ...] = (
-        RepetitionGuard(),
-        TeacherQuantile(),
-    )
+    filters: Annotated[
+        tuple[Annotated[Filters, Field(discriminator="kind")], ...], Field(min_length=1)
+    ] = (RepetitionGuard(), TeacherQuantile())
     """The filters, in order."""
 
     @property
