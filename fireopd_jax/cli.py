@@ -311,6 +311,25 @@ def bench_load(
     bench_load(folder, gib, dtype, rounds, file=file)
 
 
+@bench.command("methods")
+def bench_methods(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG.yaml | key=value]...", help="By default quickstart."),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Names of configs/method/; opd is added.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved; medians are reported.")] = 7,
+    file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+) -> None:
+    """Time score and update of the methods, beside those of on-policy distillation."""
+    from fireopd_jax.bench.methods import bench_methods
+
+    names = methods and [name.strip() for name in methods.split(",")]
+    bench_methods(settings or ["quickstart"], names or None, rounds, file)
+
+
 @bench.command("rollout")
 def bench_rollout(
     compare: Annotated[
