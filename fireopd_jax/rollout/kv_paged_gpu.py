@@ -2,12 +2,15 @@
 
     a layer's pool: keys and values, each [K, N, page, H]
 
-Prompts are attended to as with any pages; only the step of one token a slot is the kernel's.
+Prompts are attended to as with any pages; only the step of one token a slot is the kernel's. It is
+written for Pallas' Triton backend, which JAX 0.12 calls deprecated.
 """
 
 import math
+import warnings
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int32
@@ -21,6 +24,21 @@ LEAST = 16
 """The kernel multiplies blocks no narrower than this."""
 SPLITS, PAGES = 16, 8
 """Parts of a row's pages that are attended to in parallel, and pages that are read at a time."""
+
+
+def library() -> Any:
+    """Import the kernel where it is wanted: it brings all of Pallas."""
+    with warnings.catch_warnings():
+        # From JAX 0.11 on the module announces that it will go; nothing is named in its place.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            from jax.experimental.pallas.ops.gpu import paged_attention
+        except ImportError as error:
+            raise UserError(
+                f"rollout.cache.kind=paged_gpu: JAX {jax.__version__} no longer brings paged "
+                "attention for GPUs; expected paged or dense"
+            ) from error
+    return paged_attention
 
 
 @config
@@ -96,11 +114,8 @@ class PagedGPU(Paged):
         dtype: jnp.dtype,
     ) -> Array:
         """Attend from each row's position to it and all before."""
-        # Imported where it is wanted: it brings all of Pallas.
-        from jax.experimental.pallas.ops.gpu import paged_attention
-
         splits = math.gcd(tables.shape[1], SPLITS)
-        out = paged_attention.paged_attention(
+        out = library().paged_attention(
             q[:, 0] * scale,
             *kept,
             jnp.minimum(tables, kept[0].shape[1] - 1),

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas.ops.gpu import paged_attention
 
 from fireopd_jax.config import UserError
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.rollout.kv_paged import Paged
-from fireopd_jax.rollout.kv_paged_gpu import PagedGPU
+from fireopd_jax.rollout.kv_paged_gpu import PagedGPU, library
 from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.state import Shape, empty_requests, initial
@@ -24,13 +23,13 @@ def test_the_kernel_sees_what_plain_pages_hold(monkeypatch):
     prompt = np.array([9, 1, 16], np.int32)
     rows = [rng.integers(0, 32, length + 4).astype(np.int32) for length in prompt]
     wanted = through_cache(model, params, rows, prompt, Paged(page_size=16), piece=16)
-    kernel, calls = paged_attention.paged_attention, []
+    kernel, calls = library().paged_attention, []
 
     def interpreted(*arguments, **options):
         calls.append(options)
         return kernel(*arguments, **options, interpret=True)
 
-    monkeypatch.setattr(paged_attention, "paged_attention", interpreted)
+    monkeypatch.setattr(library(), "paged_attention", interpreted)
     got = through_cache(model, params, rows, prompt, PagedGPU(page_size=16), piece=16)
     assert len(calls) == model.config.num_hidden_layers
     for one, other in zip(got, wanted, strict=True):
@@ -46,6 +45,7 @@ def test_what_the_kernel_cannot_do_is_refused():
 
 
 @pytest.mark.aot
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 @pytest.mark.skipif(aot_gpu.missing() is not None, reason=aot_gpu.missing() or "")
 @pytest.mark.parametrize("memory", [Paged(page_size=16), PagedGPU(page_size=16)], ids=str)
 def test_the_whole_loop_compiles_for_a_gpu(memory):
