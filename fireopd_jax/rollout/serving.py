@@ -161,6 +161,7 @@ class Engine:
 
     def _stream(self, pending: deque[Request], budget: Budget) -> Iterator[Completion]:
         running: dict[tuple[int, int], Request] = {}
+        searched: dict[tuple[int, int], int] = {}
         free = [deque(range(self.rows)) for _ in range(self.replicas)]
         end = None if budget.seconds is None else time.monotonic() + budget.seconds
         left = budget.tokens
@@ -180,13 +181,14 @@ class Engine:
                 over = [at for at in running if finish[at] != RUNNING]
                 texts = [at for at, r in running.items() if r.knobs.stop_strings]
                 for at, completion in self._read(running, {*over, *texts}, finish, count):
-                    completion = self._cut_at_text(running[at], completion)
+                    completion = self._cut_at_text(running[at], completion, searched.get(at, 0))
+                    searched[at] = len(completion.tokens)
                     if completion.finish != "running":
                         self.statistics.not_finite += completion.finish == "not_finite"
                         if at not in over:
                             self._abort(at)
                         free[at[0]].append(at[1])
-                        del running[at]
+                        del running[at], searched[at]
                         yield completion
             if running:
                 finish, count, _ = self._status()
@@ -328,19 +330,24 @@ class Engine:
                         ),
                     )
 
-    def _cut_at_text(self, request: Request, completion: Completion) -> Completion:
-        """End a response after the token that completes the first of its stop strings."""
+    def _cut_at_text(self, request: Request, completion: Completion, searched: int) -> Completion:
+        """End a response after the token that completes the first of its stop strings.
+
+        In the first `searched` tokens there is none.
+        """
         strings = request.knobs.stop_strings
         if not strings or self.text is None:
             return completion
 
-        def stopped(length: int) -> bool:
+        def stopped(length: int, start: int = 0) -> bool:
             assert self.text is not None
-            text = self.text(completion.tokens[:length].tolist())
+            text = self.text(completion.tokens[start:length].tolist())
             return any(string in text for string in strings)
 
         low, high = 0, len(completion.tokens)
-        if not stopped(high):
+        # A text has no more tokens than bytes, and one more character may begin before it.
+        reach = max(len(string.encode()) for string in strings) + 4
+        if not stopped(high, max(0, searched - reach)):
             return completion
         while high - low > 1:  # a longer response contains what a shorter one does
             middle = (low + high) // 2

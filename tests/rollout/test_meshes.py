@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fireopd_jax.config import UserError
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
@@ -99,3 +100,12 @@ def test_devices_of_a_replica_tell_one_another_sums_not_logits_nor_caches():
     assert "all-reduce" in text and sizes
     # What is gathered of two slots are masses of blocks, and the few best words of each.
     assert max(sizes) < 2 * table.shape[0] / 8
+
+
+def test_meshes_that_the_devices_cannot_form_are_refused():
+    assert dict(make_mesh(MeshConfig(tensor=2)).shape) == {"data": 4, "tensor": 2}
+    with pytest.raises(UserError, match=r"mesh\.tensor=3: does not divide the 8 devices"):
+        make_mesh(MeshConfig(tensor=3))
+    assert make_mesh(MeshConfig(data=2, tensor=3)).size == 6
+    with pytest.raises(UserError, match=r"mesh\.data x mesh\.tensor: 12 devices asked for, 8"):
+        make_mesh(MeshConfig(data=4, tensor=3))
