@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec as P
 from pydantic import ValidationError
 
 from fireopd_jax.filtering import KeepAll, Reopold, TeacherQuantile
-from tests import cases, oracle
+from fireopd_jax.verify import reference_batch as oracle
+from tests import cases
 
 
 def keep_of(logprob, mask, num_teachers=1, teacher=None, **options):

@@ -17,6 +17,7 @@ and the variance; steps, reward, activation, the form of sigma and learning rate
 
 import dataclasses
 import functools
+import itertools
 import json
 import time
 from pathlib import Path
@@ -149,9 +150,7 @@ def distil(key: Array, teachers: Policy, gamma: Array, iterations: int) -> tuple
         def loss(policy: Policy, position: Array, step: Array, value: Array) -> Array:
             return (logprob(policy, task, Walks(position, step)) * value).sum(axis=1).mean()
 
-        parts = [
-            x.reshape(MICRO_BATCHES, -1, STEPS) for x in (walks.position, walks.step, value)
-        ]
+        parts = [x.reshape(MICRO_BATCHES, -1, STEPS) for x in (walks.position, walks.step, value)]
         each = jax.vmap(jax.grad(loss), (None, 0, 0, 0))(policy, *parts)
         steps, opt_state = optimizer.update(jax.tree.map(lambda g: g.mean(axis=0), each), opt_state)
         return (optax.apply_updates(policy, steps), opt_state), variance(each[-1])
@@ -185,9 +184,8 @@ def study(keys: Array, iterations: int, teacher_iterations: int) -> tuple[Array,
 
     def of_seed(key: Array):
         for_teachers, for_student, for_end = jax.random.split(key, 3)
-        teachers = jax.vmap(train_teacher, (0, 0, None))(
-            jax.random.split(for_teachers), jnp.arange(2), teacher_iterations
-        )
+        both = jax.random.split(for_teachers), jnp.arange(2)
+        teachers = jax.lax.map(lambda each: train_teacher(*each, teacher_iterations), both)
 
         def of_gamma(gamma: Array) -> tuple[Array, Array]:
             variances, student = distil(for_student, teachers, gamma, iterations)
@@ -196,7 +194,8 @@ def study(keys: Array, iterations: int, teacher_iterations: int) -> tuple[Array,
         own = jax.vmap(end_error, (None, 0))(for_end, teachers)
         return *jax.vmap(of_gamma)(jnp.asarray(GAMMAS)), jnp.diagonal(own)
 
-    return jax.vmap(of_seed)(keys)
+    # One after the other: what they share stays in a CPU's cache.
+    return jax.lax.map(of_seed, keys)
 
 
 def bench_toy(
@@ -204,20 +203,23 @@ def bench_toy(
     seeds: tuple[int, ...] = SEEDS,
     figure: Path | None = None,
     file: Path | None = None,
+    teacher_iterations: int | None = None,
 ) -> Row:
-    """Run the study, print its table, write figure and JSON; returns what is written."""
+    """Run the study, print its table, write figure and JSON; returns what is written.
+
+    Teachers learn for half as many iterations again as the student, if not told otherwise.
+    """
     if iterations < 4:
         raise UserError(f"--iterations: expected at least 4, got {iterations}")
+    learning = teacher_iterations or iterations * 3 // 2
     start = time.perf_counter()
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    variances, errors, of_teachers = jax.tree.map(
-        np.asarray, study(keys, iterations, iterations * 3 // 2)
-    )
+    variances, errors, of_teachers = jax.tree.map(np.asarray, study(keys, iterations, learning))
     result: Row = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "iterations": iterations,
-        "teacher_iterations": iterations * 3 // 2,
+        "teacher_iterations": learning,
         "seconds": time.perf_counter() - start,
         "gammas": list(GAMMAS),
         "rows": [
@@ -245,7 +247,7 @@ def draw(variances: Array, points: int = 100) -> str:
     ends = np.linspace(0, iterations, min(points, iterations) + 1).astype(int)
     lines = {}
     for i, gamma in enumerate(GAMMAS):
-        pieces = [variances[:, i, a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        pieces = [variances[:, i, a:b] for a, b in itertools.pairwise(ends)]
         lines[f"γ = {gamma:g}"] = [
             ((a + b) / 2, float(np.median(piece)))
             for a, b, piece in zip(ends[:-1], ends[1:], pieces, strict=True)

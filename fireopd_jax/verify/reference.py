@@ -12,6 +12,7 @@ import numpy as np
 
 
 def log_softmax(z):
+    """z - log sum_v exp z(v)."""
     z = np.asarray(z, np.float64)
     return z - z.max() - np.log(np.exp(z - z.max()).sum())
 
@@ -41,7 +42,7 @@ def forward_kl(z, z_q):
 
 
 def jensen_shannon(z, z_q, beta):
-    """beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p; a KL at beta = 0, 1."""
+    """Beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p; a KL at beta = 0, 1."""
     if beta in (0, 1):
         return (reverse_kl if beta else forward_kl)(z, z_q)
     p, q, log_p, log_q = _models(z, z_q)
@@ -66,7 +67,7 @@ def skewed_reverse_kl(z, z_q, alpha):
 
 
 def adaptive_kl(z, z_q, mu):
-    """w FKL + (1 - w) RKL, w = sum_H |q - p| / sum_V |q - p|, without a gradient.
+    """W FKL + (1 - w) RKL, w = sum_H |q - p| / sum_V |q - p|, without a gradient.
 
     H: the most probable tokens of q, as many as hold no more than mu, and the first in any case.
     """
@@ -181,7 +182,7 @@ def head_and_tail_sample(z, z_q, support, y, corrected=True):
 
 
 def score_of(z, y, factor):
-    """factor * grad log p(y)."""
+    """Factor * grad log p(y)."""
     p = np.exp(log_softmax(z))
     slope = np.zeros(len(p))
     slope[y] = factor
