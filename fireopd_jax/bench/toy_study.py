@@ -43,7 +43,7 @@ GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEEDS = (42, 43, 2026)
 TEACHER_BATCH, BATCH, MICRO_BATCHES = 256, 64, 8
 TEACHER_RATE, RATE = 3e-3, 1e-3
-SMALLEST_SIGMA = 1e-3
+SMALLEST_SIGMA = 0.01
 
 Policy = tuple[tuple[Array, Array], ...]
 """Kernel and bias of each layer."""

@@ -12,7 +12,7 @@ import numpy as np
 
 
 def log_softmax(z):
-    """z - log sum_v exp z(v)."""
+    """The log-probabilities z - log sum_v exp z(v)."""
     z = np.asarray(z, np.float64)
     return z - z.max() - np.log(np.exp(z - z.max()).sum())
 
@@ -111,6 +111,25 @@ def score_form(z, z_q, support):
     inside = _scatter(len(p), support, np.ones(len(support)))
     rho = log_p - log_q
     return (inside * (p * rho - p + q)).sum(), log_chain(p, inside * p * rho)
+
+
+def score_form_of_forward_kl(z, z_q, support):
+    """sum_S [q log q - q log p - q + p]; gradient sum_S (p - q) grad log p."""
+    p, q, log_p, log_q = _models(z, z_q)
+    inside = _scatter(len(p), support, np.ones(len(support)))
+    return (inside * (q * (log_q - log_p) - q + p)).sum(), log_chain(p, inside * (p - q))
+
+
+def score_form_of_jensen_shannon(z, z_q, support, beta):
+    """sum_S [beta q log q/m + (1 - beta) p log p/m], m = beta q + (1 - beta) p, 0 < beta < 1.
+
+    The linear parts of the two terms, beta (m - q) and (1 - beta) (m - p), cancel at each word.
+    """
+    p, q, log_p, log_q = _models(z, z_q)
+    inside = _scatter(len(p), support, np.ones(len(support)))
+    log_m = np.log(beta * q + (1 - beta) * p)
+    terms = beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)
+    return (inside * terms).sum(), log_chain(p, inside * (1 - beta) * p * (log_p - log_m))
 
 
 def weighted_score(z, z_q, support, weight):

@@ -113,6 +113,79 @@ def keep_rows(teacher_logprob, mask, drop_fraction, groups=None):
     return keep
 
 
+def keep_tokens(
+    teacher_logprob,
+    student_logprob,
+    student_entropy,
+    mask,
+    progress,
+    *,
+    floor,
+    entropy_fraction,
+    switch,
+):
+    """REOPOLD: tokens of log q/p >= (ln floor) / (1 - floor); later those of high entropy.
+
+    High is what reaches the (1 - fraction)-quantile of all tokens, interpolated between two.
+    """
+    teacher_logprob, student_logprob = (
+        np.asarray(x, np.float64) for x in (teacher_logprob, student_logprob)
+    )
+    entropy, keep = np.asarray(student_entropy, np.float64), np.zeros(np.shape(mask), bool)
+    tokens = list(zip(*np.nonzero(mask), strict=True))
+    ordered = sorted(entropy[i, t] for i, t in tokens)
+    place = (1 - entropy_fraction) * (len(ordered) - 1)
+    low = int(np.floor(place))
+    above = ordered[min(low + 1, len(ordered) - 1)]
+    border = ordered[low] + (place - low) * (above - ordered[low])
+    for i, t in tokens:
+        if progress < switch:
+            ratio = teacher_logprob[i, t] - student_logprob[i, t]
+            keep[i, t] = ratio >= np.log(floor) / (1 - floor)
+        else:
+            keep[i, t] = entropy[i, t] >= border
+    return keep
+
+
+def progressive(teacher_logprob, student_logprob, mask, gamma):
+    """IW-OPD: 1 + gamma (1 - sum_{u < t} |A_u| / sum_u |A_u|), A = log q - log p."""
+    result = np.zeros(np.shape(mask))
+    for i in range(len(mask)):
+        tokens = [t for t in range(len(mask[i])) if mask[i][t]]
+        gaps = [abs(float(teacher_logprob[i][t]) - float(student_logprob[i][t])) for t in tokens]
+        for n, t in enumerate(tokens):
+            met = sum(gaps[:n]) / sum(gaps) if sum(gaps) > 0 else 0.0
+            result[i, t] = 1 + gamma * (1 - met)
+    return result
+
+
+def overlap(z, z_q, k):
+    """Of two models' k most probable words at each position: see the names of what it returns.
+
+    ratio |S| / k of the common words S, masses sum_S p and sum_S q, and the advantage: the mean
+    over S of p^ (log q^ - log p^), p^ = p / sum_S p and q^ likewise; 0 of no common word.
+    """
+    own, theirs = head_topk(z, k)[0], head_topk(z_q, k)[0]
+    found = {name: [] for name in ("ratio", "student_mass", "teacher_mass", "advantage")}
+    for n, (row, other) in enumerate(zip(z, z_q, strict=True)):
+        common = sorted(set(own[n].tolist()) & set(theirs[n].tolist()) - {-1})
+        p, q = (np.exp(x - x.max()) / np.exp(x - x.max()).sum() for x in (row, other))
+        p, q = p[common], q[common]
+        found["ratio"].append(len(common) / k)
+        found["student_mass"].append(p.sum())
+        found["teacher_mass"].append(q.sum())
+        p, q = (x / x.sum() if common else x for x in (p, q))
+        found["advantage"].append((p * np.log(q / p)).mean() if common else 0.0)
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def support(kind, own, theirs, sampled=None):
+    """The set of words on which a position's student and teacher are compared; -1 is none."""
+    own, theirs = set(own) - {-1}, set(theirs) - {-1}
+    words = {"teacher": theirs, "student": own, "union": own | theirs, "intersection": own & theirs}
+    return words[kind] | ({sampled} if sampled is not None else set())
+
+
 def entropy_maximum(entropy, mask, rows):
     """The largest entropy of the tokens of `rows`, and no less than 1e-6."""
     values = [entropy[i, t] for i in rows for t in range(mask.shape[1]) if mask[i, t]]
@@ -165,16 +238,31 @@ def weights(
 
 
 def coefficients(mask, keep, aggregate="seq"):
-    """Each token's share of the loss. `keep` speaks of rows."""
+    """Each token's share of the loss. `keep` speaks of rows, or of tokens."""
+    keep = np.asarray(keep)
+    kept = np.asarray(mask) & (keep if keep.ndim == 2 else keep[:, None])
     result = np.zeros(np.shape(mask))
-    rows = [i for i in range(len(mask)) if keep[i] and any(mask[i])]
-    total = sum(int(np.sum(mask[i])) for i in rows)
+    rows = [i for i in range(len(mask)) if any(kept[i])]
+    total = sum(int(np.sum(kept[i])) for i in rows)
     for i in rows:
-        for t in range(len(mask[i])):
-            if mask[i][t]:
-                length = int(np.sum(mask[i]))
+        for t in range(len(kept[i])):
+            if kept[i][t]:
+                length = int(np.sum(kept[i]))
                 result[i, t] = 1 / (length * len(rows)) if aggregate == "seq" else 1 / total
     return result
+
+
+def surrogate(advantage, difference, clip):
+    """max(-A r, -A clip(r, 1 - eps, 1 + eps)), r = e^difference, and its derivative to log r."""
+    ratio = np.exp(min(max(difference, -20.0), 20.0))
+    clipped = min(max(ratio, 1 - clip), 1 + clip)
+    free = -advantage * ratio >= -advantage * clipped and abs(difference) < 20
+    return max(-advantage * ratio, -advantage * clipped), -advantage * ratio if free else 0.0
+
+
+def importance(old, drawn, cap):
+    """The weight min(e^(log p_old - log mu), cap) of a token that mu drew; 1 without a cap."""
+    return 1.0 if cap is None else min(np.exp(min(max(old - drawn, -20.0), 20.0)), cap)
 
 
 def sampled_reverse_kl(logprob, old, teacher, mask, clip=0.2, rollout=None, cap=None):
@@ -183,14 +271,9 @@ def sampled_reverse_kl(logprob, old, teacher, mask, clip=0.2, rollout=None, cap=
     for i, t in zip(*np.nonzero(mask), strict=True):
         advantage = float(teacher[i][t]) - float(old[i][t])
         difference = float(logprob[i][t]) - float(old[i][t])
-        ratio = np.exp(min(max(difference, -20.0), 20.0))
-        clipped = min(max(ratio, 1 - clip), 1 + clip)
-        loss[i, t] = max(-advantage * ratio, -advantage * clipped)
-        free = -advantage * ratio >= -advantage * clipped and abs(difference) < 20
-        slope[i, t] = -advantage * ratio if free else 0.0
+        loss[i, t], slope[i, t] = surrogate(advantage, difference, clip)
         if cap is not None:
-            drift = float(old[i][t]) - float(rollout[i][t])
-            importance = min(np.exp(min(max(drift, -20.0), 20.0)), cap)
-            loss[i, t] *= importance
-            slope[i, t] *= importance
+            factor = importance(float(old[i][t]), float(rollout[i][t]), cap)
+            loss[i, t] *= factor
+            slope[i, t] *= factor
     return loss, slope
