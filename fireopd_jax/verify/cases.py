@@ -6,13 +6,13 @@ Everything is drawn by NumPy from fixed seeds, so that every machine verifies th
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32
 
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.ops.head import HeadOptions, head_gather, head_stats, head_topk
 from fireopd_jax.scoring.supports import Kind, make_support, overlap
-from fireopd_jax.types import Array, Prompts, Rollout, Scores, TokenStats, pytree
+from fireopd_jax.types import Array, Prompts, Rollout, Scores, Support, TokenStats, pytree
 from fireopd_jax.verify.reference_losses import Seen
 
 VOCABULARY, WIDTH, TEACHER_WIDTH = 320, 16, 24
@@ -22,7 +22,8 @@ SCALE = 1.25
 """One over the temperature, of both models."""
 HEAD: HeadOptions = {"logit_scale": SCALE, "chunk": 128}
 """The vocabulary takes several chunks of logits."""
-K = 8
+K, SLOTS = 8, 17
+"""Words of a model's list, and slots of the largest support: both lists and the token."""
 SMALL_VOCABULARY = 64
 
 
@@ -97,17 +98,24 @@ def score(
     base = head_stats(states.base, states.head, tokens, **options)
     lists = (own.top_ids, own.top_logprob), (theirs.top_ids, theirs.top_logprob)
     told = head_gather(states.teacher_hidden, states.teacher_head, tokens, own.top_ids, **options)
+    support = make_support(
+        kind,
+        *lists,
+        told.support_logprob,
+        sampled=(tokens, theirs.logprob) if sampled else None,
+        size=VOCABULARY,
+    )
+    # One shape for all: a program of the heads serves every support.
+    empty = ((0, 0), (0, 0), (0, SLOTS - support.ids.shape[-1]))
+    support = Support(
+        jnp.pad(support.ids, empty, constant_values=-1),
+        jnp.pad(support.teacher, empty, constant_values=-jnp.inf),
+    )
     return Scores(
         TokenStats(own.logprob, own.entropy),
         TokenStats(theirs.logprob, theirs.entropy),
         base=TokenStats(base.logprob, base.entropy),
-        support=make_support(
-            kind,
-            *lists,
-            told.support_logprob,
-            sampled=(tokens, theirs.logprob) if sampled else None,
-            size=VOCABULARY,
-        ),
+        support=support,
         overlap=overlap(*lists),
     )
 

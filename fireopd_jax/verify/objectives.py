@@ -5,6 +5,7 @@ logits -> reference -> gradient to logits -> to states and head   NumPy, float64
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from fireopd_jax.losses.vocabulary import MiniLLM, VocabularyDivergence
 from fireopd_jax.ops.divergence import head_divergence
 from fireopd_jax.ops.formulas import (
     AdaptiveKL,
+    Divergence,
     ForwardKL,
     JensenShannon,
     ReverseKL,
@@ -121,23 +123,28 @@ OBJECTIVES: tuple[Objective, ...] = (
 )
 
 
-def rows(objectives: Sequence[Objective] = OBJECTIVES) -> Iterator[Row]:
-    """Verify each objective: value, gradient, and what is left where the teacher is the student."""
-    rollout = cases.dummy_rollout()
-    for objective in objectives:
-        run = program(objective.loss)
-        yield from against_reference(objective, run, rollout)
-        if objective.vanishes and not objective.later:
-            yield from teacher_is_student(objective, run, rollout)
+class Programs:
+    """What is compiled: once for every objective, for each divergence, for each loss."""
+
+    def __init__(self):
+        self.score = jax.jit(lambda *x: cases.score(*x), static_argnums=(2, 3))
+        self._heads = functools.cache(heads)
+        self._losses = functools.cache(differentiated)
+
+    def run(self, loss: Any, states: States, batch: Batch) -> tuple[Array, tuple[Array, Array]]:
+        """Return the loss of each token, and the gradients of its weighted sum: state and head."""
+        forward, backward = self._heads(getattr(loss, "divergence_from_teacher", None))
+        to_student, value = self._losses(loss)(forward(states, batch), batch)
+        return value, backward(states, batch, to_student)
 
 
-def program(loss: Any) -> Any:
-    """Compile an objective: states, batch -> loss [B, T], gradient of its sum to state and head."""
-    divergence = getattr(loss, "divergence_from_teacher", None)
+def heads(divergence: Divergence | None) -> tuple[Any, Any]:
+    """Compile what the update reads from states and heads, and how gradients come back."""
 
-    def total(own: tuple[Array, Array], states: States, batch: Batch) -> tuple[Array, Array]:
-        tokens, support = jnp.asarray(batch.rollout.tokens), batch.scores.support
+    def read(own: tuple[Array, Array], states: States, batch: Batch) -> TokenStats:
+        support = batch.scores.support
         assert support is not None
+        tokens = jnp.asarray(batch.rollout.tokens)
         stats = head_gather(*own, tokens, jnp.asarray(support.ids), **HEAD)
         whole = None
         if divergence is not None:
@@ -145,28 +152,50 @@ def program(loss: Any) -> Any:
             whole = head_divergence(
                 divergence, *own, *teacher, logit_scale=SCALE, chunk=HEAD.get("chunk")
             )
-        student = TokenStats(stats.logprob, stats.entropy, stats.support_logprob, whole)
+        return TokenStats(stats.logprob, stats.entropy, stats.support_logprob, whole)
+
+    def pull(states: States, batch: Batch, cotangent: TokenStats) -> tuple[Array, Array]:
+        own = states.hidden, states.head
+        return jax.vjp(lambda own: read(own, states, batch), own)[1](cotangent)[0]
+
+    return jax.jit(lambda states, batch: read((states.hidden, states.head), states, batch)), (
+        jax.jit(pull)
+    )
+
+
+def differentiated(loss: Any) -> Any:
+    """Compile a loss: statistics, batch -> gradient of its weighted sum to them, loss [B, T]."""
+
+    def total(student: TokenStats, batch: Batch) -> tuple[Array, Array]:
         each = loss(student, batch)
         return total_loss(each, batch), each
 
-    differentiate = jax.jit(jax.grad(total, has_aux=True))
-    return lambda states, batch: differentiate((states.hidden, states.head), states, batch)
+    return jax.jit(jax.grad(total, has_aux=True))
 
 
-def make_batch(states: States, rollout: Rollout, objective: Objective) -> Batch:
+def rows(objectives: Sequence[Objective] = OBJECTIVES) -> Iterator[Row]:
+    """Verify each objective: value, gradient, and what is left where the teacher is the student."""
+    programs, rollout = Programs(), cases.dummy_rollout()
+    for objective in objectives:
+        yield from against_reference(objective, programs, rollout)
+        if objective.vanishes and not objective.later:
+            yield from teacher_is_student(objective, programs, rollout)
+
+
+def make_batch(states: States, rollout: Rollout, objective: Objective, programs: Programs) -> Batch:
     """Score the case; weights are random, so that no token counts like another."""
-    scores = cases.score(states, rollout, objective.support, objective.sampled)
+    scores = programs.score(states, rollout, objective.support, objective.sampled)
     mask = np.asarray(rollout.mask)
     weight = np.random.default_rng(4).uniform(0.5, 1.5, mask.shape) * mask
     share = coefficients(mask, mask.any(axis=1), "token")
     return Batch(rollout, scores, jnp.float32(weight), jnp.float32(share))
 
 
-def against_reference(objective: Objective, run: Any, rollout: Rollout) -> Iterator[Row]:
+def against_reference(objective: Objective, programs: Programs, rollout: Rollout) -> Iterator[Row]:
     """Compare with the reference on two different models."""
     states = cases.make_states(later=objective.later)
-    batch = make_batch(states, rollout, objective)
-    (d_hidden, d_head), value = run(states, batch)
+    batch = make_batch(states, rollout, objective, programs)
+    value, (d_hidden, d_head) = programs.run(objective.loss, states, batch)
     exact, d_z = expected.loss(objective.loss, cases.see(states, rollout, batch.scores))
     share = np.asarray(batch.weight, np.float64) * np.asarray(batch.coefficient, np.float64)
     d_z = SCALE * share[..., None] * d_z
@@ -176,9 +205,10 @@ def against_reference(objective: Objective, run: Any, rollout: Rollout) -> Itera
     yield relative(f"{objective.name}: gradient", gradients, GRADIENT_BOUND)
 
 
-def teacher_is_student(objective: Objective, run: Any, rollout: Rollout) -> Iterator[Row]:
+def teacher_is_student(objective: Objective, programs: Programs, rollout: Rollout) -> Iterator[Row]:
     """Compare with zero where the two models are one."""
     states = cases.make_states(equal=True)
-    gradient, value = run(states, make_batch(states, rollout, objective))
+    batch = make_batch(states, rollout, objective, programs)
+    value, gradient = programs.run(objective.loss, states, batch)
     zeros = [(x, np.zeros(x.shape)) for x in (value, *gradient)]
     yield absolute(f"{objective.name}: zero at the teacher", zeros, NOTHING)
