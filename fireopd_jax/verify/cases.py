@@ -51,10 +51,9 @@ def make_states(*, equal: bool = False, later: bool = False) -> States:
 
     at = len(LENGTHS), ROOM
     hidden, head = draw(1.0, *at, WIDTH), draw(0.4, VOCABULARY, WIDTH)
-    teacher_hidden, teacher_head = (
-        draw(1.0, *at, TEACHER_WIDTH),
-        draw(0.4, VOCABULARY, TEACHER_WIDTH),
-    )
+    # Models that agree on some words, as a student and its teacher do.
+    teacher_hidden = jnp.concatenate([hidden, draw(1.0, *at, TEACHER_WIDTH - WIDTH)], axis=2)
+    teacher_head = jnp.concatenate([head, draw(0.4, VOCABULARY, TEACHER_WIDTH - WIDTH)], axis=1)
     moved, base = draw(0.1, *at, WIDTH), draw(0.4, *at, WIDTH)
     if equal:
         # The same logits from a wider state: what is new in it is zero.
@@ -161,7 +160,8 @@ def random_params(model: LanguageModel, seed: int) -> Params:
         noise = rng.standard_normal(leaf.shape)
         # Norms have one axis a layer: around 1. Matrices keep the size of what they multiply.
         small = len(leaf.shape) < 2 or leaf.shape[-2] == model.config.num_hidden_layers
-        value = 1 + 0.2 * noise if small else noise * leaf.shape[-2] ** -0.5
+        wide = noise * max(leaf.shape[-2] ** -0.5, 0.25) if len(leaf.shape) > 1 else noise
+        value = 1 + 0.2 * noise if small else wide
         return jnp.asarray(value, leaf.dtype)
 
     return jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0)))

@@ -40,6 +40,14 @@ class Seen:
             out[i, t] = reference.log_softmax(logits[i, t])[self.tokens[i, t]]
         return out
 
+    def entropy(self, logits):
+        """Return -sum_v p log p [B, T], 0 where masked."""
+        out = np.zeros(self.mask.shape)
+        for i, t in self.positions():
+            log_p = reference.log_softmax(logits[i, t])
+            out[i, t] = -(np.exp(log_p) * log_p).sum()
+        return out
+
     def positions(self):
         """List (row, token) of the response tokens."""
         return list(zip(*np.nonzero(self.mask), strict=True))
@@ -127,9 +135,9 @@ def entropy_aware(seen, alpha, tau, normalise, clip):
     more, more_gradient = over_support(
         seen, lambda z, z_q, words: reference.forward_kl_topk(z, z_q, words, normalise)
     )
+    entropy = seen.entropy(seen.z_q)
     for i, t in seen.positions():
-        log_q = reference.log_softmax(seen.z_q[i, t])
-        if -(np.exp(log_q) * log_q).sum() > tau:
+        if entropy[i, t] > tau:
             value[i, t] += alpha * more[i, t]
             gradient[i, t] += alpha * more_gradient[i, t]
     return value, gradient

@@ -1,0 +1,191 @@
+"""What the objectives stand on against the reference: heads, supports, filters, weights, shares."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fireopd_jax.batch import coefficients
+from fireopd_jax.filtering import KeepAll, Reopold, TeacherQuantile
+from fireopd_jax.ops.head import HeadOptions, head_gather, head_topk
+from fireopd_jax.reweighting import ConfidenceConfusion, Progressive, Uniform
+from fireopd_jax.scoring.supports import Kind
+from fireopd_jax.types import Array, Scores, TokenStats
+from fireopd_jax.verify import cases, expected, reference_batch
+from fireopd_jax.verify.cases import HEAD, SCALE, K, States
+from fireopd_jax.verify.objectives import describe
+from fireopd_jax.verify.table import Row, differing, relative
+
+BOUND = 1e-5
+"""Of the largest value: float32 rounds at 6e-8, sums of hundreds more."""
+
+TEACHERS = 2
+FILTERS = (
+    (KeepAll(), 0.0),
+    (TeacherQuantile(drop_fraction=0.4), 0.0),
+    (TeacherQuantile(drop_fraction=0.4, scope="teacher"), 0.0),
+    (TeacherQuantile(drop_fraction=0.4, score="student_relative"), 0.0),
+    (Reopold(), 0.0),
+    (Reopold(), 0.75),
+)
+"""Each with the share of the updates that are done."""
+WEIGHTS = (
+    Uniform(),
+    ConfidenceConfusion(),
+    ConfidenceConfusion(alpha=2.0, beta=0.5, max_scope="kept"),
+    ConfidenceConfusion(max_scope="teacher"),
+    ConfidenceConfusion(max_scope="row"),
+    ConfidenceConfusion(max_scope="vocabulary"),
+    Progressive(),
+)
+SUPPORTS: tuple[tuple[Kind, bool], ...] = (
+    ("teacher", False),
+    ("student", False),
+    ("union", True),
+    ("intersection", True),
+)
+
+
+def rows() -> Iterator[Row]:
+    """Verify each statistic."""
+    states = cases.make_states()
+    plain: HeadOptions = HEAD
+    yield from of_head("head", states, plain, SCALE, None, None)
+    bent: HeadOptions = {**HEAD, "softcap": 3.0, "valid": 300}
+    yield from of_head("head softcap=3 valid=300", states, bent, SCALE, 3.0, 300)
+    yield from of_lists(states)
+    yield from of_batches()
+
+
+def of_head(
+    name: str,
+    states: States,
+    options: HeadOptions,
+    scale: float,
+    softcap: float | None,
+    valid: int | None,
+) -> Iterator[Row]:
+    """Verify log-prob, entropy, log-sum-exp and the log-probs at given ids, then the gradients."""
+    rng = np.random.default_rng(5)
+    hidden, head = states.hidden.reshape(-1, cases.WIDTH), states.head
+    count, size = len(hidden), valid or cases.VOCABULARY
+    ids = rng.integers(0, size, count).astype(np.int32)
+    support = rng.integers(-1, size, (count, K)).astype(np.int32)
+    to = [rng.normal(size=count) for _ in range(3)] + [rng.normal(size=support.shape)]
+
+    def read(own: tuple[Array, Array]) -> tuple[Array, ...]:
+        stats = head_gather(*own, jnp.asarray(ids), jnp.asarray(support), **options)
+        return stats.logprob, stats.entropy, stats.logsumexp, stats.support_logprob
+
+    @jax.jit
+    def both(own: tuple[Array, Array]) -> Any:
+        values, pull = jax.vjp(read, own)
+        return values, pull(tuple(jnp.float32(each) for each in to))[0]
+
+    values, gradient = both((hidden, head))
+    z = reference_batch.head_logits(hidden, head, scale, softcap, valid)
+    exact = reference_batch.head_gather(z, ids, support)
+    inside = support >= 0
+    names = ("log-prob", "entropy", "log-sum-exp")
+    for what, ours, truth in zip(names, values, exact, strict=False):
+        yield relative(f"{name}: {what}", [(ours, truth)], BOUND)
+    found = (np.asarray(values[3])[inside], exact[3][inside])
+    yield relative(f"{name}: log-probs at given words", [found], BOUND)
+    d_exact = reference_batch.head_gather_gradients(
+        hidden, head, ids, support, to, scale, softcap, valid
+    )
+    yield relative(f"{name}: gradient", zip(gradient, d_exact, strict=True), BOUND)
+
+
+def of_lists(states: States) -> Iterator[Row]:
+    """Verify the top-K lists, the supports made of them, and how far they overlap."""
+    rollout = cases.dummy_rollout()
+    tokens = jnp.asarray(rollout.tokens)
+    own, theirs = jax.jit(
+        lambda s: (
+            head_topk(s.old, s.head, tokens, k=K, **HEAD),
+            head_topk(s.teacher_hidden, s.teacher_head, tokens, k=K, **HEAD),
+        )
+    )(states)
+    z = cases.logits(states.old, states.head, SCALE).reshape(-1, cases.VOCABULARY)
+    z_q = cases.logits(states.teacher_hidden, states.teacher_head, SCALE).reshape(z.shape)
+    lists = [reference_batch.head_topk(logits, K) for logits in (z, z_q)]
+    ours = [np.asarray(x.top_ids).reshape(-1, K) for x in (own, theirs)]
+    yield differing("top-K: words", ours, [ids for ids, _ in lists])
+    values = [(np.asarray(own.top_logprob).reshape(-1, K), lists[0][1])]
+    yield relative("top-K: log-probs", values, BOUND)
+    score = jax.jit(cases.score, static_argnums=(2, 3))
+    for kind, sampled in SUPPORTS:
+        scores = score(states, rollout, kind, sampled)
+        yield from of_support(kind, sampled, scores, lists, z_q, np.asarray(tokens).reshape(-1))
+    exact = reference_batch.overlap(z, z_q, K)
+    for name, truth in exact.items():
+        ours = np.asarray(getattr(scores.overlap, name)).reshape(-1)
+        yield relative(f"overlap: {name.replace('_', ' ')}", [(ours, truth)], BOUND)
+
+
+def of_support(
+    kind: Kind, sampled: bool, scores: Scores, lists: Any, z_q: np.ndarray, tokens: np.ndarray
+) -> Iterator[Row]:
+    """Verify which words a support holds, each once, and what the teacher says of them."""
+    assert scores.support is not None
+    ids = np.asarray(scores.support.ids).reshape(len(z_q), -1)
+    ours = [sorted(row[row >= 0].tolist()) for row in ids]
+    (own, _), (theirs, _) = lists
+    exact = [
+        sorted(reference_batch.support(kind, s, t, int(y) if sampled else None))
+        for s, t, y in zip(own.tolist(), theirs.tolist(), tokens, strict=True)
+    ]
+    name = f"support: {kind}" + (" + sampled" if sampled else "")
+    wrong = sum(a != b for a, b in zip(ours, exact, strict=True))
+    yield Row(f"{name}: words", float(wrong), 0.0)
+    truth = reference_batch.head_gather(z_q, tokens, ids)[3]
+    found = np.asarray(scores.support.teacher).reshape(ids.shape)
+    inside = ids >= 0
+    yield relative(f"{name}: teacher's log-probs", [(found[inside], truth[inside])], BOUND)
+
+
+def of_batches() -> Iterator[Row]:
+    """Verify filters, weights and the shares of the tokens, on rows of two teachers."""
+    rng = np.random.default_rng(6)
+    count, room, size = 12, 7, 50
+    lengths = rng.integers(1, room + 1, count)
+    lengths[3] = 0
+    mask = np.arange(room)[None] < lengths[:, None]
+    names = ("student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
+    # What lies behind the mask is never read.
+    stats = {
+        name: np.where(mask, rng.exponential(2.0, mask.shape), np.nan).astype(np.float32)
+        for name in names
+    }
+    stats |= {name: -stats[name] for name in names[:2]}
+    teacher = rng.integers(0, TEACHERS, count).astype(np.int32)
+    scores = Scores(
+        TokenStats(jnp.asarray(stats["student_logprob"]), jnp.asarray(stats["student_entropy"])),
+        TokenStats(jnp.asarray(stats["teacher_logprob"]), jnp.asarray(stats["teacher_entropy"])),
+    )
+    stats = {name: value.astype(np.float64) for name, value in stats.items()}
+    on_device = jnp.asarray(mask), jnp.asarray(teacher)
+    kept = {}
+    for filter, progress in FILTERS:
+        ours = jax.jit(filter, static_argnums=3)(scores, *on_device, TEACHERS, progress)
+        exact = expected.keep(filter, stats, mask, teacher=teacher, progress=progress)
+        late = f" at {progress:g} of the updates" if progress else ""
+        yield differing(f"filter {describe(filter)}{late}", ours, exact)
+        kept[exact.ndim] = exact
+    for reweight in WEIGHTS:
+        ours = jax.jit(reweight, static_argnums=(4, 5))(
+            scores, on_device[0], jnp.asarray(kept[1]), on_device[1], TEACHERS, size
+        )
+        of_batch = {"teacher": teacher, "vocab_size": size}
+        exact = expected.weight(reweight, stats, mask, kept[1], **of_batch)
+        yield relative(f"weight {describe(reweight)}", [(ours, exact)], BOUND)
+    for aggregate in ("seq", "token"):
+        for dimensions, unit in ((1, "rows"), (2, "tokens")):
+            ours = jax.jit(coefficients, static_argnums=2)(
+                on_device[0], jnp.asarray(kept[dimensions]), aggregate
+            )
+            exact = reference_batch.coefficients(mask, kept[dimensions], aggregate)
+            yield relative(f"coefficient {aggregate}, {unit} kept", [(ours, exact)], BOUND)
