@@ -198,6 +198,14 @@ def study(keys: Array, iterations: int, teacher_iterations: int) -> tuple[Array,
     return jax.lax.map(of_seed, keys)
 
 
+def read_seeds(text: str) -> tuple[int, ...]:
+    """Read `42,43`."""
+    try:
+        return tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        raise UserError(f"--seeds: expected whole numbers such as 42,43, got {text!r}") from None
+
+
 def bench_toy(
     iterations: int = 2000,
     seeds: tuple[int, ...] = SEEDS,

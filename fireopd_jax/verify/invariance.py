@@ -24,16 +24,14 @@ from fireopd_jax.sharding import MeshConfig, make_mesh, place_rows, place_whole
 from fireopd_jax.types import Array, Batch, Rollout, Scores
 from fireopd_jax.update import gradients
 from fireopd_jax.verify import cases, expected, reference_batch
+from fireopd_jax.verify.pool import compiled, in_parallel
 from fireopd_jax.verify.reference_losses import Seen
 from fireopd_jax.verify.table import Row, relative
 
 LOSS_BOUND = 1e-5
 """Of the sum of |terms|: a loss may be a small sum of large terms of both signs."""
-GRADIENT_BOUND = 1e-4
-"""Of the largest element of each parameter's gradient, which is such a sum, too: float32 in another
-order. What depends on the cut of a batch is off by an eighth or more."""
-QUICK = {"xla_backend_optimization_level": 0}
-"""Compiling takes nearly all the time on a CPU: without LLVM's passes, those of XLA stay."""
+GRADIENT_BOUND = 1e-5
+"""Of the largest element of each parameter's gradient: float32 adds up in another order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +64,8 @@ def rows(methods: Sequence[str] | None = None) -> Iterator[Row]:
     spread = models.on(mesh)
     plain, padded = cases.small_rollout(count), cases.small_rollout(count, more=3)
     programs = Programs()
-    for name in shipped_methods() if methods is None else methods:
+
+    def of(name: str) -> Iterator[Row]:
         method = load_config(["smoke", f"method/{name}"]).method
         batch, whole = programs.run(models, method, plain)
         terms = exact_terms(models, method, batch, programs)
@@ -80,6 +79,8 @@ def rows(methods: Sequence[str] | None = None) -> Iterator[Row]:
         for what, (_, other) in others.items():
             yield relative(f"{name}: {what}", pairs(other, whole), GRADIENT_BOUND)
 
+    yield from in_parallel(of, shipped_methods() if methods is None else methods)
+
 
 def pairs(ours: Any, theirs: Any) -> list[tuple[Any, Any]]:
     """Set the leaves of two trees side by side."""
@@ -90,12 +91,6 @@ class Programs:
     """The three steps, compiled once for all methods that share a stage."""
 
     def __init__(self):
-        quick = QUICK if jax.default_backend() == "cpu" else None
-
-        def compiled(function: Any, *static: int) -> Any:
-            # A function of its own: one that was compiled elsewhere would be taken from there.
-            return jax.jit(lambda *x: function(*x), static_argnums=static, compiler_options=quick)
-
         self._score = compiled(score, 0, 1)
         self._assemble = compiled(lambda *x: assemble(*x, 1), 2, 3, 4)
         self._gradients = compiled(gradient, 0, 1, 2)

@@ -5,7 +5,6 @@ logits -> reference -> gradient to logits -> to states and head   NumPy, float64
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,6 +31,7 @@ from fireopd_jax.scoring.supports import Kind
 from fireopd_jax.types import Array, Batch, Rollout, TokenStats
 from fireopd_jax.verify import cases, expected
 from fireopd_jax.verify.cases import HEAD, SCALE, States
+from fireopd_jax.verify.pool import compiled, in_parallel
 from fireopd_jax.verify.reference_batch import coefficients
 from fireopd_jax.verify.table import Row, absolute, relative
 
@@ -124,62 +124,71 @@ OBJECTIVES: tuple[Objective, ...] = (
 
 
 class Programs:
-    """What is compiled: once for every objective, for each divergence, for each loss."""
+    """What is compiled: once for every support, each divergence, each loss."""
 
     def __init__(self):
-        self.score = jax.jit(lambda *x: cases.score(*x), static_argnums=(2, 3))
-        self._heads = functools.cache(heads)
-        self._losses = functools.cache(differentiated)
+        self.score = compiled(cases.score, 2, 3)
+        self._read = compiled(read_heads, 0)
+        self._pull = compiled(pull_back, 0)
+        self._differentiate = compiled(differentiate, 0)
 
     def run(self, loss: Any, states: States, batch: Batch) -> tuple[Array, tuple[Array, Array]]:
         """Return the loss of each token, and the gradients of its weighted sum: state and head."""
-        forward, backward = self._heads(getattr(loss, "divergence_from_teacher", None))
-        to_student, value = self._losses(loss)(forward(states, batch), batch)
-        return value, backward(states, batch, to_student)
-
-
-def heads(divergence: Divergence | None) -> tuple[Any, Any]:
-    """Compile what the update reads from states and heads, and how gradients come back."""
-
-    def read(own: tuple[Array, Array], states: States, batch: Batch) -> TokenStats:
-        support = batch.scores.support
-        assert support is not None
-        tokens = jnp.asarray(batch.rollout.tokens)
-        stats = head_gather(*own, tokens, jnp.asarray(support.ids), **HEAD)
-        whole = None
-        if divergence is not None:
-            teacher = states.teacher_hidden, states.teacher_head
-            whole = head_divergence(
-                divergence, *own, *teacher, logit_scale=SCALE, chunk=HEAD.get("chunk")
-            )
-        return TokenStats(stats.logprob, stats.entropy, stats.support_logprob, whole)
-
-    def pull(states: States, batch: Batch, cotangent: TokenStats) -> tuple[Array, Array]:
+        divergence = getattr(loss, "divergence_from_teacher", None)
         own = states.hidden, states.head
-        return jax.vjp(lambda own: read(own, states, batch), own)[1](cotangent)[0]
-
-    return jax.jit(lambda states, batch: read((states.hidden, states.head), states, batch)), (
-        jax.jit(pull)
-    )
+        student = self._read(divergence, own, states, batch)
+        to_student, value = self._differentiate(loss, student, batch)
+        return value, self._pull(divergence, own, states, batch, to_student)
 
 
-def differentiated(loss: Any) -> Any:
-    """Compile a loss: statistics, batch -> gradient of its weighted sum to them, loss [B, T]."""
+def read_heads(
+    divergence: Divergence | None, own: tuple[Array, Array], states: States, batch: Batch
+) -> TokenStats:
+    """Read what the update reads from states and head of the student."""
+    support = batch.scores.support
+    assert support is not None
+    tokens = jnp.asarray(batch.rollout.tokens)
+    stats = head_gather(*own, tokens, jnp.asarray(support.ids), **HEAD)
+    whole = None
+    if divergence is not None:
+        teacher = states.teacher_hidden, states.teacher_head
+        whole = head_divergence(
+            divergence, *own, *teacher, logit_scale=SCALE, chunk=HEAD.get("chunk")
+        )
+    return TokenStats(stats.logprob, stats.entropy, stats.support_logprob, whole)
 
-    def total(student: TokenStats, batch: Batch) -> tuple[Array, Array]:
+
+def pull_back(
+    divergence: Divergence | None,
+    own: tuple[Array, Array],
+    states: States,
+    batch: Batch,
+    cotangent: TokenStats,
+) -> tuple[Array, Array]:
+    """Bring a gradient back from the statistics to state and head."""
+    return jax.vjp(lambda own: read_heads(divergence, own, states, batch), own)[1](cotangent)[0]
+
+
+def differentiate(loss: Any, student: TokenStats, batch: Batch) -> tuple[TokenStats, Array]:
+    """Return the gradient of the weighted sum to the statistics, and the loss [B, T]."""
+
+    def total(student: TokenStats) -> tuple[Array, Array]:
         each = loss(student, batch)
         return total_loss(each, batch), each
 
-    return jax.jit(jax.grad(total, has_aux=True))
+    return jax.grad(total, has_aux=True)(student)
 
 
 def rows(objectives: Sequence[Objective] = OBJECTIVES) -> Iterator[Row]:
     """Verify each objective: value, gradient, and what is left where the teacher is the student."""
     programs, rollout = Programs(), cases.dummy_rollout()
-    for objective in objectives:
+
+    def of(objective: Objective) -> Iterator[Row]:
         yield from against_reference(objective, programs, rollout)
         if objective.vanishes and not objective.later:
             yield from teacher_is_student(objective, programs, rollout)
+
+    yield from in_parallel(of, objectives)
 
 
 def make_batch(states: States, rollout: Rollout, objective: Objective, programs: Programs) -> Batch:

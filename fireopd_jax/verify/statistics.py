@@ -16,6 +16,7 @@ from fireopd_jax.types import Array, Scores, TokenStats
 from fireopd_jax.verify import cases, expected, reference_batch
 from fireopd_jax.verify.cases import HEAD, SCALE, K, States
 from fireopd_jax.verify.objectives import describe
+from fireopd_jax.verify.pool import compiled, in_parallel
 from fireopd_jax.verify.table import Row, differing, relative
 
 BOUND = 1e-5
@@ -51,19 +52,20 @@ SUPPORTS: tuple[tuple[Kind, bool], ...] = (
 def rows() -> Iterator[Row]:
     """Verify each statistic."""
     states = cases.make_states()
-    plain: HeadOptions = HEAD
-    yield from of_head("head", states, plain, SCALE, None, None)
     bent: HeadOptions = {**HEAD, "softcap": 3.0, "valid": 300}
-    yield from of_head("head softcap=3 valid=300", states, bent, SCALE, 3.0, 300)
-    yield from of_lists(states)
-    yield from of_batches()
+    parts = (
+        lambda: of_head("head", states, HEAD, None, None),
+        lambda: of_head("head softcap=3 valid=300", states, bent, 3.0, 300),
+        lambda: of_lists(states),
+        of_batches,
+    )
+    yield from in_parallel(lambda part: part(), parts)
 
 
 def of_head(
     name: str,
     states: States,
     options: HeadOptions,
-    scale: float,
     softcap: float | None,
     valid: int | None,
 ) -> Iterator[Row]:
@@ -79,13 +81,12 @@ def of_head(
         stats = head_gather(*own, jnp.asarray(ids), jnp.asarray(support), **options)
         return stats.logprob, stats.entropy, stats.logsumexp, stats.support_logprob
 
-    @jax.jit
     def both(own: tuple[Array, Array]) -> Any:
         values, pull = jax.vjp(read, own)
         return values, pull(tuple(jnp.float32(each) for each in to))[0]
 
-    values, gradient = both((hidden, head))
-    z = reference_batch.head_logits(hidden, head, scale, softcap, valid)
+    values, gradient = compiled(both)((hidden, head))
+    z = reference_batch.head_logits(hidden, head, SCALE, softcap, valid)
     exact = reference_batch.head_gather(z, ids, support)
     inside = support >= 0
     names = ("log-prob", "entropy", "log-sum-exp")
@@ -94,7 +95,7 @@ def of_head(
     found = (np.asarray(values[3])[inside], exact[3][inside])
     yield relative(f"{name}: log-probs at given words", [found], BOUND)
     d_exact = reference_batch.head_gather_gradients(
-        hidden, head, ids, support, to, scale, softcap, valid
+        hidden, head, ids, support, to, SCALE, softcap, valid
     )
     yield relative(f"{name}: gradient", zip(gradient, d_exact, strict=True), BOUND)
 
@@ -103,7 +104,7 @@ def of_lists(states: States) -> Iterator[Row]:
     """Verify the top-K lists, the supports made of them, and how far they overlap."""
     rollout = cases.dummy_rollout()
     tokens = jnp.asarray(rollout.tokens)
-    own, theirs = jax.jit(
+    own, theirs = compiled(
         lambda s: (
             head_topk(s.old, s.head, tokens, k=K, **HEAD),
             head_topk(s.teacher_hidden, s.teacher_head, tokens, k=K, **HEAD),
@@ -116,7 +117,7 @@ def of_lists(states: States) -> Iterator[Row]:
     yield differing("top-K: words", ours, [ids for ids, _ in lists])
     values = [(np.asarray(own.top_logprob).reshape(-1, K), lists[0][1])]
     yield relative("top-K: log-probs", values, BOUND)
-    score = jax.jit(cases.score, static_argnums=(2, 3))
+    score = compiled(cases.score, 2, 3)
     for kind, sampled in SUPPORTS:
         scores = score(states, rollout, kind, sampled)
         yield from of_support(kind, sampled, scores, lists, z_q, np.asarray(tokens).reshape(-1))
@@ -170,13 +171,13 @@ def of_batches() -> Iterator[Row]:
     on_device = jnp.asarray(mask), jnp.asarray(teacher)
     kept = {}
     for filter, progress in FILTERS:
-        ours = jax.jit(filter, static_argnums=3)(scores, *on_device, TEACHERS, progress)
+        ours = compiled(filter, 3)(scores, *on_device, TEACHERS, progress)
         exact = expected.keep(filter, stats, mask, teacher=teacher, progress=progress)
         late = f" at {progress:g} of the updates" if progress else ""
         yield differing(f"filter {describe(filter)}{late}", ours, exact)
         kept[exact.ndim] = exact
     for reweight in WEIGHTS:
-        ours = jax.jit(reweight, static_argnums=(4, 5))(
+        ours = compiled(reweight, 4, 5)(
             scores, on_device[0], jnp.asarray(kept[1]), on_device[1], TEACHERS, size
         )
         of_batch = {"teacher": teacher, "vocab_size": size}
@@ -184,8 +185,6 @@ def of_batches() -> Iterator[Row]:
         yield relative(f"weight {describe(reweight)}", [(ours, exact)], BOUND)
     for aggregate in ("seq", "token"):
         for dimensions, unit in ((1, "rows"), (2, "tokens")):
-            ours = jax.jit(coefficients, static_argnums=2)(
-                on_device[0], jnp.asarray(kept[dimensions]), aggregate
-            )
+            ours = compiled(coefficients, 2)(on_device[0], jnp.asarray(kept[dimensions]), aggregate)
             exact = reference_batch.coefficients(mask, kept[dimensions], aggregate)
             yield relative(f"coefficient {aggregate}, {unit} kept", [(ours, exact)], BOUND)

@@ -70,9 +70,10 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("name", no_wrap=True)
     for column in ("error", "bound", "pass"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         verdict = "yes" if row.passed else "NO"
         table.add_row(row.name, f"{row.error:.1e}", f"{row.bound:.1e}", verdict)
     # A pipe has no width of its own, and names are long.
-    Console(width=max(Console().width, 120)).print(table)
+    widest = max((len(row.name) for row in rows), default=0)
+    Console(width=max(Console().width, widest + 40)).print(table)
