@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-WIDTH, HEIGHT = 720, 420
-LEFT, RIGHT, TOP, BOTTOM = 78, 104, 44, 54
+WIDTH, HEIGHT = 720.0, 420.0
+LEFT, RIGHT, TOP, BOTTOM = 78.0, 104.0, 44.0, 54.0
 COLOURS = ("#0072b2", "#009e73", "#e69f00", "#cc79a7", "#d55e00", "#56b4e9", "#000000")
 """Of Okabe and Ito: distinct to colour-blind readers, too."""
 
@@ -33,37 +33,37 @@ def line_chart(lines: Lines, *, title: str, x_label: str, y_label: str) -> str:
         return bottom - (math.log10(y) - low) / (high - low) * (bottom - TOP)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" '
         'font-family="sans-serif" font-size="12" fill="#222">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
-        _text(LEFT, 24, title, "start", 14),
+        f'<rect width="{WIDTH:g}" height="{HEIGHT:g}" fill="#fff"/>',
+        _text(LEFT, 24.0, title, "start", 14),
         _text((LEFT + right) / 2, HEIGHT - 14, x_label, "middle", 13),
         f'<g transform="rotate(-90 20 {(TOP + bottom) / 2:.0f})">'
-        + _text(20, (TOP + bottom) / 2, y_label, "middle", 13)
+        + _text(20.0, (TOP + bottom) / 2, y_label, "middle", 13)
         + "</g>",
     ]
     for power in range(low, high + 1):
         y = up(10.0**power)
         parts += [
-            f'<line x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>',
-            f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">10'
+            f'<line x1="{LEFT:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>',
+            f'<text x="{LEFT - 8:g}" y="{y + 4:.1f}" text-anchor="end">10'
             f'<tspan dy="-5" font-size="9">{power}</tspan></text>',
         ]
     for x in _round_steps(first, last):
         parts += [
-            f'<line x1="{across(x):.1f}" x2="{across(x):.1f}" y1="{bottom}" y2="{bottom + 5}" '
+            f'<line x1="{across(x):.1f}" x2="{across(x):.1f}" y1="{bottom:g}" y2="{bottom + 5:g}" '
             'stroke="#888"/>',
             _text(across(x), bottom + 20, f"{x:g}", "middle", 12),
         ]
     parts.append(
-        f'<path d="M{LEFT} {TOP}V{bottom}H{right}" fill="none" stroke="#888" stroke-width="1"/>'
+        f'<path d="M{LEFT:g} {TOP:g}V{bottom:g}H{right:g}" fill="none" stroke="#888" stroke-width="1"/>'
     )
     for i, (label, points) in enumerate(shown.items()):
         colour, y = COLOURS[i % len(COLOURS)], TOP + 14 + 20 * i
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
         parts += [
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>',
-            f'<line x1="{right + 14}" x2="{right + 36}" y1="{y}" y2="{y}" stroke="{colour}" '
+            f'<line x1="{right + 14:g}" x2="{right + 36:g}" y1="{y:g}" y2="{y:g}" stroke="{colour}" '
             'stroke-width="2.5"/>',
             _text(right + 42, y + 4, label, "start", 12),
         ]
