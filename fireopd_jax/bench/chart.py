@@ -55,16 +55,14 @@ def line_chart(lines: Lines, *, title: str, x_label: str, y_label: str) -> str:
             'stroke="#888"/>',
             _text(across(x), bottom + 20, f"{x:g}", "middle", 12),
         ]
-    parts.append(
-        f'<path d="M{LEFT:g} {TOP:g}V{bottom:g}H{right:g}" fill="none" stroke="#888" stroke-width="1"/>'
-    )
+    parts.append(f'<path d="M{LEFT:g} {TOP:g}V{bottom:g}H{right:g}" fill="none" stroke="#888"/>')
     for i, (label, points) in enumerate(shown.items()):
         colour, y = COLOURS[i % len(COLOURS)], TOP + 14 + 20 * i
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
         parts += [
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>',
-            f'<line x1="{right + 14:g}" x2="{right + 36:g}" y1="{y:g}" y2="{y:g}" stroke="{colour}" '
-            'stroke-width="2.5"/>',
+            f'<line x1="{right + 14:g}" x2="{right + 36:g}" y1="{y:g}" y2="{y:g}" '
+            f'stroke="{colour}" stroke-width="2.5"/>',
             _text(right + 42, y + 4, label, "start", 12),
         ]
     return "\n".join([*parts, "</svg>"]) + "\n"

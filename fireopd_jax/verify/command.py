@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -50,7 +51,7 @@ def verify(file: Path | None = None) -> bool:
     return not failed
 
 
-def write(file: Path, devices: list[jax.Device], rows: list[Row], seconds: float) -> None:
+def write(file: Path, devices: list[Any], rows: list[Row], seconds: float) -> None:
     """Write what was compared, and where."""
     result = {
         "device": devices[0].device_kind,

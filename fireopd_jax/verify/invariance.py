@@ -92,7 +92,7 @@ class Programs:
 
     def __init__(self):
         self._score = compiled(score, 0, 1)
-        self._assemble = compiled(lambda *x: assemble(*x, 1), 2, 3, 4)
+        self._assemble = compiled(of_one_teacher, 2, 3, 4)
         self._gradients = compiled(gradient, 0, 1, 2)
         self.states = compiled(LanguageModel.response_hidden, 0)
 
@@ -117,6 +117,13 @@ def score(stage: Any, model: LanguageModel, params: tuple[Params, ...], rollout:
     """Let student, teacher and base policy speak of a rollout."""
     student, teacher, base = ((model, each) for each in params)
     return stage(student, [teacher], rollout, 1.0, model.mesh, base)
+
+
+def of_one_teacher(
+    rollout: Rollout, scores: Scores, filter: Any, reweight: Any, aggregate: Any
+) -> tuple[Batch, Array]:
+    """Assemble the batch; returns what is kept, too."""
+    return assemble(rollout, scores, filter, reweight, aggregate, 1)
 
 
 def gradient(

@@ -37,7 +37,7 @@ from fireopd_jax.verify.table import Row, absolute, relative
 
 VALUE_BOUND, GRADIENT_BOUND = 1e-5, 1e-5
 """Of the largest value, of the largest element: float32 rounds at 6e-8, sums of hundreds more."""
-NOTHING = 5e-6
+NOTHING = 1e-6
 """Largest value and gradient, of those in the order of 1, that count for zero."""
 
 FEW = (ReverseKL(), ForwardKL(), JensenShannon(beta=0.3))

@@ -231,7 +231,8 @@ def k3_loss(z, z_q, y):
 
 def reward_to_go(reward, mask, gamma):
     """R_t = sum_{u >= t} gamma^(u - t) r_u over the row's own tokens."""
-    out = np.zeros(np.shape(reward))
+    reward = np.asarray(reward, np.float64)
+    out = np.zeros_like(reward)
     for i in range(len(out)):
         for t in range(out.shape[1]):
             if mask[i][t]:

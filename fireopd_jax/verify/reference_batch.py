@@ -208,7 +208,7 @@ def weights(
     beta=1.0,
     scope="batch",
     teacher=None,
-    vocab_size=None,
+    vocab_size=0,
 ):
     """Eq. 5-8: mean 1 over each row's own tokens; maxima over `scope`, or log V."""
     teacher_entropy = np.asarray(teacher_entropy, np.float64)
@@ -273,6 +273,7 @@ def sampled_reverse_kl(logprob, old, teacher, mask, clip=0.2, rollout=None, cap=
         difference = float(logprob[i][t]) - float(old[i][t])
         loss[i, t], slope[i, t] = surrogate(advantage, difference, clip)
         if cap is not None:
+            assert rollout is not None
             factor = importance(float(old[i][t]), float(rollout[i][t]), cap)
             loss[i, t] *= factor
             slope[i, t] *= factor
