@@ -1,4 +1,4 @@
-"""The command line: `fireopd train | sft | eval | generate | export | bench | env`.
+"""The command line: `fireopd train | sft | eval | generate | export | verify | bench | env`.
 
 Nothing heavy is imported before a command needs it, so that `--help` answers at once. The keys it
 lists come from `configs/schema.json`, which `fireopd schema` writes from the config classes.
@@ -345,6 +345,33 @@ def bench_rollout(
     from fireopd_jax.bench.rollout import bench_rollout
 
     bench_rollout(compare, slots, rounds, file)
+
+
+@bench.command("toy")
+def bench_toy(
+    iterations: Annotated[int, typer.Option(help="Of the student; the teachers' are 3/2.")] = 2000,
+    seeds: Annotated[str, typer.Option(metavar="A,B", help="One study each.")] = "42,43,2026",
+    figure: Annotated[Path | None, typer.Option(help="SVG to write.")] = None,
+    file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+) -> None:
+    """Measure the variance of the gradient against gamma, in one dimension (arXiv 2603.25562)."""
+    from fireopd_jax.bench.toy_study import bench_toy, read_seeds
+
+    bench_toy(iterations, read_seeds(seeds), figure, file)
+
+
+@app.command()
+def verify(
+    file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+) -> None:
+    """Compare objectives and statistics with NumPy in float64, here; status 1 if any is off."""
+    from fireopd_jax.verify.devices import several_cpu_devices
+
+    several_cpu_devices()
+    from fireopd_jax.verify.command import verify
+
+    if not verify(file):
+        raise typer.Exit(1)
 
 
 @app.command()

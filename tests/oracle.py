@@ -1,198 +1,12 @@
-"""The papers' equations in NumPy float64 with plain loops; knows nothing of the package.
+"""What only the tests compare with, in NumPy float64 with plain loops.
 
-Arrays in, arrays out. Masked entries of the inputs are never read.
+The equations that users can check, too, are in `fireopd_jax.verify.reference_batch` and
+`fireopd_jax.verify.reference`.
 """
 
 import numpy as np
 
-
-def head_stats(hidden, head, ids, scale=1.0):
-    """Log-probability of `ids`, entropy and log-sum-exp of softmax(scale * hidden head^T)."""
-    hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
-    rows = []
-    for state, token in zip(hidden, ids, strict=True):
-        z = scale * (head @ state)
-        lse = z.max() + np.log(np.exp(z - z.max()).sum())
-        lp = z - lse
-        rows.append((lp[token], -(np.exp(lp) * lp).sum(), lse))
-    return tuple(np.array(rows, np.float64).reshape(-1, 3).T)
-
-
-def head_gradients(hidden, head, ids, cotangents, scale=1.0):
-    """Gradients of the cotangent-weighted sum of `head_stats` to `hidden` and `head`."""
-    hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
-    d_hidden, d_head = np.zeros_like(hidden), np.zeros_like(head)
-    for n, token in enumerate(ids):
-        z = scale * (head @ hidden[n])
-        lse = z.max() + np.log(np.exp(z - z.max()).sum())
-        lp = z - lse
-        p = np.exp(lp)
-        entropy = -(p * lp).sum()
-        to_logprob, to_entropy, to_lse = (np.float64(c[n]) for c in cotangents)
-        dz = (to_lse - to_logprob) * p - to_entropy * p * (lp + entropy)
-        dz[token] += to_logprob
-        d_hidden[n] = scale * (head.T @ dz)
-        d_head += scale * np.outer(dz, hidden[n])
-    return d_hidden, d_head
-
-
-def head_logits(hidden, head, scale=1.0, softcap=None, valid=None):
-    """scale * c tanh(hidden head^T / c) over the columns that exist."""
-    x = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)[:valid].T
-    return scale * (x if softcap is None else softcap * np.tanh(x / softcap))
-
-
-def head_topk(z, k):
-    """Ids and log-probabilities of the k largest, of equals the lowest id; -1 and -inf beyond."""
-    ids, logprob = np.full((len(z), k), -1), np.full((len(z), k), -np.inf)
-    for n, row in enumerate(z):
-        lse = row.max() + np.log(np.exp(row - row.max()).sum())
-        order = sorted(range(len(row)), key=lambda v: (-row[v], v))[:k]
-        ids[n, : len(order)] = order
-        logprob[n, : len(order)] = row[order] - lse
-    return ids, logprob
-
-
-def head_gather(z, ids, support_ids):
-    """Log-probability, entropy, log-sum-exp, log-probabilities of the support (-inf outside)."""
-    rows, support = [], np.full(np.shape(support_ids), -np.inf)
-    for n, row in enumerate(z):
-        lse = row.max() + np.log(np.exp(row - row.max()).sum())
-        lp = row - lse
-        rows.append((lp[ids[n]], -(np.exp(lp) * lp).sum(), lse))
-        for j, v in enumerate(support_ids[n]):
-            if 0 <= v < len(row):
-                support[n, j] = lp[v]
-    return (*np.array(rows, np.float64).reshape(-1, 3).T, support)
-
-
-def head_gather_gradients(
-    hidden, head, ids, support_ids, cotangents, scale=1.0, softcap=None, valid=None
-):
-    """Gradients of the cotangent-weighted sum of `head_gather` to `hidden` and `head`."""
-    hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
-    d_hidden, d_head = np.zeros_like(hidden), np.zeros_like(head)
-    z = head_logits(hidden, head, scale, softcap, valid)
-    for n, row in enumerate(z):
-        lse = row.max() + np.log(np.exp(row - row.max()).sum())
-        lp = row - lse
-        p = np.exp(lp)
-        dz = -np.float64(cotangents[1][n]) * p * (lp - (p * lp).sum())
-        dz += np.float64(cotangents[2][n]) * p
-        picks = [(ids[n], cotangents[0][n]), *zip(support_ids[n], cotangents[3][n], strict=True)]
-        for v, to in picks:
-            if 0 <= v < len(row):
-                dz -= np.float64(to) * p
-                dz[v] += np.float64(to)
-        if softcap is not None:
-            dz *= 1 - (row / scale / softcap) ** 2
-        d_hidden[n] = scale * (head[: len(row)].T @ dz)
-        d_head[: len(row)] += scale * np.outer(dz, hidden[n])
-    return d_hidden, d_head
-
-
-def trajectory_score(teacher_logprob, mask):
-    """Eq. 4: mean teacher log-probability over the row's own tokens; NaN on an empty row."""
-    scores = []
-    for logprob, valid in zip(np.asarray(teacher_logprob, np.float64), mask, strict=True):
-        tokens = [logprob[t] for t in range(len(valid)) if valid[t]]
-        scores.append(sum(tokens) / len(tokens) if tokens else np.nan)
-    return np.array(scores)
-
-
-def keep_rows(teacher_logprob, mask, drop_fraction, groups=None):
-    """Drop the floor(rho n) lowest of each group's n non-empty rows; of equals the earlier."""
-    scores = trajectory_score(teacher_logprob, mask)
-    groups = [0] * len(scores) if groups is None else list(groups)
-    keep = np.zeros(len(scores), bool)
-    for group in set(groups):
-        rows = [i for i in range(len(scores)) if groups[i] == group and any(mask[i])]
-        rows.sort(key=lambda i: scores[i])
-        for i in rows[int(np.floor(drop_fraction * len(rows) + 1e-9)) :]:
-            keep[i] = True
-    return keep
-
-
-def _maximum(entropy, mask, rows):
-    values = [entropy[i, t] for i in rows for t in range(mask.shape[1]) if mask[i, t]]
-    return max([1e-6, *values])
-
-
-def raw_weight(teacher_entropy, student_entropy, teacher_max, student_max, alpha, beta):
-    """Eq. 5-7 for one token."""
-    confidence = min(max(1 - teacher_entropy / teacher_max, 0.0), 1.0)
-    confusion = min(max(student_entropy / student_max, 0.0), 1.0)
-    return (1 + alpha * confidence) * (1 + beta * confusion)
-
-
-def weights(
-    teacher_entropy,
-    student_entropy,
-    mask,
-    keep,
-    alpha=1.0,
-    beta=1.0,
-    scope="batch",
-    teacher=None,
-    vocab_size=None,
-):
-    """Eq. 5-8: mean 1 over each row's own tokens; maxima over `scope`, or log V."""
-    teacher_entropy = np.asarray(teacher_entropy, np.float64)
-    student_entropy = np.asarray(student_entropy, np.float64)
-    mask = np.asarray(mask)
-    result = np.zeros(mask.shape)
-    for i in range(len(mask)):
-        rows = {
-            "batch": range(len(mask)),
-            "kept": [j for j in range(len(mask)) if keep[j]],
-            "teacher": [j for j in range(len(mask)) if teacher is None or teacher[j] == teacher[i]],
-            "row": [i],
-            "vocabulary": [],
-        }[scope]
-        teacher_max = _maximum(teacher_entropy, mask, rows)
-        student_max = _maximum(student_entropy, mask, rows)
-        if scope == "vocabulary":
-            teacher_max = student_max = np.log(vocab_size)
-        tokens = [t for t in range(mask.shape[1]) if mask[i, t]]
-        for t in tokens:
-            result[i, t] = raw_weight(
-                teacher_entropy[i, t], student_entropy[i, t], teacher_max, student_max, alpha, beta
-            )
-        if tokens:
-            result[i] /= sum(result[i, t] for t in tokens) / len(tokens)
-    return result
-
-
-def coefficients(mask, keep, aggregate="seq"):
-    """Each token's share of the loss. `keep` speaks of rows."""
-    result = np.zeros(np.shape(mask))
-    rows = [i for i in range(len(mask)) if keep[i] and any(mask[i])]
-    total = sum(int(np.sum(mask[i])) for i in rows)
-    for i in rows:
-        for t in range(len(mask[i])):
-            if mask[i][t]:
-                length = int(np.sum(mask[i]))
-                result[i, t] = 1 / (length * len(rows)) if aggregate == "seq" else 1 / total
-    return result
-
-
-def sampled_reverse_kl(logprob, old, teacher, mask, clip=0.2, rollout=None, cap=None):
-    """Clipped surrogate per token, and its derivative to `logprob`."""
-    loss, slope = np.zeros(np.shape(mask)), np.zeros(np.shape(mask))
-    for i, t in zip(*np.nonzero(mask), strict=True):
-        advantage = float(teacher[i][t]) - float(old[i][t])
-        difference = float(logprob[i][t]) - float(old[i][t])
-        ratio = np.exp(min(max(difference, -20.0), 20.0))
-        clipped = min(max(ratio, 1 - clip), 1 + clip)
-        loss[i, t] = max(-advantage * ratio, -advantage * clipped)
-        free = -advantage * ratio >= -advantage * clipped and abs(difference) < 20
-        slope[i, t] = -advantage * ratio if free else 0.0
-        if cap is not None:
-            drift = float(old[i][t]) - float(rollout[i][t])
-            importance = min(np.exp(min(max(drift, -20.0), 20.0)), cap)
-            loss[i, t] *= importance
-            slope[i, t] *= importance
-    return loss, slope
+from fireopd_jax.verify import reference_batch as reference
 
 
 def released(
@@ -212,7 +26,7 @@ def released(
     dropped rows included; token mean over the kept ones; plain mean over micro-batches.
     """
     all_weights, all_keep, losses = np.zeros(np.shape(mask)), np.zeros(len(mask), bool), []
-    scores = trajectory_score(teacher_logprob, mask)
+    scores = reference.trajectory_score(teacher_logprob, mask)
     for first in range(0, len(mask), micro_batch):
         rows = list(range(first, min(first + micro_batch, len(mask))))
         ordered = sorted(scores[i] for i in rows)
@@ -220,11 +34,11 @@ def released(
         low = int(np.floor(position))
         high = min(low + 1, len(rows) - 1)
         threshold = ordered[low] + (position - low) * (ordered[high] - ordered[low])
-        teacher_max = _maximum(teacher_entropy, mask, rows)
-        student_max = _maximum(student_entropy, mask, rows)
+        teacher_max = reference.entropy_maximum(teacher_entropy, mask, rows)
+        student_max = reference.entropy_maximum(student_entropy, mask, rows)
         tokens = [(i, t) for i in rows for t in range(mask.shape[1]) if mask[i, t]]
         for i, t in tokens:
-            all_weights[i, t] = raw_weight(
+            all_weights[i, t] = reference.raw_weight(
                 teacher_entropy[i, t], student_entropy[i, t], teacher_max, student_max, alpha, beta
             )
         mean = sum(all_weights[i, t] for i, t in tokens) / len(tokens)

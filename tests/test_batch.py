@@ -13,7 +13,8 @@ from fireopd_jax.losses.sampled_token import SampledReverseKL
 from fireopd_jax.ops.head import head_stats
 from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
 from fireopd_jax.types import TokenStats
-from tests import cases, oracle
+from fireopd_jax.verify import reference_batch as oracle
+from tests import cases
 
 AGGREGATES = pytest.mark.parametrize("aggregate", ["seq", "token"])
 

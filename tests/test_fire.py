@@ -10,6 +10,7 @@ from fireopd_jax.filtering import KeepAll, TeacherQuantile
 from fireopd_jax.fire import fire_weights
 from fireopd_jax.losses.sampled_token import SampledReverseKL
 from fireopd_jax.reweighting import ConfidenceConfusion
+from fireopd_jax.verify import reference_batch as reference
 from tests import cases, oracle
 
 LENGTHS = np.array([4, 2, 3, 1, 4])
@@ -84,13 +85,13 @@ def test_oracle_reproduces_the_released_micro_batch_of_five():
 
 
 def test_oracle_reproduces_the_paper():
-    keep = oracle.keep_rows(TEACHER, MASK, 0.2)
+    keep = reference.keep_rows(TEACHER, MASK, 0.2)
     np.testing.assert_array_equal(keep, KEEP)
-    weight = oracle.weights(H_TEACHER, H_STUDENT, MASK, keep)
+    weight = reference.weights(H_TEACHER, H_STUDENT, MASK, keep)
     np.testing.assert_allclose(weight, WEIGHT, atol=1e-6)
-    per_token, _ = oracle.sampled_reverse_kl(STUDENT, STUDENT, TEACHER, MASK)
+    per_token, _ = reference.sampled_reverse_kl(STUDENT, STUDENT, TEACHER, MASK)
     for aggregate, expected in (("seq", 0.083725889), ("token", 0.130688866)):
-        loss = (oracle.coefficients(MASK, keep, aggregate) * weight * per_token).sum()
+        loss = (reference.coefficients(MASK, keep, aggregate) * weight * per_token).sum()
         assert loss == pytest.approx(expected, abs=1e-9)
 
 
@@ -115,12 +116,12 @@ def test_one_call_passes_its_options():
             num_teachers=2,
         )
     )(*stats, mask)
-    expected = oracle.keep_rows(stats[0], mask, 0.5, teacher)
+    expected = reference.keep_rows(stats[0], mask, 0.5, teacher)
     np.testing.assert_array_equal(keep, expected)
-    truth = oracle.weights(*stats[1:], mask, expected, 2.0, 0.5, "kept")
+    truth = reference.weights(*stats[1:], mask, expected, 2.0, 0.5, "kept")
     np.testing.assert_allclose(weight, truth, rtol=2e-6)
     by_teacher, _ = fire_weights(*stats, mask, max_scope="teacher", teacher=teacher, num_teachers=2)
-    truth = oracle.weights(*stats[1:], mask, expected, scope="teacher", teacher=teacher)
+    truth = reference.weights(*stats[1:], mask, expected, scope="teacher", teacher=teacher)
     np.testing.assert_allclose(by_teacher, truth, rtol=2e-6)
 
 

@@ -20,8 +20,8 @@ from fireopd_jax.scoring import TopK, WholeVocabulary
 from fireopd_jax.sharding import MeshConfig, make_mesh, place_rows, place_whole
 from fireopd_jax.training import train
 from fireopd_jax.update import gradients
+from fireopd_jax.verify import reference as oracle
 from tests import cases
-from tests import oracle_objectives as oracle
 from tests.test_recipe import METHODS
 
 MODEL = cases.tiny_model(vocab_size=19)

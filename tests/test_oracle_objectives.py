@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import oracle_objectives as oracle
+from fireopd_jax.verify import reference as oracle
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_objectives.json").read_text())
 Z, ZQ = np.array(GOLDEN["z_student"]), np.array(GOLDEN["z_teacher"])

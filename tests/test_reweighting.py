@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from fireopd_jax.ops.head import head_topk
 from fireopd_jax.reweighting import ConfidenceConfusion, Progressive, SoftTrajectories, Uniform
 from fireopd_jax.types import Rows
-from tests import cases, oracle
+from fireopd_jax.verify import reference_batch as oracle
+from tests import cases
 
 SCOPES = pytest.mark.parametrize("scope", ["batch", "kept", "teacher", "row", "vocabulary"])
 VOCABULARY = 4000

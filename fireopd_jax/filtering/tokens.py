@@ -78,7 +78,8 @@ class Tip:
         mask, entropy = jnp.asarray(rows.mask), scores.student.entropy
         unsure = jnp.minimum(entropy, masked_quantile(entropy, mask, CLIPPED))
         h, d = _to_unit(unsure, mask), _to_unit(scores.reverse_kl, mask)
-        return keep_largest(h + d - h * d, mask, self.keep_fraction)
+        # As a product: exactly 1 where h or d is, so that no rounding decides between equals.
+        return keep_largest(1 - (1 - h) * (1 - d), mask, self.keep_fraction)
 
 
 @config
@@ -131,4 +132,6 @@ def _to_unit(values: Float32[Array, "B T"], mask: Bool[Array, "B T"]) -> Float32
     low = jnp.min(jnp.where(inside, values, jnp.inf), initial=jnp.inf)
     high = jnp.max(jnp.where(inside, values, -jnp.inf), initial=-jnp.inf)
     span = jnp.where(high > low, high - low, 1.0)
-    return jnp.where(inside, (values - low) / span, 0.0)
+    # The largest is exactly 1, whatever XLA makes of the division.
+    share = jnp.where((values >= high) & (high > low), 1.0, (values - low) / span)
+    return jnp.where(inside, share, 0.0)

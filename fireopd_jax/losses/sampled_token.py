@@ -174,7 +174,9 @@ def clipped_surrogate(
     return jnp.maximum(-advantage * ratio, -advantage * clipped)
 
 
-def reward_to_go(reward: Float32[Array, "B T"], gamma: float) -> Float32[Array, "B T"]:
+def reward_to_go(
+    reward: Float32[Array, "B T"], gamma: float | Float32[Array, ""]
+) -> Float32[Array, "B T"]:
     """Return R_t = r_t + gamma R_t+1; the reward behind a row's last token must be 0."""
 
     def step(later: Array, now: Array) -> tuple[Array, Array]:

@@ -50,7 +50,7 @@ def test_tip_against_numpy(seed, fraction):
     entropy = np.asarray(scores.student.entropy, np.float64)
     h = to_unit(np.minimum(entropy, np.quantile(entropy[mask], 0.98)), mask)
     d = to_unit(kl.astype(np.float64), mask)
-    wanted = largest(h + d - h * d, mask, fraction)
+    wanted = largest(1 - (1 - h) * (1 - d), mask, fraction)
     # The entropies above the quantile are all equal: which of them stays is the order's to say.
     np.testing.assert_array_equal(got, wanted)
 

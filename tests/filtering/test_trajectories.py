@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from fireopd_jax.filtering import KeepAll, LengthDrop, RandomDrop, Reopold, TeacherQuantile
 from fireopd_jax.filtering.trajectories import trajectory_score
 from fireopd_jax.types import Rows
-from tests import cases, oracle
+from fireopd_jax.verify import reference_batch as oracle
+from tests import cases
 
 
 def keep_of(logprob, mask, num_teachers=1, teacher=None, **options):

@@ -20,8 +20,8 @@ from fireopd_jax.losses.support import EntropyAware, SupportDivergence, SupportP
 from fireopd_jax.losses.vocabulary import MiniLLM, VocabularyDivergence
 from fireopd_jax.ops.formulas import ForwardKL, JensenShannon
 from fireopd_jax.types import Batch, Scores, Support, TokenStats
+from fireopd_jax.verify import reference as oracle
 from tests import cases
-from tests import oracle_objectives as oracle
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden_objectives.json").read_text())
 Z, ZQ = np.array(GOLDEN["z_student"]), np.array(GOLDEN["z_teacher"])

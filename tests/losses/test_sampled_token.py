@@ -10,7 +10,8 @@ from fireopd_jax.batch import coefficients
 from fireopd_jax.losses.sampled_token import SampledReverseKL
 from fireopd_jax.losses.supervised import NegativeLogLikelihood
 from fireopd_jax.types import Batch, TokenStats
-from tests import cases, oracle
+from fireopd_jax.verify import reference_batch as oracle
+from tests import cases
 
 
 def make_case(seed, move=0.0, drift=0.0):

@@ -10,7 +10,7 @@ from fireopd_jax.ops.blocks import Blocks
 from fireopd_jax.ops.dispatch import FEWEST_TOKENS, SMALLEST_VOCABULARY
 from fireopd_jax.ops.head import head_gather, head_topk
 from fireopd_jax.ops.logits import HeadSharding
-from tests import oracle
+from fireopd_jax.verify import reference_batch as oracle
 
 
 def lowered(platform, tokens=FEWEST_TOKENS, vocabulary=SMALLEST_VOCABULARY, **options):

@@ -20,8 +20,8 @@ from fireopd_jax.ops.formulas import (
 )
 from fireopd_jax.ops.head import head_stats
 from fireopd_jax.ops.logits import HeadSharding
-from tests import oracle
-from tests import oracle_objectives as objectives
+from fireopd_jax.verify import reference as objectives
+from fireopd_jax.verify import reference_batch as oracle
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden_objectives.json").read_text())
 EACH = pytest.mark.parametrize("implementation", ["reference", "chunked"])

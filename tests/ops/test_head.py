@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fireopd_jax.ops.head import head_stats
-from tests import oracle
+from fireopd_jax.verify import reference_batch as oracle
 
 EACH = pytest.mark.parametrize("implementation", ["reference", "chunked"])
 SIZES = pytest.mark.parametrize(

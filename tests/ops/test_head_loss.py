@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh
 
 from fireopd_jax.ops.head import head_gather, head_loss
 from fireopd_jax.ops.logits import HeadSharding
-from tests import oracle
+from fireopd_jax.verify import reference_batch as oracle
 
 
 def make_inputs(tokens, vocabulary, width=6, dtype=jnp.float32, seed=0):

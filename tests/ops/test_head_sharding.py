@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh
 
 from fireopd_jax.ops.head import head_gather, head_stats, head_topk
 from fireopd_jax.ops.logits import HeadSharding
-from tests import oracle
+from fireopd_jax.verify import reference_batch as oracle
 
 
 def make_sharding(tokens, vocabulary):

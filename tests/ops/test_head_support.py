@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fireopd_jax.ops.head import head_gather, head_stats
-from tests import oracle
+from fireopd_jax.verify import reference_batch as oracle
 
 EACH = pytest.mark.parametrize("implementation", ["reference", "chunked"])
 

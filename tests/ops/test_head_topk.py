@@ -13,7 +13,7 @@ from jax import lax
 
 from fireopd_jax.ops import topk
 from fireopd_jax.ops.head import head_gather, head_stats, head_topk
-from tests import oracle
+from fireopd_jax.verify import reference_batch as oracle
 
 EACH = pytest.mark.parametrize("implementation", ["reference", "chunked"])
 

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from fireopd_jax.ops import chunked, pallas_gpu, pallas_gpu_rows, pallas_gpu_tile
 from fireopd_jax.ops.blocks import Blocks
 from fireopd_jax.ops.logits import Settings
-from tests import oracle
+from fireopd_jax.verify import reference_batch as oracle
 
 ROOT = Path(__file__).parents[2]
 NEEDS_MOSAIC = pytest.mark.skipif(

@@ -16,7 +16,7 @@ from fireopd_jax.ops import chunked, pallas_tpu
 from fireopd_jax.ops.blocks import Blocks
 from fireopd_jax.ops.logits import Settings
 from fireopd_jax.ops.state import LOWEST
-from tests import oracle
+from fireopd_jax.verify import reference_batch as oracle
 
 BLOCKS = Blocks(tokens=128, vocabulary=128)
 TOKENS, VOCABULARY, WIDTH, K = 130, 600, 8, 16

@@ -12,6 +12,7 @@ import numpy as np
 
 
 def log_softmax(z):
+    """The log-probabilities z - log sum_v exp z(v)."""
     z = np.asarray(z, np.float64)
     return z - z.max() - np.log(np.exp(z - z.max()).sum())
 
@@ -41,7 +42,7 @@ def forward_kl(z, z_q):
 
 
 def jensen_shannon(z, z_q, beta):
-    """beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p; a KL at beta = 0, 1."""
+    """Beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p; a KL at beta = 0, 1."""
     if beta in (0, 1):
         return (reverse_kl if beta else forward_kl)(z, z_q)
     p, q, log_p, log_q = _models(z, z_q)
@@ -66,7 +67,7 @@ def skewed_reverse_kl(z, z_q, alpha):
 
 
 def adaptive_kl(z, z_q, mu):
-    """w FKL + (1 - w) RKL, w = sum_H |q - p| / sum_V |q - p|, without a gradient.
+    """W FKL + (1 - w) RKL, w = sum_H |q - p| / sum_V |q - p|, without a gradient.
 
     H: the most probable tokens of q, as many as hold no more than mu, and the first in any case.
     """
@@ -110,6 +111,25 @@ def score_form(z, z_q, support):
     inside = _scatter(len(p), support, np.ones(len(support)))
     rho = log_p - log_q
     return (inside * (p * rho - p + q)).sum(), log_chain(p, inside * p * rho)
+
+
+def score_form_of_forward_kl(z, z_q, support):
+    """sum_S [q log q - q log p - q + p]; gradient sum_S (p - q) grad log p."""
+    p, q, log_p, log_q = _models(z, z_q)
+    inside = _scatter(len(p), support, np.ones(len(support)))
+    return (inside * (q * (log_q - log_p) - q + p)).sum(), log_chain(p, inside * (p - q))
+
+
+def score_form_of_jensen_shannon(z, z_q, support, beta):
+    """sum_S [beta q log q/m + (1 - beta) p log p/m], m = beta q + (1 - beta) p, 0 < beta < 1.
+
+    The linear parts of the two terms, beta (m - q) and (1 - beta) (m - p), cancel at each word.
+    """
+    p, q, log_p, log_q = _models(z, z_q)
+    inside = _scatter(len(p), support, np.ones(len(support)))
+    log_m = np.log(beta * q + (1 - beta) * p)
+    terms = beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)
+    return (inside * terms).sum(), log_chain(p, inside * (1 - beta) * p * (log_p - log_m))
 
 
 def weighted_score(z, z_q, support, weight):
@@ -181,7 +201,7 @@ def head_and_tail_sample(z, z_q, support, y, corrected=True):
 
 
 def score_of(z, y, factor):
-    """factor * grad log p(y)."""
+    """Factor * grad log p(y)."""
     p = np.exp(log_softmax(z))
     slope = np.zeros(len(p))
     slope[y] = factor
@@ -211,7 +231,8 @@ def k3_loss(z, z_q, y):
 
 def reward_to_go(reward, mask, gamma):
     """R_t = sum_{u >= t} gamma^(u - t) r_u over the row's own tokens."""
-    out = np.zeros(np.shape(reward))
+    reward = np.asarray(reward, np.float64)
+    out = np.zeros_like(reward)
     for i in range(len(out)):
         for t in range(out.shape[1]):
             if mask[i][t]:

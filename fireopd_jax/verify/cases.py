@@ -1,0 +1,202 @@
+"""What is verified on: states and heads of two models, small models, ragged rollouts.
+
+Everything is drawn by NumPy from fixed seeds, so that every machine verifies the same.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from fireopd_jax.models.decoder import DecoderConfig
+from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.ops.head import HeadOptions, head_gather, head_stats, head_topk
+from fireopd_jax.scoring.supports import Kind, make_support, overlap
+from fireopd_jax.types import Array, Prompts, Rollout, Scores, Support, TokenStats, pytree
+from fireopd_jax.verify.reference_losses import Seen
+
+VOCABULARY, WIDTH, TEACHER_WIDTH = 320, 16, 24
+LENGTHS, ROOM = (6, 4, 0, 1, 5), 6
+"""Response tokens of each row, and room for them: one row is empty, most are padded."""
+SCALE = 1.25
+"""One over the temperature, of both models."""
+HEAD: HeadOptions = {"logit_scale": SCALE, "chunk": 128}
+"""The vocabulary takes several chunks of logits."""
+K, SLOTS = 8, 17
+"""Words of a model's list, and slots of the largest support: both lists and the token."""
+SMALL_VOCABULARY = 64
+
+
+@pytree
+class States:
+    """Final hidden states and heads of a student and its teacher."""
+
+    hidden: Float32[Array, "B T D"]
+    """Of the student that learns."""
+    old: Float32[Array, "B T D"]
+    """Of the student when it was scored."""
+    base: Float32[Array, "B T D"]
+    """Of the base policy, which has the student's head."""
+    head: Float32[Array, "V D"]
+    teacher_hidden: Float32[Array, "B T E"]
+    teacher_head: Float32[Array, "V E"]
+
+
+def make_states(*, equal: bool = False, later: bool = False) -> States:
+    """Draw two models; with `equal` they are the same, with `later` the student has moved on."""
+    rng = np.random.default_rng(0)
+
+    def draw(size: float, *shape: int) -> Array:
+        return jnp.asarray(rng.normal(size=shape) * size, jnp.float32)
+
+    at = len(LENGTHS), ROOM
+    hidden, head = draw(1.0, *at, WIDTH), draw(0.4, VOCABULARY, WIDTH)
+    # Models that agree on some words, as a student and its teacher do.
+    teacher_hidden = jnp.concatenate([hidden, draw(1.0, *at, TEACHER_WIDTH - WIDTH)], axis=2)
+    teacher_head = jnp.concatenate([head, draw(0.4, VOCABULARY, TEACHER_WIDTH - WIDTH)], axis=1)
+    moved, base = draw(0.1, *at, WIDTH), draw(0.4, *at, WIDTH)
+    if equal:
+        # The same logits from a wider state: what is new in it is zero.
+        more = TEACHER_WIDTH - WIDTH
+        teacher_hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, more)))
+        teacher_head = jnp.pad(head, ((0, 0), (0, more)))
+    old = hidden + moved if later else hidden
+    return States(hidden, old, hidden + base, head, teacher_hidden, teacher_head)
+
+
+def make_mask() -> Bool[np.ndarray, "B T"]:
+    """Return which tokens are of a response."""
+    return np.arange(ROOM)[None] < np.array(LENGTHS)[:, None]
+
+
+def dummy_rollout(seed: int = 1) -> Rollout:
+    """Draw responses of the two models' vocabulary; their prompts mean nothing."""
+    rng = np.random.default_rng(seed)
+    mask = make_mask()
+    rows = np.arange(len(mask), dtype=np.int32)
+    ones = np.ones((len(mask), 1), np.int32)
+    drawn = jnp.asarray(-rng.exponential(4.0, mask.shape), jnp.float32)
+    return Rollout(
+        prompts=Prompts(ones, ones[:, 0], ones, ones[:, 0], np.zeros_like(rows), rows, rows, rows),
+        tokens=rng.integers(0, VOCABULARY, mask.shape).astype(np.int32),
+        mask=jnp.asarray(mask),
+        logprob=drawn,
+        model_logprob=drawn,
+        finished=np.ones(len(mask), bool),
+        version=np.zeros(mask.shape, np.int32),
+    )
+
+
+def score(
+    states: States, rollout: Rollout, kind: Kind = "teacher", sampled: bool = False
+) -> Scores:
+    """Say of the tokens what `scoring` says, from the states of both models."""
+    tokens, options = jnp.asarray(rollout.tokens), HEAD
+    own = head_topk(states.old, states.head, tokens, k=K, **options)
+    theirs = head_topk(states.teacher_hidden, states.teacher_head, tokens, k=K, **options)
+    base = head_stats(states.base, states.head, tokens, **options)
+    lists = (own.top_ids, own.top_logprob), (theirs.top_ids, theirs.top_logprob)
+    told = head_gather(states.teacher_hidden, states.teacher_head, tokens, own.top_ids, **options)
+    support = make_support(
+        kind,
+        *lists,
+        told.support_logprob,
+        sampled=(tokens, theirs.logprob) if sampled else None,
+        size=VOCABULARY,
+    )
+    # One shape for all: a program of the heads serves every support.
+    empty = ((0, 0), (0, 0), (0, SLOTS - support.ids.shape[-1]))
+    support = Support(
+        jnp.pad(support.ids, empty, constant_values=-1),
+        jnp.pad(support.teacher, empty, constant_values=-jnp.inf),
+    )
+    return Scores(
+        TokenStats(own.logprob, own.entropy),
+        TokenStats(theirs.logprob, theirs.entropy),
+        base=TokenStats(base.logprob, base.entropy),
+        support=support,
+        overlap=overlap(*lists),
+    )
+
+
+def logits(hidden: Array, head: Array, scale: float = 1.0) -> np.ndarray:
+    """Return the logits [B, T, V] in float64: what the references read."""
+    return scale * (np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T)
+
+
+def see(states: States, rollout: Rollout, scores: Scores) -> Seen:
+    """Hand the case to the references."""
+    assert scores.support is not None
+    return Seen(
+        z=logits(states.hidden, states.head, SCALE),
+        z_q=logits(states.teacher_hidden, states.teacher_head, SCALE),
+        z_old=logits(states.old, states.head, SCALE),
+        z_base=logits(states.base, states.head, SCALE),
+        tokens=np.asarray(rollout.tokens),
+        mask=np.asarray(rollout.mask),
+        support=np.asarray(scores.support.ids),
+        drawn=np.asarray(rollout.logprob, np.float64),
+    )
+
+
+def small_model() -> LanguageModel:
+    """Return a decoder of one layer, without parameters."""
+    config = DecoderConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=24,
+    )
+    return LanguageModel(config, SMALL_VOCABULARY)
+
+
+def random_params(model: LanguageModel, seed: int) -> Params:
+    """Draw parameters far from the initial ones: logits are spread."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> Array:
+        noise = rng.standard_normal(leaf.shape)
+        # Norms have one axis a layer: around 1. Matrices keep the size of what they multiply.
+        small = len(leaf.shape) < 2 or leaf.shape[-2] == model.config.num_hidden_layers
+        wide = noise * max(leaf.shape[-2] ** -0.5, 0.25) if len(leaf.shape) > 1 else noise
+        value = 1 + 0.2 * noise if small else wide
+        return jnp.asarray(value, leaf.dtype)
+
+    return jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def small_rollout(rows: int, more: int = 0) -> Rollout:
+    """Draw prompts and responses, one row of them empty, with `more` columns of padding."""
+    rng = np.random.default_rng(2)
+    length = np.resize([6, 3, 0, 1, 4, 6, 2, 5], rows)
+    prompt_length = rng.integers(1, 4, rows).astype(np.int32)
+
+    def draw(columns: int) -> np.ndarray:
+        drawn = rng.integers(0, SMALL_VOCABULARY, (rows, columns)).astype(np.int32)
+        junk = np.random.default_rng(3).integers(0, SMALL_VOCABULARY, (rows, more))
+        return np.concatenate([drawn, junk.astype(np.int32)], axis=1)
+
+    prompt, theirs, tokens = draw(4), draw(5), draw(6)
+    index = np.arange(rows, dtype=np.int32)
+    prompts = Prompts(
+        tokens=prompt,
+        length=prompt_length,
+        teacher_tokens=theirs,
+        teacher_length=prompt_length + np.int32(1),
+        teacher=np.zeros_like(index),
+        row=index,
+        sample_id=index,
+        group=index // np.int32(4),
+    )
+    drawn = jnp.zeros(tokens.shape, jnp.float32)
+    return Rollout(
+        prompts=prompts,
+        tokens=tokens,
+        mask=jnp.asarray(np.arange(tokens.shape[1])[None] < length[:, None]),
+        logprob=drawn,
+        model_logprob=drawn,
+        finished=np.ones(rows, bool),
+        version=np.zeros(tokens.shape, np.int32),
+    )

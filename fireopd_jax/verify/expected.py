@@ -1,0 +1,205 @@
+"""From the package's configuration of a stage to the reference that it is held against.
+
+No formula stands here: what a stage computes is in `losses`, `filtering`, `reweighting` and `ops`,
+what it should is in `reference` and its neighbours `reference_batch`, `_stages` and `_losses`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from fireopd_jax.filtering import (
+    AllOf,
+    GapBound,
+    HardTokens,
+    KeepAll,
+    LengthDrop,
+    Prefix,
+    RandomDrop,
+    Reopold,
+    RepetitionGuard,
+    SpecialTokens,
+    TeacherQuantile,
+    Tip,
+)
+from fireopd_jax.losses.sampled_token import SampledReverseKL, SampledSquare
+from fireopd_jax.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
+from fireopd_jax.losses.vocabulary import MiniLLM, VocabularyDivergence
+from fireopd_jax.ops.formulas import (
+    AdaptiveKL,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewedForwardKL,
+    SkewedReverseKL,
+)
+from fireopd_jax.reweighting import ConfidenceConfusion, Progressive, SoftTrajectories, Uniform
+from fireopd_jax.verify import reference, reference_batch, reference_losses, reference_stages
+from fireopd_jax.verify.reference_losses import Seen
+
+Values = tuple[np.ndarray, np.ndarray]
+"""Loss [B, T] and its gradient to the student's logits [B, T, V]."""
+
+
+def divergence(config: Any) -> Any:
+    """Find the reference of a divergence: logits of student and teacher -> value, gradient."""
+    if isinstance(config, ReverseKL):
+        return reference.reverse_kl
+    if isinstance(config, ForwardKL):
+        return reference.forward_kl
+    if isinstance(config, JensenShannon):
+        return functools.partial(reference.jensen_shannon, beta=config.beta)
+    if isinstance(config, SkewedForwardKL):
+        return functools.partial(reference.skewed_forward_kl, alpha=config.alpha)
+    if isinstance(config, SkewedReverseKL):
+        return functools.partial(reference.skewed_reverse_kl, alpha=config.alpha)
+    if isinstance(config, AdaptiveKL):
+        return functools.partial(reference.adaptive_kl, mu=config.mu)
+    raise ValueError(f"no reference of the divergence {config}")
+
+
+def loss(config: Any, seen: Seen, shift: np.ndarray | None = None) -> Values:
+    """Ask the reference of a loss; `shift` [B] is what graded responses add to advantages."""
+    if isinstance(config, SampledReverseKL):
+        advantage = reference_losses.advantages(
+            seen,
+            config.extrapolation,
+            config.baseline == "exact_kl",
+            config.floor,
+            config.ceiling,
+            config.gamma,
+            shift if config.margin else None,
+        )
+        return reference_losses.policy_gradient(seen, advantage, config.clip, config.importance_cap)
+    if isinstance(config, SampledSquare):
+        return reference_losses.squares(seen, config.importance_cap)
+    if isinstance(config, SupportDivergence):
+        return on_support(config, seen)
+    if isinstance(config, SupportPolicyGradient):
+        formula = functools.partial(reference.weighted_score, weight=config.weight)
+        return reference_losses.over_support(seen, formula)
+    if isinstance(config, EntropyAware):
+        return reference_losses.entropy_aware(
+            seen, config.alpha, config.tau, config.normalise, config.clip
+        )
+    if isinstance(config, VocabularyDivergence):
+        return reference_losses.over_vocabulary(seen, divergence(config.divergence))
+    if isinstance(config, MiniLLM):
+        return reference_losses.minillm(seen, config.clip)
+    raise ValueError(f"no reference of the loss {config}")
+
+
+def on_support(config: SupportDivergence, seen: Seen) -> Values:
+    """Ask the reference of a divergence on a support."""
+    if config.head == "tail_sample":
+        return reference_losses.tail_sample(seen)
+    if config.head == "renormalised":
+        formula: Any = functools.partial(
+            reference.renormalised, divergence=divergence(config.divergence)
+        )
+    elif config.head == "tail_bucket":
+        formula = functools.partial(reference.tail_bucket, divergence=divergence(config.divergence))
+    elif isinstance(config.divergence, ReverseKL):
+        formula = reference.score_form
+    elif isinstance(config.divergence, ForwardKL):
+        formula = reference.score_form_of_forward_kl
+    else:
+        formula = functools.partial(
+            reference.score_form_of_jensen_shannon, beta=config.divergence.beta
+        )
+    return reference_losses.over_support(seen, formula)
+
+
+def keep(config: Any, stats: dict[str, np.ndarray], mask: np.ndarray, **of_batch: Any) -> Any:
+    """Ask the reference of a filter; `stats` are log-probs, entropies and exact KL [B, T] by name.
+
+    `of_batch` may hold what `Rows` does, and `gap` [B].
+    """
+    log_q, log_p = stats["teacher_logprob"], stats["student_logprob"]
+    if isinstance(config, KeepAll):
+        return mask.any(axis=1)
+    if isinstance(config, TeacherQuantile):
+        score = log_q - log_p if config.score == "student_relative" else log_q
+        if config.window:
+            recent = of_batch["recent"][..., 0]
+            earlier = recent[~np.isnan(recent)]
+            return reference_stages.windowed(score, mask, config.drop_fraction, earlier)
+        groups = of_batch.get("teacher") if config.scope == "teacher" else None
+        return reference_batch.keep_rows(score, mask, config.drop_fraction, groups)
+    if isinstance(config, RandomDrop):
+        key = jax.random.key(config.seed, impl="threefry2x32")
+        lots = [
+            float(jax.random.uniform(jax.random.fold_in(key, i))) for i in of_batch["sample_id"]
+        ]
+        score = np.broadcast_to(np.array(lots)[:, None], mask.shape)
+        return reference_batch.keep_rows(score, mask, config.drop_fraction)
+    if isinstance(config, LengthDrop):
+        return reference_stages.lengths(mask, config.drop_fraction, config.drop == "longest")
+    if isinstance(config, Tip):
+        entropy, kl = stats["student_entropy"], stats["reverse_kl"]
+        return reference_stages.tip(entropy, kl, mask, config.keep_fraction)
+    if isinstance(config, HardTokens):
+        pair = stats["teacher_entropy"], stats["student_entropy"]
+        options = config.keep_fraction, config.alpha, config.beta
+        return reference_stages.hard_tokens(*pair, mask, *options)
+    if isinstance(config, Prefix):
+        return reference_stages.prefix(log_q, log_p, mask, config.window, config.least)
+    if isinstance(config, RepetitionGuard):
+        rate = reference_stages.repetition(of_batch["tokens"], mask, config.ngram)
+        return mask.any(axis=1) & (rate <= config.limit)
+    if isinstance(config, SpecialTokens):
+        ids = of_batch["special"], () if config.stop else of_batch["stop"]
+        bound = np.inf if config.log_ratio is None else config.log_ratio
+        tokens = of_batch["tokens"]
+        return reference_stages.special(tokens, log_q, log_p, mask, *ids, bound, config.least)
+    if isinstance(config, GapBound):
+        return mask.any(axis=1) & (np.abs(of_batch["gap"]) <= config.largest)
+    if isinstance(config, AllOf):
+        for each in config.filters:
+            kept = keep(each, stats, mask, **of_batch)
+            mask = mask & (kept if kept.ndim == 2 else kept[:, None])
+        return mask
+    if isinstance(config, Reopold):
+        return reference_batch.keep_tokens(
+            stats["teacher_logprob"],
+            stats["student_logprob"],
+            stats["student_entropy"],
+            mask,
+            of_batch.get("progress", 0.0),
+            floor=config.floor,
+            entropy_fraction=config.entropy_fraction,
+            switch=config.switch,
+        )
+    raise ValueError(f"no reference of the filter {config}")
+
+
+def weight(
+    config: Any, stats: dict[str, np.ndarray], mask: np.ndarray, kept: Any, **of_batch: Any
+) -> Any:
+    """Ask the reference of a weighting; `of_batch` may hold `teacher` and `vocab_size`."""
+    if isinstance(config, Uniform):
+        return mask.astype(float)
+    if isinstance(config, ConfidenceConfusion):
+        return reference_batch.weights(
+            stats["teacher_entropy"],
+            stats["student_entropy"],
+            mask,
+            kept,
+            config.alpha,
+            config.beta,
+            config.max_scope,
+            quantile=config.max_quantile,
+            **of_batch,
+        )
+    if isinstance(config, Progressive):
+        return reference_batch.progressive(
+            stats["teacher_logprob"], stats["student_logprob"], mask, config.gamma
+        )
+    if isinstance(config, SoftTrajectories):
+        rows = reference_stages.soft_trajectories(
+            stats["teacher_logprob"], mask, config.temperature
+        )
+        return rows * weight(config.tokens, stats, mask, kept, **of_batch)
+    raise ValueError(f"no reference of the weighting {config}")

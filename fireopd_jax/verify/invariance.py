@@ -1,0 +1,198 @@
+"""Every shipped method: how a batch is cut, padded and spread over devices changes no gradient.
+
+    rollout -> score -> assemble -> gradient to all parameters, and the loss, which NumPy has, too
+
+The reference run is whole, on one device. Against it stand two micro-batches of half the rows (when
+scored and when learnt from), more padding behind prompts and responses, and all devices.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from fireopd_jax.batch import assemble
+from fireopd_jax.config import SHIPPED
+from fireopd_jax.method import MethodConfig
+from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.recipe import load_config
+from fireopd_jax.sharding import MeshConfig, make_mesh, place_rows, place_whole
+from fireopd_jax.types import Array, Batch, Rollout, Scores
+from fireopd_jax.update import gradients
+from fireopd_jax.verify import cases, expected, reference, reference_batch, reference_stages
+from fireopd_jax.verify.pool import compiled, in_parallel
+from fireopd_jax.verify.reference_losses import Seen
+from fireopd_jax.verify.table import Row, relative
+
+LOSS_BOUND = 1e-5
+"""Of the sum of |terms|: a loss may be a small sum of large terms of both signs."""
+GRADIENT_BOUND = 1e-5
+"""Of the largest element of each parameter's gradient: float32 adds up in another order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """A student, its teacher and the base policy; all share one architecture."""
+
+    model: LanguageModel
+    student: Params
+    teacher: Params
+    base: Params
+
+    def on(self, mesh: Mesh) -> "Models":
+        """Lay the models whole on each device."""
+        params = (place_whole(mesh, each) for each in (self.student, self.teacher, self.base))
+        return Models(dataclasses.replace(self.model, mesh=mesh), *params)
+
+
+def shipped_methods() -> list[str]:
+    """List the methods that come with the package, by the names of their files."""
+    folder: Path = next(folder for folder in SHIPPED if folder.is_dir())
+    return sorted(file.stem for file in (folder / "method").glob("*.yaml"))
+
+
+def rows(methods: Sequence[str] | None = None) -> Iterator[Row]:
+    """Verify the methods, by default all that are shipped."""
+    mesh = make_mesh(MeshConfig())
+    count = mesh.size * -(-8 // mesh.size)
+    model = cases.small_model()
+    models = Models(model, *(cases.random_params(model, seed) for seed in range(3)))
+    spread = models.on(mesh)
+    plain, padded = cases.small_rollout(count), cases.small_rollout(count, more=3)
+    programs = Programs()
+
+    def of(name: str) -> Iterator[Row]:
+        method = load_config(["smoke", f"method/{name}"]).method
+        batch, whole = programs.run(models, method, plain)
+        terms = exact_terms(models, method, batch, programs)
+        error = abs(float(whole["loss"]) - terms.sum()) / np.abs(terms).sum()
+        yield Row(f"{name}: loss", float(error), LOSS_BOUND)
+        others = {
+            "micro-batches": programs.run(models, method, plain, count // 2),
+            "padding": programs.run(models, method, padded),
+            f"{mesh.size} devices": programs.run(spread, method, place_rows(mesh, plain)),
+        }
+        for what, (_, other) in others.items():
+            yield relative(f"{name}: {what}", pairs(other, whole), GRADIENT_BOUND)
+
+    yield from in_parallel(of, shipped_methods() if methods is None else methods)
+
+
+def pairs(ours: Any, theirs: Any) -> list[tuple[Any, Any]]:
+    """Set the leaves of two trees side by side."""
+    return list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
+
+
+class Programs:
+    """The three steps, compiled once for all methods that share a stage."""
+
+    def __init__(self):
+        self._score = compiled(score, 0, 1)
+        self._assemble = compiled(of_one_teacher, 2, 3, 4)
+        self._gradients = compiled(gradient, 0, 1, 2)
+        self._margin = compiled(lambda stage, *inputs: stage(*inputs), 0)
+        self.states = compiled(LanguageModel.response_hidden, 0)
+
+    def run(
+        self,
+        models: Models,
+        method: MethodConfig,
+        rollout: Rollout,
+        micro_batch_size: int | None = None,
+    ) -> tuple[Batch, dict[str, Any]]:
+        """Return the batch, and loss and gradient of the student's parameters."""
+        stage = dataclasses.replace(method.score, micro_batch_size=micro_batch_size)
+        params = models.student, models.teacher, models.base
+        scores = self._score(stage, models.model, params, rollout)
+        if method.score.margin is not None:
+            scores = self._margin(method.score.margin, scores, rollout, graded(rollout))
+        batch, _ = self._assemble(rollout, scores, method.filter, method.reweight, method.aggregate)
+        return batch, self._gradients(
+            method.loss, models.model, micro_batch_size, *params[:2], batch
+        )
+
+
+def score(stage: Any, model: LanguageModel, params: tuple[Params, ...], rollout: Rollout) -> Scores:
+    """Let student, teacher and base policy speak of a rollout."""
+    student, teacher, base = ((model, each) for each in params)
+    return stage(student, [teacher], rollout, 1.0, model.mesh, base)
+
+
+def graded(rollout: Rollout) -> np.ndarray:
+    """Grade every other row as right."""
+    return np.asarray(rollout.prompts.row % 2, np.float32)
+
+
+def of_one_teacher(
+    rollout: Rollout, scores: Scores, filter: Any, reweight: Any, aggregate: Any
+) -> tuple[Batch, Array]:
+    """Assemble the batch; returns what is kept, too."""
+    return assemble(rollout, scores, filter, reweight, aggregate, 1)
+
+
+def gradient(
+    loss: Any,
+    model: LanguageModel,
+    micro_batch_size: int | None,
+    student: Params,
+    teacher: Params,
+    batch: Batch,
+) -> dict[str, Any]:
+    """Return the loss and its gradient to the student's parameters."""
+    grads, metrics = gradients(
+        model, loss, student, batch, micro_batch_size=micro_batch_size, teacher=(model, teacher)
+    )
+    return {"loss": metrics["loss"].total, "gradient": grads}
+
+
+def exact_terms(
+    models: Models, method: MethodConfig, batch: Batch, programs: Programs
+) -> np.ndarray:
+    """Compute each token's part of the loss: NumPy from the models' final states on."""
+    rollout = batch.rollout
+    prompts, mask = rollout.prompts, np.asarray(rollout.mask)
+    of_student = prompts.tokens, prompts.length
+    of_teacher = prompts.teacher_tokens, prompts.teacher_length
+
+    def logits(params: Params, prompt: tuple[Array, Array]) -> np.ndarray:
+        asked = params, *prompt, rollout.tokens, rollout.mask
+        hidden, head = programs.states(models.model, *asked)
+        return cases.logits(hidden, head)
+
+    z, z_q = logits(models.student, of_student), logits(models.teacher, of_teacher)
+    support = batch.scores.support
+    seen = Seen(
+        z=z,
+        z_q=z_q,
+        z_old=z,
+        z_base=logits(models.base, of_student),
+        tokens=np.asarray(rollout.tokens),
+        mask=mask,
+        support=np.zeros((*mask.shape, 0), int) if support is None else np.asarray(support.ids),
+        drawn=np.asarray(rollout.logprob, np.float64),
+    )
+    stats = {
+        f"{name}_{what}": value
+        for name, of_model in (("student", z), ("teacher", z_q))
+        for what, value in (
+            ("logprob", seen.logprob(of_model)),
+            ("entropy", seen.entropy(of_model)),
+        )
+    }
+    stats["reverse_kl"] = np.zeros(mask.shape)
+    for at in zip(*np.nonzero(mask), strict=True):
+        stats["reverse_kl"][at] = reference.reverse_kl(z[at], z_q[at])[0]
+    shift = gap = None
+    if method.score.margin is not None:
+        pair = stats["teacher_logprob"], stats["student_logprob"]
+        of_rows = mask, np.asarray(prompts.group), graded(rollout) > 0
+        shift, gap = reference_stages.margins(*pair, *of_rows, method.score.margin.delta)
+    sample_id = np.asarray(prompts.sample_id)
+    kept = expected.keep(method.filter, stats, mask, gap=gap, sample_id=sample_id)
+    weight = expected.weight(method.reweight, stats, mask, kept)
+    share = reference_batch.coefficients(mask, kept, method.aggregate)
+    return share * weight * expected.loss(method.loss, seen, shift)[0]

@@ -1,0 +1,223 @@
+"""Every loss with every option against the reference: values, gradients to states and head.
+
+states, heads -> statistics of the heads -> loss -> gradient      the package's, jitted, float32
+logits -> reference -> gradient to logits -> to states and head   NumPy, float64
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fireopd_jax.batch import total_loss
+from fireopd_jax.losses.sampled_token import SampledReverseKL, SampledSquare
+from fireopd_jax.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
+from fireopd_jax.losses.vocabulary import MiniLLM, VocabularyDivergence
+from fireopd_jax.ops.divergence import head_divergence
+from fireopd_jax.ops.formulas import (
+    AdaptiveKL,
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewedForwardKL,
+    SkewedReverseKL,
+)
+from fireopd_jax.ops.head import head_gather
+from fireopd_jax.scoring.supports import Kind
+from fireopd_jax.types import Array, Batch, Rollout, TokenStats
+from fireopd_jax.verify import cases, expected
+from fireopd_jax.verify.cases import HEAD, SCALE, States
+from fireopd_jax.verify.pool import compiled, in_parallel
+from fireopd_jax.verify.reference_batch import coefficients
+from fireopd_jax.verify.table import Row, absolute, relative
+
+VALUE_BOUND, GRADIENT_BOUND = 1e-5, 1e-5
+"""Of the largest value, of the largest element: float32 rounds at 6e-8, sums of hundreds more."""
+NOTHING = 1e-6
+"""Largest value and gradient, of those in the order of 1, that count for zero."""
+
+FEW = (ReverseKL(), ForwardKL(), JensenShannon(beta=0.3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss, and what it is verified on."""
+
+    loss: Any
+    support: Kind = "teacher"
+    sampled: bool = False
+    later: bool = False
+    """The student has moved since it was scored: the ratio is not 1, and clipped here and there."""
+    vanishes: bool = True
+    """A student that is its teacher has neither loss nor gradient."""
+
+    @property
+    def name(self) -> str:
+        """Name the kind and every option that is not the default."""
+        words = [describe(self.loss)]
+        if self.support != "teacher" or self.sampled:
+            words.append(f"on {self.support}" + (" + sampled" if self.sampled else ""))
+        return ", ".join(words + (["an update later"] if self.later else []))
+
+
+def describe(config: Any) -> str:
+    """Write a configuration as its kind and the fields that are not the default."""
+    words = [config.kind]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "kind" or value == field.default:
+            continue
+        words.append(f"{field.name}={describe(value) if hasattr(value, 'kind') else value}")
+    return " ".join(words)
+
+
+OBJECTIVES: tuple[Objective, ...] = (
+    Objective(SampledReverseKL()),
+    Objective(SampledReverseKL(), later=True),
+    Objective(SampledReverseKL(clip=0.05, importance_cap=1.5), later=True),
+    # Beyond 1 the teacher is not where this ends.
+    Objective(SampledReverseKL(extrapolation=1.25), vanishes=False),
+    Objective(SampledReverseKL(floor=-1.0, ceiling=0.5)),
+    Objective(SampledReverseKL(baseline="exact_kl")),
+    Objective(SampledReverseKL(gamma=0.5)),
+    Objective(SampledReverseKL(gamma=1.0)),
+    Objective(SampledSquare()),
+    Objective(SampledSquare(importance_cap=1.5), later=True),
+    *(
+        Objective(SupportDivergence(head=head, divergence=divergence))
+        for head in ("renormalised", "score", "tail_bucket")
+        for divergence in FEW
+    ),
+    Objective(SupportDivergence(), "union", sampled=True),
+    Objective(SupportDivergence(head="tail_bucket"), "student"),
+    Objective(SupportDivergence(head="score"), "intersection", sampled=True),
+    # Zero in the mean over what is drawn, not for each token.
+    Objective(SupportDivergence(head="tail_sample"), vanishes=False),
+    Objective(SupportDivergence(head="tail_sample"), later=True, vanishes=False),
+    Objective(SupportPolicyGradient(weight="student")),
+    Objective(SupportPolicyGradient(weight="teacher")),
+    Objective(SupportPolicyGradient(weight="none")),
+    # Forward KL on a support drives the mass of the support to 1.
+    Objective(EntropyAware(tau=4.2), later=True, vanishes=False),
+    Objective(EntropyAware(alpha=0.5, tau=0.0, normalise=True), vanishes=False),
+    *(
+        Objective(VocabularyDivergence(divergence=divergence))
+        for divergence in (
+            ReverseKL(),
+            ForwardKL(),
+            JensenShannon(),
+            JensenShannon(beta=0.1),
+            JensenShannon(beta=0.0),
+            JensenShannon(beta=1.0),
+            SkewedForwardKL(),
+            SkewedReverseKL(),
+            AdaptiveKL(),
+        )
+    ),
+    Objective(MiniLLM()),
+    Objective(MiniLLM(), later=True),
+)
+
+
+class Programs:
+    """What is compiled: once for every support, each divergence, each loss."""
+
+    def __init__(self):
+        self.score = compiled(cases.score, 2, 3)
+        self._read = compiled(read_heads, 0)
+        self._pull = compiled(pull_back, 0)
+        self._differentiate = compiled(differentiate, 0)
+
+    def run(self, loss: Any, states: States, batch: Batch) -> tuple[Array, tuple[Array, Array]]:
+        """Return the loss of each token, and the gradients of its weighted sum: state and head."""
+        divergence = getattr(loss, "divergence_from_teacher", None)
+        own = states.hidden, states.head
+        student = self._read(divergence, own, states, batch)
+        to_student, value = self._differentiate(loss, student, batch)
+        return value, self._pull(divergence, own, states, batch, to_student)
+
+
+def read_heads(
+    divergence: Divergence | None, own: tuple[Array, Array], states: States, batch: Batch
+) -> TokenStats:
+    """Read what the update reads from states and head of the student."""
+    support = batch.scores.support
+    assert support is not None
+    tokens = jnp.asarray(batch.rollout.tokens)
+    stats = head_gather(*own, tokens, jnp.asarray(support.ids), **HEAD)
+    whole = None
+    if divergence is not None:
+        teacher = states.teacher_hidden, states.teacher_head
+        whole = head_divergence(
+            divergence, *own, *teacher, logit_scale=SCALE, chunk=HEAD.get("chunk")
+        )
+    return TokenStats(stats.logprob, stats.entropy, stats.support_logprob, whole)
+
+
+def pull_back(
+    divergence: Divergence | None,
+    own: tuple[Array, Array],
+    states: States,
+    batch: Batch,
+    cotangent: TokenStats,
+) -> tuple[Array, Array]:
+    """Bring a gradient back from the statistics to state and head."""
+    return jax.vjp(lambda own: read_heads(divergence, own, states, batch), own)[1](cotangent)[0]
+
+
+def differentiate(loss: Any, student: TokenStats, batch: Batch) -> tuple[TokenStats, Array]:
+    """Return the gradient of the weighted sum to the statistics, and the loss [B, T]."""
+
+    def total(student: TokenStats) -> tuple[Array, Array]:
+        each = loss(student, batch)
+        return total_loss(each, batch), each
+
+    return jax.grad(total, has_aux=True)(student)
+
+
+def rows(objectives: Sequence[Objective] = OBJECTIVES) -> Iterator[Row]:
+    """Verify each objective: value, gradient, and what is left where the teacher is the student."""
+    programs, rollout = Programs(), cases.dummy_rollout()
+
+    def of(objective: Objective) -> Iterator[Row]:
+        yield from against_reference(objective, programs, rollout)
+        if objective.vanishes and not objective.later:
+            yield from teacher_is_student(objective, programs, rollout)
+
+    yield from in_parallel(of, objectives)
+
+
+def make_batch(states: States, rollout: Rollout, objective: Objective, programs: Programs) -> Batch:
+    """Score the case; weights are random, so that no token counts like another."""
+    scores = programs.score(states, rollout, objective.support, objective.sampled)
+    mask = np.asarray(rollout.mask)
+    weight = np.random.default_rng(4).uniform(0.5, 1.5, mask.shape) * mask
+    share = coefficients(mask, mask.any(axis=1), "token")
+    return Batch(rollout, scores, jnp.float32(weight), jnp.float32(share))
+
+
+def against_reference(objective: Objective, programs: Programs, rollout: Rollout) -> Iterator[Row]:
+    """Compare with the reference on two different models."""
+    states = cases.make_states(later=objective.later)
+    batch = make_batch(states, rollout, objective, programs)
+    value, (d_hidden, d_head) = programs.run(objective.loss, states, batch)
+    exact, d_z = expected.loss(objective.loss, cases.see(states, rollout, batch.scores))
+    share = np.asarray(batch.weight, np.float64) * np.asarray(batch.coefficient, np.float64)
+    d_z = SCALE * share[..., None] * d_z
+    hidden, head = (np.asarray(x, np.float64) for x in (states.hidden, states.head))
+    gradients = [(d_hidden, d_z @ head), (d_head, np.einsum("btv,btd->vd", d_z, hidden))]
+    yield relative(f"{objective.name}: value", [(value, exact)], VALUE_BOUND)
+    yield relative(f"{objective.name}: gradient", gradients, GRADIENT_BOUND)
+
+
+def teacher_is_student(objective: Objective, programs: Programs, rollout: Rollout) -> Iterator[Row]:
+    """Compare with zero where the two models are one."""
+    states = cases.make_states(equal=True)
+    batch = make_batch(states, rollout, objective, programs)
+    value, gradient = programs.run(objective.loss, states, batch)
+    zeros = [(x, np.zeros(x.shape)) for x in (value, *gradient)]
+    yield absolute(f"{objective.name}: zero at the teacher", zeros, NOTHING)

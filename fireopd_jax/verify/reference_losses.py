@@ -1,0 +1,159 @@
+"""The losses of a batch in NumPy float64, with gradients; knows nothing of the package.
+
+    logits of student, teacher and base policy, tokens, mask -> loss [B, T], gradient to z [B, T, V]
+
+The gradient is that of each position's own loss to its own logits: advantages have none. What a
+single position says is in `reference`; here is what looks at the sampled token or along a row.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from fireopd_jax.verify import reference
+from fireopd_jax.verify.reference_batch import importance, surrogate
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What the models say at each response token."""
+
+    z: np.ndarray
+    """Logits of the student that learns, [B, T, V]."""
+    z_q: np.ndarray
+    """Of the teacher."""
+    z_old: np.ndarray
+    """Of the student when it was scored."""
+    z_base: np.ndarray
+    """Of the base policy."""
+    tokens: np.ndarray
+    mask: np.ndarray
+    support: np.ndarray
+    """Ids [B, T, S], -1 in empty slots."""
+    drawn: np.ndarray
+    """Log-probabilities of the sampler, [B, T]."""
+
+    def logprob(self, logits):
+        """Return log p(y) [B, T], 0 where masked."""
+        out = np.zeros(self.mask.shape)
+        for i, t in self.positions():
+            out[i, t] = reference.log_softmax(logits[i, t])[self.tokens[i, t]]
+        return out
+
+    def entropy(self, logits):
+        """Return -sum_v p log p [B, T], 0 where masked."""
+        out = np.zeros(self.mask.shape)
+        for i, t in self.positions():
+            log_p = reference.log_softmax(logits[i, t])
+            out[i, t] = -(np.exp(log_p) * log_p).sum()
+        return out
+
+    def positions(self):
+        """List (row, token) of the response tokens."""
+        return list(zip(*np.nonzero(self.mask), strict=True))
+
+    def words(self, i, t):
+        """List the support of a position."""
+        return [int(v) for v in self.support[i, t] if v >= 0]
+
+    def collect(self, formula):
+        """Ask `formula(i, t)` for value and gradient at every response token."""
+        value, gradient = np.zeros(self.mask.shape), np.zeros(self.z.shape)
+        for i, t in self.positions():
+            value[i, t], gradient[i, t] = formula(i, t)
+        return value, gradient
+
+
+def over_vocabulary(seen, divergence):
+    """`divergence(z, z_q)` at every token."""
+    return seen.collect(lambda i, t: divergence(seen.z[i, t], seen.z_q[i, t]))
+
+
+def over_support(seen, formula):
+    """`formula(z, z_q, support)` at every token."""
+    return seen.collect(lambda i, t: formula(seen.z[i, t], seen.z_q[i, t], seen.words(i, t)))
+
+
+def advantages(
+    seen, extrapolation=1.0, exact_kl=False, floor=None, ceiling=None, gamma=0.0, shift=None
+):
+    """A = lambda (log q - log b) - (log p - log b), + KL(p || q), held in bounds, discounted sum.
+
+    p is the student as it was scored, but in the baseline, which is of the student that learns.
+    `shift` is added to every advantage of a row, before the bounds.
+    """
+    log_p, log_q, log_b = (seen.logprob(z) for z in (seen.z_old, seen.z_q, seen.z_base))
+    value = extrapolation * (log_q - log_b) - (log_p - log_b)
+    if exact_kl:
+        value = value + over_vocabulary(seen, reference.reverse_kl)[0]
+    value = value + (0.0 if shift is None else np.asarray(shift)[:, None])
+    value = np.maximum(value, -np.inf if floor is None else floor)
+    value = np.minimum(value, np.inf if ceiling is None else ceiling)
+    return reference.reward_to_go(value, seen.mask, gamma)
+
+
+def policy_gradient(seen, advantage, clip, cap=None):
+    """max(-A r, -A clip(r)) times min(p_old / mu, cap), r = p / p_old of the sampled token."""
+    new, old = seen.logprob(seen.z), seen.logprob(seen.z_old)
+
+    def formula(i, t):
+        value, slope = surrogate(advantage[i, t], new[i, t] - old[i, t], clip)
+        factor = importance(old[i, t], seen.drawn[i, t], cap)
+        gradient = reference.score_of(seen.z[i, t], seen.tokens[i, t], slope)
+        return factor * value, factor * gradient
+
+    return seen.collect(formula)
+
+
+def squares(seen, cap=None):
+    """(log p - log q)^2 / 2 of the sampled token times min(p_old / mu, cap)."""
+    old = seen.logprob(seen.z_old)
+
+    def formula(i, t):
+        value, gradient = reference.k2_loss(seen.z[i, t], seen.z_q[i, t], seen.tokens[i, t])
+        factor = importance(old[i, t], seen.drawn[i, t], cap)
+        return factor * value, factor * gradient
+
+    return seen.collect(formula)
+
+
+def tail_sample(seen):
+    """sum_S p rho + [y not in S] (r (rho(y) + 1) - 1), rho(y) without a gradient, r = p / p_old."""
+    new, old, teacher = (seen.logprob(z) for z in (seen.z, seen.z_old, seen.z_q))
+
+    def formula(i, t):
+        words, y = seen.words(i, t), seen.tokens[i, t]
+        value, gradient = reference.head_autodiff(seen.z[i, t], seen.z_q[i, t], words)
+        if y in words:
+            return value, gradient
+        ratio, rho = np.exp(new[i, t] - old[i, t]), new[i, t] - teacher[i, t]
+        tail = reference.score_of(seen.z[i, t], y, ratio * (rho + 1))
+        return value + ratio * (rho + 1) - 1, gradient + tail
+
+    return seen.collect(formula)
+
+
+def entropy_aware(seen, alpha, tau, normalise, clip):
+    """The policy gradient, and alpha sum_S q (log q - log p) where the teacher has H(q) > tau."""
+    value, gradient = policy_gradient(seen, advantages(seen), clip)
+    more, more_gradient = over_support(
+        seen, lambda z, z_q, words: reference.forward_kl_topk(z, z_q, words, normalise)
+    )
+    entropy = seen.entropy(seen.z_q)
+    for i, t in seen.positions():
+        if entropy[i, t] > tau:
+            value[i, t] += alpha * more[i, t]
+            gradient[i, t] += alpha * more_gradient[i, t]
+    return value, gradient
+
+
+def minillm(seen, clip):
+    """KL(p || q) of this token, and the policy gradient of the mean log q/p of those after it."""
+    reward = seen.logprob(seen.z_q) - seen.logprob(seen.z_old)
+    later = np.zeros(seen.mask.shape)
+    for i, t in seen.positions():
+        after = [reward[i, u] for u in range(t + 1, len(later[i])) if seen.mask[i, u]]
+        later[i, t] = np.mean(after) if after else 0.0
+    exact = over_vocabulary(seen, reference.reverse_kl)
+    long = policy_gradient(seen, later, clip)
+    return exact[0] + long[0], exact[1] + long[1]

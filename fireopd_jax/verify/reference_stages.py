@@ -1,0 +1,133 @@
+"""Filters and weights beside the paper's, in NumPy float64 with plain loops; knows nothing of us.
+
+Masked entries of the inputs are never read. Rows and tokens are kept as booleans of [B] or [B, T].
+"""
+
+import numpy as np
+
+
+def lengths(mask, fraction, longest):
+    """Drop the floor(rho n) longest, or shortest, of n non-empty rows; of equals the earlier."""
+    rows = [i for i in range(len(mask)) if any(mask[i])]
+    rows.sort(key=lambda i: (-1 if longest else 1) * int(np.sum(mask[i])))
+    dropped = rows[: int(np.floor(fraction * len(rows) + 1e-9))]
+    return np.array([i in rows and i not in dropped for i in range(len(mask))])
+
+
+def windowed(score, mask, fraction, earlier):
+    """Drop rows that are among the floor(rho n) lowest of this batch and `earlier` scores."""
+    keep, own = np.zeros(len(mask), bool), []
+    for i in range(len(mask)):
+        if any(mask[i]):
+            own.append((float(np.mean([score[i][t] for t in np.flatnonzero(mask[i])])), i))
+    pool = sorted([(s, -1, n) for n, s in enumerate(earlier)] + [(s, 0, i) for s, i in own])
+    for _, now, i in pool[int(np.floor(fraction * len(pool) + 1e-9)) :]:
+        if now == 0:
+            keep[i] = True
+    return keep
+
+
+def largest(score, mask, fraction):
+    """Keep each row's ceil(rho L) largest; of equals the earlier."""
+    keep = np.zeros(np.shape(mask), bool)
+    for i in range(len(mask)):
+        tokens = sorted(np.flatnonzero(mask[i]), key=lambda t: (-score[i][t], t))
+        keep[i, tokens[: int(np.ceil(fraction * len(tokens) - 1e-6))]] = True
+    return keep
+
+
+def tip(entropy, kl, mask, fraction):
+    """TIP: s = h + d - h d, entropy cut off at the 98 % quantile, both brought to [0, 1]."""
+    inside = [(i, t) for i, t in zip(*np.nonzero(mask), strict=True)]
+
+    def unit(values):
+        low, high = min(values.values()), max(values.values())
+        return {at: (x - low) / (high - low or 1.0) for at, x in values.items()}
+
+    entropies = {at: float(entropy[at]) for at in inside}
+    top = float(np.quantile(list(entropies.values()), 0.98))
+    h = unit({at: min(x, top) for at, x in entropies.items()})
+    d = unit({at: float(kl[at]) for at in inside})
+    score = np.zeros(np.shape(mask))
+    for at in inside:
+        score[at] = 1 - (1 - h[at]) * (1 - d[at])
+    return largest(score, mask, fraction)
+
+
+def hard_tokens(teacher_entropy, student_entropy, mask, fraction, alpha, beta):
+    """The tokens with the largest (1 + alpha c^T)(1 + beta c^S), maxima over the batch."""
+    inside = list(zip(*np.nonzero(mask), strict=True))
+    tops = [max(float(x[at]) for at in inside) for x in (teacher_entropy, student_entropy)]
+    score = np.zeros(np.shape(mask))
+    for at in inside:
+        sure, unsure = 1 - teacher_entropy[at] / tops[0], student_entropy[at] / tops[1]
+        score[at] = (1 + alpha * sure) * (1 + beta * unsure)
+    return largest(score, mask, fraction)
+
+
+def prefix(teacher_logprob, student_logprob, mask, window, least):
+    """Tokens before the first at which the mean of log q/p over a window falls below a bound."""
+    keep = np.zeros(np.shape(mask), bool)
+    for i in range(len(mask)):
+        gaps = []
+        for t in np.flatnonzero(mask[i]):
+            gaps.append(float(teacher_logprob[i][t]) - float(student_logprob[i][t]))
+            if np.mean(gaps[-window:]) < least:
+                break
+            keep[i, t] = True
+    return keep
+
+
+def repetition(tokens, mask, n):
+    """The share of each row's n-grams that stood in it before."""
+    rates = []
+    for row, valid in zip(tokens, mask, strict=True):
+        said = [int(token) for token, real in zip(row, valid, strict=True) if real]
+        grams = [tuple(said[t : t + n]) for t in range(len(said) - n + 1)]
+        rates.append((len(grams) - len(set(grams))) / len(grams) if grams else 0.0)
+    return np.array(rates)
+
+
+def special(tokens, teacher_logprob, student_logprob, mask, named, stop, bound, least):
+    """All tokens but those named, or of a median |log q/p| above the bound; never those of stop."""
+    gaps = {}
+    for at in zip(*np.nonzero(mask), strict=True):
+        gap = abs(float(teacher_logprob[at]) - float(student_logprob[at]))
+        gaps.setdefault(int(tokens[at]), []).append(gap)
+    out = set(named)
+    for token, values in gaps.items():
+        if len(values) >= least and sorted(values)[(len(values) - 1) // 2] > bound:
+            out.add(token)
+    out -= set(stop)
+    keep = [[m and int(v) not in out for v, m in zip(*x, strict=True)]
+            for x in zip(tokens, mask, strict=True)]  # fmt: skip
+    return np.array(keep, bool)
+
+
+def margins(teacher_logprob, student_logprob, mask, group, correct, delta):
+    """Uni-OPD: + d / 2 of a group's right rows, - d / 2 of its wrong ones; and the gap of both."""
+    rows = [i for i in range(len(mask)) if any(mask[i])]
+    mean = {
+        i: np.mean([teacher_logprob[i][t] - student_logprob[i][t] for t in np.flatnonzero(mask[i])])
+        for i in rows
+    }
+    shift, gap = np.zeros(len(mask)), np.zeros(len(mask))
+    for i in rows:
+        right = [mean[j] for j in rows if group[j] == group[i] and correct[j]]
+        wrong = [mean[j] for j in rows if group[j] == group[i] and not correct[j]]
+        if right and wrong:
+            gap[i] = np.mean(right) - np.mean(wrong)
+            shift[i] = max(0.0, delta - gap[i]) / 2 * (1 if correct[i] else -1)
+    return shift, gap
+
+
+def soft_trajectories(teacher_logprob, mask, temperature):
+    """N exp(s_i / tau) / sum_j exp(s_j / tau) on every token of row i, s_i its mean log q."""
+    rows = [i for i in range(len(mask)) if any(mask[i])]
+    mean = [float(np.mean([teacher_logprob[i][t] for t in np.flatnonzero(mask[i])])) for i in rows]
+    share = np.exp(np.array(mean) / temperature)
+    share *= len(rows) / share.sum()
+    result = np.zeros(np.shape(mask))
+    for i, each in zip(rows, share, strict=True):
+        result[i, np.flatnonzero(mask[i])] = each
+    return result
