@@ -2,8 +2,9 @@
 
     rollout -> score -> assemble -> gradient to all parameters, and the loss, which NumPy has, too
 
-The reference run is whole, on one device. Against it stand two micro-batches of half the rows (when
-scored and when learnt from), more padding behind prompts and responses, and all devices.
+The reference run is whole, on one device. Against it stand two runs with more padding behind prompts
+and responses: one in two micro-batches, when scored and when learnt from, and one on all devices.
+Where both are off it is the padding.
 """
 
 import dataclasses
@@ -72,9 +73,8 @@ def rows(methods: Sequence[str] | None = None) -> Iterator[Row]:
         error = abs(float(whole["loss"]) - terms.sum()) / np.abs(terms).sum()
         yield Row(f"{name}: loss", float(error), LOSS_BOUND)
         others = {
-            "micro-batches": programs.run(models, method, plain, count // 2),
-            "padding": programs.run(models, method, padded),
-            f"{mesh.size} devices": programs.run(spread, method, place_rows(mesh, plain)),
+            "padding, micro-batches": programs.run(models, method, padded, count // 2),
+            f"padding, {mesh.size} devices": programs.run(spread, method, place_rows(mesh, padded)),
         }
         for what, (_, other) in others.items():
             yield relative(f"{name}: {what}", pairs(other, whole), GRADIENT_BOUND)
