@@ -381,7 +381,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
             setup.mesh,
             None if beside.base is None else (base_model, beside.base),
         )
-        if method.score.margin is not None:
+        if method.score.margin is not None and beside.correct is not None:
             scores = method.score.margin(scores, rollout, beside.correct)
         known = ids | {"recent": beside.recent, "progress": done / jnp.float32(updates)}
         batch, keep = assemble(

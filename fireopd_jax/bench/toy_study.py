@@ -45,7 +45,7 @@ TEACHER_BATCH, BATCH, MICRO_BATCHES = 256, 64, 8
 TEACHER_RATE, RATE = 3e-3, 1e-3
 SMALLEST_SIGMA = 0.01
 
-Policy = tuple[tuple[Array, Array], ...]
+Policy = Any
 """Kernel and bias of each layer."""
 Row = dict[str, Any]
 

@@ -2,8 +2,8 @@
 
     rollout -> score -> assemble -> gradient to all parameters, and the loss, which NumPy has, too
 
-The reference run is whole, on one device. Against it stand two runs with more padding behind prompts
-and responses: one in two micro-batches, when scored and when learnt from, and one on all devices.
+The reference run is whole, on one device. Against it stand two with more padding behind prompts and
+responses: one in two micro-batches, when scored and when learnt from, and one on all devices.
 Where both are off it is the padding.
 """
 

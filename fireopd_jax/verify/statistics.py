@@ -197,7 +197,8 @@ def of_batches() -> Iterator[Row]:
         reverse_kl=jnp.asarray(stats["reverse_kl"]),
         margin=Margin(jnp.zeros(count, jnp.float32), jnp.asarray(gap)),
     )
-    recent = -rng.exponential(2.0, (2, count, 2)).astype(np.float32) * np.float32([1, 0])
+    recent = rng.exponential(2.0, (2, count, 2)) * np.array([-1.0, 0.0])
+    recent = recent.astype(np.float32)
     recent[0, :5, 0] = np.nan
     known = {
         "tokens": rng.integers(0, 6, mask.shape).astype(np.int32),
