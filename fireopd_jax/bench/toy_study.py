@@ -185,7 +185,9 @@ def study(keys: Array, iterations: int, teacher_iterations: int) -> tuple[Array,
     def of_seed(key: Array):
         for_teachers, for_student, for_end = jax.random.split(key, 3)
         both = jax.random.split(for_teachers), jnp.arange(2)
-        teachers = jax.lax.map(lambda each: train_teacher(*each, teacher_iterations), both)
+        teachers = jax.lax.map(
+            lambda each: train_teacher(each[0], each[1], teacher_iterations), both
+        )
 
         def of_gamma(gamma: Array) -> tuple[Array, Array]:
             variances, student = distil(for_student, teachers, gamma, iterations)

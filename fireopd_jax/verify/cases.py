@@ -3,13 +3,17 @@
 Everything is drawn by NumPy from fixed seeds, so that every machine verifies the same.
 """
 
+import dataclasses
+import types
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Int32
 
 from fireopd_jax.models.decoder import DecoderConfig
-from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.models.language_model import LanguageModel, Params, lay, predicting
 from fireopd_jax.ops.head import HeadOptions, head_gather, head_stats, head_topk
 from fireopd_jax.scoring.supports import Kind, make_support, overlap
 from fireopd_jax.types import Array, Prompts, Rollout, Scores, Support, TokenStats, pytree
@@ -137,6 +141,45 @@ def see(states: States, rollout: Rollout, scores: Scores) -> Seen:
         support=np.asarray(scores.support.ids),
         drawn=np.asarray(rollout.logprob, np.float64),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Bigram(LanguageModel):
+    """A model whose state is that of the last word alone: it compiles in a quarter of the time."""
+
+    def init(self, key: Array) -> Params:
+        """Draw fresh parameters."""
+        shape = self.vocab_size, self.config.hidden_size
+        keys = jax.random.split(key)
+        return {
+            name: jax.random.normal(k, shape)
+            for name, k in zip(("last", "head"), keys, strict=True)
+        }
+
+    def bind(self, params: Params) -> Any:
+        """Give what has the head."""
+        return types.SimpleNamespace(head=params["head"])
+
+    def response_hidden(
+        self,
+        params: Params,
+        prompt: Int32[Array, "B P"],
+        prompt_length: Int32[Array, " B"],
+        tokens: Int32[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        *,
+        adapters: Any = None,
+        remat: Any = "none",
+    ) -> tuple[Float32[Array, "B T D"], Float32[Array, "V D"]]:
+        """Return the states that predict each response token, and the head that reads them."""
+        sequence, _, _ = lay(prompt, prompt_length, tokens, mask)
+        hidden = jnp.asarray(params["last"])[sequence]
+        return predicting(hidden, prompt_length, prompt.shape[1]), params["head"]
+
+
+def bigram() -> LanguageModel:
+    """Return the smallest model, without parameters."""
+    return Bigram(small_model().config, SMALL_VOCABULARY)
 
 
 def small_model() -> LanguageModel:

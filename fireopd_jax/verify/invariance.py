@@ -2,9 +2,10 @@
 
     rollout -> score -> assemble -> gradient to all parameters, and the loss, which NumPy has, too
 
-The reference run is whole, on one device. Against it stand two with more padding behind prompts and
-responses: one in two micro-batches, when scored and when learnt from, and one on all devices.
-Where both are off it is the padding.
+The reference run is whole, on one device. Against it stand two runs with more padding behind
+prompts and responses: one in two micro-batches, when scored and when learnt from, and one on all
+devices. Where both are off it is the padding. Models are bigrams, and for one method decoders, too,
+whose compilation takes most of the time.
 """
 
 import dataclasses
@@ -56,18 +57,20 @@ def shipped_methods() -> list[str]:
     return sorted(file.stem for file in (folder / "method").glob("*.yaml"))
 
 
-def rows(methods: Sequence[str] | None = None) -> Iterator[Row]:
-    """Verify the methods, by default all that are shipped."""
+def rows(methods: Sequence[str] | None = None, with_decoder: str = "fire_opd") -> Iterator[Row]:
+    """Verify the methods, by default all that are shipped, and one with a decoder, too."""
     mesh = make_mesh(MeshConfig())
     count = mesh.size * -(-8 // mesh.size)
-    model = cases.small_model()
-    models = Models(model, *(cases.random_params(model, seed) for seed in range(3)))
-    spread = models.on(mesh)
     plain, padded = cases.small_rollout(count), cases.small_rollout(count, more=3)
     programs = Programs()
 
-    def of(name: str) -> Iterator[Row]:
+    def of(item: tuple[str, LanguageModel]) -> Iterator[Row]:
+        name, model = item
         method = load_config(["smoke", f"method/{name}"]).method
+        models = Models(model, *(cases.random_params(model, seed) for seed in range(3)))
+        spread = models.on(mesh)
+        if model is decoder:
+            name = f"{name} of a decoder"
         batch, whole = programs.run(models, method, plain)
         terms = exact_terms(models, method, batch, programs)
         error = abs(float(whole["loss"]) - terms.sum()) / np.abs(terms).sum()
@@ -79,7 +82,9 @@ def rows(methods: Sequence[str] | None = None) -> Iterator[Row]:
         for what, (_, other) in others.items():
             yield relative(f"{name}: {what}", pairs(other, whole), GRADIENT_BOUND)
 
-    yield from in_parallel(of, shipped_methods() if methods is None else methods)
+    small, decoder = cases.bigram(), cases.small_model()
+    named = shipped_methods() if methods is None else methods
+    yield from in_parallel(of, [*((name, small) for name in named), (with_decoder, decoder)])
 
 
 def pairs(ours: Any, theirs: Any) -> list[tuple[Any, Any]]:
@@ -95,7 +100,7 @@ class Programs:
         self._assemble = compiled(of_one_teacher, 2, 3, 4)
         self._gradients = compiled(gradient, 0, 1, 2)
         self._margin = compiled(lambda stage, *inputs: stage(*inputs), 0)
-        self.states = compiled(LanguageModel.response_hidden, 0)
+        self.states = compiled(lambda model, *x: model.response_hidden(*x), 0)
 
     def run(
         self,
