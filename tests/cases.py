@@ -8,6 +8,9 @@ import numpy as np
 
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel
+from fireopd_jax.rollout.loop import Loop
+from fireopd_jax.rollout.sampling import Sampling
+from fireopd_jax.rollout.state import Shape, empty_requests, initial
 from fireopd_jax.types import Prompts, Rollout, Scores, TokenStats
 
 
@@ -160,3 +163,29 @@ def through_cache(model, params, rows, prompt, memory, piece=8):
             if prompt[i] + t < total[i]:
                 parts[i].append(hidden[i])
     return [np.concatenate([np.asarray(p, np.float32) for p in part]) for part in parts]
+
+
+def qwen_loop(memory):
+    """Return the loop of an engine at sizes of Qwen3-0.6B, two layers of it, and its arguments."""
+    config = tiny_model(
+        hidden_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3072,
+        dtype="bfloat16",
+    ).config
+    model = LanguageModel(config, 151936)
+    shape = Shape.of(64, 256, 768, 16, memory.align)
+    loop = Loop(model, memory, shape.piece)
+
+    def start(key):
+        params = model.relay(model.init(key))
+        requests = empty_requests(64, 256, 768, Sampling.of((), 768, 0))
+        cache = memory.init(config, shape.slots, shape.entries, shape.capacity)
+        return params, initial(requests, shape.slots, shape.entries, cache)
+
+    params, state = jax.eval_shape(start, jax.random.key(0))
+    flat, tree = jax.tree.flatten((params, state, jnp.int32(0), jnp.int32(0)))
+    return lambda *leaves: loop.run(*jax.tree.unflatten(tree, leaves)), flat

@@ -1,20 +1,15 @@
 """Pages as the TPU's kernel wants them: its meaning is that of plain pages, and it compiles."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
 from fireopd_jax.config import UserError
-from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.kv_paged_tpu import PagedTPU
-from fireopd_jax.rollout.loop import Loop
-from fireopd_jax.rollout.sampling import Sampling
-from fireopd_jax.rollout.state import Shape, empty_requests, initial
 from tests import aot_tpu
-from tests.cases import random_params, through_cache, tiny_model
+from tests.cases import qwen_loop, random_params, through_cache, tiny_model
 
 SLIDING = {"layer_types": ("full_attention", "sliding_attention"), "sliding_window": 5}
 
@@ -52,29 +47,7 @@ def test_other_widths_of_heads_are_refused():
 @pytest.mark.skipif(not aot_tpu.INSTALLED, reason="needs libtpu: pip install libtpu")
 @pytest.mark.parametrize("memory", [Paged(page_size=16), PagedTPU(page_size=16)], ids=str)
 def test_the_whole_loop_compiles_for_a_tpu(memory):
-    config = tiny_model(
-        hidden_size=1024,
-        num_hidden_layers=2,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=3072,
-        dtype="bfloat16",
-    ).config
-    model = LanguageModel(config, 151936)
-    shape = Shape.of(64, 256, 768, 16, memory.align)
-    loop = Loop(model, memory, shape.piece)
-
-    def start(key):
-        params = model.relay(model.init(key))
-        requests = empty_requests(64, 256, 768, Sampling.of((), 768, 0))
-        cache = memory.init(config, shape.slots, shape.entries, shape.capacity)
-        return params, initial(requests, shape.slots, shape.entries, cache)
-
-    params, state = jax.eval_shape(start, jax.random.key(0))
-    flat, tree = jax.tree.flatten((params, state, jnp.int32(0), jnp.int32(0)))
-    compiled = aot_tpu.compile_for(
-        "v5e", lambda *leaves: loop.run(*jax.tree.unflatten(tree, leaves)), *flat
-    )
+    function, flat = qwen_loop(memory)
+    compiled = aot_tpu.compile_for("v5e", function, *flat)
     kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
     assert (kernels > 0) == isinstance(memory, PagedTPU)
