@@ -82,6 +82,12 @@ def conflicts(method: MethodConfig, rollout: RolloutConfig, num_teachers: int) -
             "response for the student's own; expected 1, or a divergence on a support or over the "
             "vocabulary"
         )
+    filters = method.filter.filters if isinstance(method.filter, AllOf) else (method.filter,)
+    if sum(isinstance(each, TeacherQuantile) and each.window > 0 for each in filters) > 1:
+        yield (
+            "method.filter.filters: two rank by earlier batches (window), of which one memory is "
+            "kept; expected one"
+        )
     if score.margin is not None and rollout.group_size == 1:
         yield (
             "method.score.margin compares the responses of a prompt: expected rollout.group_size "

@@ -186,6 +186,15 @@ def test_the_paper_is_the_default():
             "of 4 rows drops none",
         ),
         ([TEACHER, "method.filter={kind: all_of, filters: [{kind: prefxi}]}"], "method.filter"),
+        ([TEACHER, "method.filter={kind: all_of, filters: []}"], "method.filter"),
+        (
+            [
+                TEACHER,
+                "method.filter={kind: all_of, filters: [{kind: teacher_quantile, window: 1},"
+                " {kind: teacher_quantile, window: 2, score: student_relative}]}",
+            ],
+            "two rank by earlier batches",
+        ),
     ],
 )
 def test_sections_that_do_not_fit_together(arguments, named):
