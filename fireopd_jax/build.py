@@ -30,7 +30,7 @@ from fireopd_jax.models.hf_config import check_same
 from fireopd_jax.models.hf_load import read_config, resolve
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.models.quantized import Quantize
-from fireopd_jax.recipe import Config, MethodConfig, ModelConfig, StudentConfig
+from fireopd_jax.recipe import Config, MethodConfig, ModelConfig, StudentConfig, TeacherConfig
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling, stream
 from fireopd_jax.scoring import TopK
@@ -96,6 +96,12 @@ class ModelSpec:
             "generation": dict(self.generation),
             "quantize": self.model.quantize,
         }
+
+    def scoring(self, student: "ModelSpec") -> LanguageModel:
+        """Give the model as it scores a student, whose end may stand for its own."""
+        if not (isinstance(self.config, TeacherConfig) and self.config.eos_alias):
+            return self.model
+        return dataclasses.replace(self.model, exchange=(student.stop[0], self.stop[0]))
 
     @property
     def builtin_tokenizer(self) -> bool:
@@ -226,7 +232,7 @@ def set_up(config: Config) -> Setup:
     base = None if config.base is None else make_spec("base", config.base).on(mesh)
     others = teachers if base is None else (*teachers, base)
     for other in others:
-        check_teacher(student.speaker, other.speaker, config.checks.allow)
+        check_teacher(student.speaker, other.speaker, config.checks.allow, aliased(student, other))
     for spec in (student, *others):
         check_length(spec, config)
     # What a teacher has no token for, it cannot score.
@@ -264,6 +270,14 @@ def set_up(config: Config) -> Setup:
                     f"{rows[index].origin}: no answer to grade by, which method.score.margin needs"
                 )
     return Setup(config, mesh, student, teachers, base, rows, encoded, train, held_out)
+
+
+def aliased(student: ModelSpec, other: ModelSpec) -> bool:
+    """Tell whether a teacher's end stands for the student's; refuse it where both are one."""
+    alias = isinstance(other.config, TeacherConfig) and other.config.eos_alias
+    if alias and student.stop[0] == other.stop[0]:
+        raise UserError(f"{other.name}: eos_alias has no effect, it ends as the student does")
+    return alias
 
 
 def check_support(method: MethodConfig, student: ModelSpec) -> None:
@@ -362,7 +376,7 @@ def make_generate(setup: Setup, spec: ModelSpec) -> Callable[..., Rollout]:
 def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Programs:
     """Wire the six choices of a method."""
     config, student = setup.config, setup.student.model
-    teachers = [teacher.model for teacher in setup.teachers]
+    teachers = [teacher.scoring(setup.student) for teacher in setup.teachers]
     rows, whole = by_rows(setup.mesh), replicated(setup.mesh)
     updates = config.run.steps * config.run.updates_per_rollout
     optimizer = make_optimizer(optim, updates)

@@ -60,7 +60,11 @@ class Distillation:
     ):
         config = session.setup.config
         self.session, self.config, self.home, self.name = session, config, home, name
-        self.teachers = list(teachers)
+        # What they say of their own end, where that stands for the student's.
+        self.teachers = [
+            spec.scoring(session.setup.student).exchanged(params)
+            for spec, params in zip(session.setup.teachers, teachers, strict=True)
+        ]
         self.programs: Programs = make_programs(session.setup, method, config.optim)
         updates = config.run.steps * config.run.updates_per_rollout
         self.learning_rate = learning_rate(config.optim, updates)

@@ -73,6 +73,9 @@ class TeacherConfig(ModelConfig):
 
     quantize: Quantize | None = None
     """Keep the kernels of its layers in eight bits, after `sft` if any; null: in their type."""
+    eos_alias: bool = False
+    """It ends responses with another token than the student: what it says of its own end is taken
+    for what it says of the student's."""
 
 
 @config

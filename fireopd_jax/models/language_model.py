@@ -44,6 +44,9 @@ class LanguageModel:
     """Devices that share the rows, and the parameters laid out for decoding, if several."""
     quantize: Quantize | None = None
     """What the kernels are kept in, of a model that does not learn; null: the parameters' type."""
+    exchange: tuple[int, int] | None = None
+    """Two ids that change places in what the model says: its own end and the student's, where it
+    scores one that ends otherwise. Its parameters are then those of `exchanged`."""
 
     @property
     def size(self) -> int:
@@ -65,6 +68,15 @@ class LanguageModel:
         module = self._module(nnx.Rngs(jnp.asarray(key)))
         params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
         return params if self.quantize is None else quantize_params(params)
+
+    def exchanged(self, params: Params) -> Params:
+        """Let the head's rows of the two ids change places; nothing else is copied."""
+        if self.exchange is None:
+            return params
+        name = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        one, other = self.exchange
+        rows, places = params[name][jnp.array([other, one])], jnp.array([one, other])
+        return params | {name: params[name].at[places].set(rows)}
 
     def bind(self, params: Params) -> Decoder:
         """Put the parameters into the module."""
@@ -153,6 +165,11 @@ class LanguageModel:
         """
         decoder = self.bind(params)
         sequence, positions, visible = lay(prompt, prompt_length, tokens, mask)
+        if self.exchange is not None and self.config.tie_word_embeddings:
+            # The rows that it reads by have changed places with those that it says by.
+            one, other = self.exchange
+            swapped = jnp.where(sequence == one, other, sequence)
+            sequence = jnp.where(sequence == other, one, swapped)
         hidden = decoder(sequence, positions, visible, adapters=adapters, remat=remat)
         return predicting(hidden, prompt_length, prompt.shape[1]), decoder.head
 

@@ -47,18 +47,24 @@ class Speaker:
     template_kwargs: Mapping[str, Any]
 
 
-def check_teacher(student: Speaker, teacher: Speaker, allow: Collection[str]) -> None:
-    """Refuse a teacher of another tokenizer, and a difference that `allow` does not name."""
+def check_teacher(
+    student: Speaker, teacher: Speaker, allow: Collection[str], aliased: bool = False
+) -> None:
+    """Refuse a teacher of another tokenizer, and a difference that `allow` does not name.
+
+    `aliased`: its end stands for the student's, so that they may differ.
+    """
     if problem := _other_tokens(student, teacher):
         raise UserError(
             f"{teacher.name}: its tokenizer ({teacher.tokenizer_name}) differs from the student's "
             f"({student.tokenizer_name}): {problem}; {LOGIT_FREE}"
         )
     for allowance, problem in _differences(student, teacher):
-        if allowance not in allow:
+        if allowance not in allow and not (aliased and allowance == "eos"):
             named = ", ".join([*allow, allowance])
+            hint = ", or eos_alias of that teacher" if allowance == "eos" else ""
             raise UserError(
-                f"{teacher.name}: {problem}; if that is meant, set checks.allow=[{named}]"
+                f"{teacher.name}: {problem}; if that is meant, set checks.allow=[{named}]{hint}"
             )
 
 

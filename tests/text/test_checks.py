@@ -13,6 +13,7 @@ from fireopd_jax.recipe import load_config
 from fireopd_jax.text.chat import stop_ids
 from fireopd_jax.text.checks import Speaker, check_ids, check_teacher, valid_rows
 from fireopd_jax.text.tokenizer import BUILTIN, CHAT_TEMPLATE, load_tokenizer
+from fireopd_jax.training import train
 
 TOKENIZER = load_tokenizer(BUILTIN)
 SIZE, END = 261, 257
@@ -201,3 +202,28 @@ def test_a_prompt_with_an_id_beyond_the_head_is_refused(tmp_path):
     config = settings(tmp_path, TOKENIZER, TOKENIZER, "student.architecture.vocab_size=258")
     with pytest.raises(UserError, match="student: a prompt holds the token id 260"):
         set_up(config)
+
+
+def test_a_teachers_end_may_stand_for_the_students(tmp_path):
+    other = changed(eos_token="<|user|>")
+    with pytest.raises(UserError, match=r"checks\.allow=\[eos\], or eos_alias of that teacher"):
+        set_up(settings(tmp_path / "a", TOKENIZER, other))
+    config = settings(
+        tmp_path / "b",
+        TOKENIZER,
+        other,
+        "teacher.eos_alias=true",
+        "mesh.data=1",
+        "run.steps=1",
+        "rollout.batch_size=8",
+        "rollout.max_tokens=8",
+        f"run.dir={tmp_path / 'run'}",
+    )
+    setup = set_up(config)
+    (teacher,) = setup.teachers
+    assert teacher.model.exchange is None
+    scoring = teacher.scoring(setup.student)
+    assert scoring.exchange == (setup.student.stop[0], teacher.stop[0])
+    assert train(config)["steps"] == 1
+    with pytest.raises(UserError, match="teacher default: eos_alias has no effect"):
+        set_up(settings(tmp_path / "c", TOKENIZER, TOKENIZER, "teacher.eos_alias=true"))

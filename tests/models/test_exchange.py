@@ -1,0 +1,46 @@
+"""A teacher that ends otherwise than its student: what it says of its end counts for the other."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.cases import random_params, tiny_model
+
+OURS, ITS = 5, 9
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_words_change_places_in_what_is_said_and_in_nothing_else(tied):
+    model = tiny_model(num_hidden_layers=2, tie_word_embeddings=tied)
+    params = random_params(model)
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, 32, (6, 4)).astype(np.int32)
+    prompt[:3, 1], prompt[3:, 2] = OURS, ITS  # both stand in prompts, too
+    length = np.full(6, 4, np.int32)
+    tokens = rng.integers(10, 32, (6, 5)).astype(np.int32)
+    tokens[:, 2] = ITS  # and amid a response
+    tokens[:, 4] = OURS
+    mask = np.ones((6, 5), bool)
+
+    def ask(model, params, tokens):
+        return model.response_stats(params, prompt, length, tokens, mask)
+
+    other = dataclasses.replace(model, exchange=(OURS, ITS))
+    moved = jax.jit(other.exchanged)(params)
+    got = ask(other, moved, tokens)
+    ended = tokens.copy()
+    ended[:, 4], ended[:, 2] = ITS, ITS
+    wanted = ask(model, params, ended)
+    # Amid the response it is asked about its own end, and speaks of the student's.
+    hidden, head = model.response_hidden(params, prompt, length, tokens, mask)
+    logp = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, head))
+    expected = np.array(wanted.logprob)
+    expected[:, 2] = logp[:, 2, OURS]
+    np.testing.assert_allclose(got.logprob, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got.entropy, wanted.entropy, rtol=1e-4, atol=1e-5)
+    kept = [name for name in params if name != ("embed_tokens" if tied else "lm_head")]
+    assert all(moved[name] is not None for name in kept)
+    assert model.exchanged(params) is params
