@@ -215,8 +215,9 @@ def gradients(
 
     def add(sums: Params, part: Batch) -> tuple[Params, Metrics]:
         grads, metrics = differentiate(params, part)
-        metrics["grad_square"] = _sum(optax.tree.norm(grads, squared=True))
-        return jax.tree.map(jnp.add, sums, grads), metrics
+        wide = optax.tree.cast(grads, jnp.float32)
+        metrics["grad_square"] = _sum(optax.tree.norm(wide, squared=True))
+        return jax.tree.map(jnp.add, sums, wide), metrics
 
     rows = batch.coefficient.shape[0]
     if micro_batch_size in (None, rows):

@@ -57,7 +57,22 @@ def test_figures_equal_numpy(seed):
         "fire/token_weight_max": weight.max(),
         "fire/token_weight_square": (weight**2).mean(),
         "sampler/logprob_gap": np.abs(student[mask]).mean(),
+        "completions/eos_rate": finished[valid].mean(),
+        "completions/empty_rate": (~valid).mean(),
+        "completions/repetition_rate": np.mean(
+            [max(n - 4, 0) / max(n - 3, 1) for n in length[valid]]
+        ),
+        "distill/advantage_square": (gap**2).mean(),
+        "distill/advantage_max": (-gap).max(),
+        "distill/advantage_top_share": np.abs(gap).max() / np.abs(gap).sum(),
+        "fire/token_keep_fraction": length[keep].sum() / length.sum(),
     }
+    # A room of 10 in quarters: tokens 0 to 2, 3 and 4, 5 to 7, 8 and 9.
+    for part, inside in {1: slice(0, 3), 2: slice(3, 5), 3: slice(5, 8)}.items():
+        here = np.abs(student - teacher)[:, inside][mask[:, inside]]
+        expected[f"distill/log_ratio_p90_quarter_{part}"] = np.quantile(here, 0.9)
+        entropy = np.asarray(batch.scores.student.entropy)[:, inside][mask[:, inside]]
+        expected[f"distill/student_entropy_quarter_{part}"] = entropy.mean()
     for name, value in expected.items():
         assert values[name] == pytest.approx(value, rel=1e-5), name
 
@@ -70,6 +85,9 @@ def test_the_kept_are_liked_better_than_the_dropped():
 def test_what_does_not_exist_is_nan_or_none_and_the_rest_is_finite():
     values, *_ = described(drop_fraction=0.0)
     absent = {"fire/score_dropped", "fire/dropped_clipped_ratio"}
+    # Responses of up to 6 tokens have none in the last quarter of a room of 10.
+    absent |= {name for name in values if name.endswith("quarter_4")}
+    assert len(absent) == 6
     for name in values.keys() - absent:
         assert np.isfinite(values[name]), name
     assert not any(np.isfinite(values.get(name, np.nan)) for name in absent)

@@ -76,7 +76,11 @@ class TeacherQuantile:
             raise ValueError("a filter with a window needs the scores of earlier batches")
         # Earlier rows stand before those of now: among equals they go first.
         before, route = rows.recent.reshape(-1, 2).T
-        earlier = route.astype(group.dtype) if own else jnp.zeros(route.shape, group.dtype)
+        earlier = (
+            jnp.nan_to_num(route).astype(group.dtype)
+            if own
+            else jnp.zeros(route.shape, group.dtype)
+        )
         earlier = jnp.where(jnp.isnan(before), groups, earlier)
         score, group = jnp.concatenate([before, score]), jnp.concatenate([earlier, group])
         return valid & stays(score, group, groups, self.drop_fraction)[len(before) :]
