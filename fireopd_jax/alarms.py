@@ -1,9 +1,9 @@
 """What goes wrong in on-policy distillation, told from the metrics, with its likely cause.
 
-    step, {metric: value} -> lines for the log, each rule once a run
+    {metric: value} of a step -> lines for the log, each rule once
 
-A rule compares a moving mean with what it was in the first steps. References: arXiv 2603.25562,
-2604.13016; 2605.11182 and 2604.08527 for collapses.
+A rule compares a moving mean with what it was in the first steps of the process: a run that goes on
+begins anew. References: arXiv 2603.25562, 2604.13016; 2605.11182 and 2604.08527 for collapses.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Alarms:
         self.courses: dict[str, Course] = {}
         self.told: set[str] = set()
 
-    def check(self, step: int, values: Mapping[str, float | int]) -> Iterator[str]:
+    def check(self, values: Mapping[str, float | int]) -> Iterator[str]:
         """Take a step's metrics; give the lines of the rules that find something anew."""
         for name, value in values.items():
             self.courses.setdefault(name, Course()).add(value)

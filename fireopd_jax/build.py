@@ -24,13 +24,20 @@ from fireopd_jax.batch import assemble, rows_of
 from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import Encoded, encode, split
 from fireopd_jax.data.sources import Row, read_rows, route
-from fireopd_jax.filtering import AllOf, SpecialTokens, ranking
+from fireopd_jax.filtering import AllOf, SpecialTokens, TeacherQuantile
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.hf_config import check_same
 from fireopd_jax.models.hf_load import read_config, resolve
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.models.quantized import Quantize
-from fireopd_jax.recipe import Config, MethodConfig, ModelConfig, StudentConfig, TeacherConfig
+from fireopd_jax.recipe import (
+    Config,
+    MethodConfig,
+    ModelConfig,
+    StudentConfig,
+    TeacherConfig,
+    methods,
+)
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling, stream
 from fireopd_jax.scoring import TopK
@@ -253,8 +260,9 @@ def set_up(config: Config) -> Setup:
         max_reference_tokens=config.rollout.max_tokens,
     )
     check_rows(student, teachers, encoded)
-    check_support(config.method, student)
-    special_ids(config.method.filter, student.tokenizer)
+    for method in methods(config):
+        check_support(method, student)
+        special_ids(method.filter, student.tokenizer)
     kept = encoded.kept
     train, held_out = (kept[side] for side in split([rows[i] for i in kept], config.eval.problems))
     for index in held_out:
@@ -263,7 +271,7 @@ def set_up(config: Config) -> Setup:
                 f"{rows[index].origin}: no answer to grade by; name its column as "
                 "data.answer_column, or set eval.problems=0"
             )
-    if config.method.score.margin is not None:
+    if any(method.score.margin is not None for method in methods(config)):
         for index in train:
             if rows[index].answer is None:
                 raise UserError(
@@ -384,7 +392,6 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
     base_model = student if setup.base is None else setup.base.model
     ids = {"special": special_ids(method.filter, setup.student.tokenizer)}
     ids["stop"] = setup.student.stop
-    ranks = ranking(method.filter)
 
     def score(params, teacher_params, rollout, temperature, done, beside=NOTHING_BESIDE):
         scores = method.score(
@@ -409,9 +416,9 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
             **known,
         )
         recent = None
-        if ranks is not None and beside.recent is not None:
-            rows = rows_of(rollout, len(teachers), student.vocab_size, **known)
-            recent = ranks.remember(scores, rows, beside.recent)
+        if beside.recent is not None and isinstance(method.filter, TeacherQuantile | AllOf):
+            seen = rows_of(rollout, len(teachers), student.vocab_size, **known)
+            recent = method.filter.remember(scores, seen, beside.recent)
         names = list(config.teachers)
         metrics = diagnostics.of_batch(batch, keep, config.rollout.max_tokens, names)
         return batch, keep, metrics, recent

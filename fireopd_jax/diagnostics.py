@@ -12,13 +12,14 @@ import jax.numpy as jnp
 
 from fireopd_jax.batch import Keep
 from fireopd_jax.metrics import Max, Mean
-from fireopd_jax.ops.ranks import masked_quantile, repetition_rate
+from fireopd_jax.ops.ranks import masked_quantile, masked_quantiles, repetition_rate
 from fireopd_jax.types import Array, Batch
 
 NGRAM = 4
 """Tokens of the n-grams whose repetition is counted."""
 BINS = 4
 """Parts of the room for a response, of which each has figures of its own."""
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 TOP = 0.99
 """Quantile from which on an advantage belongs to the top 1 %."""
 
@@ -111,8 +112,8 @@ def _of_positions(batch: Batch, room: int) -> dict[str, Mean | Max]:
         here = (inside & jnp.isfinite(size)).any()
         name = f"quarter_{index + 1}"
         out[f"distill/student_entropy_{name}"] = Mean.of(scores.student.entropy, inside)
-        for label, fraction in {"p50": 0.5, "p90": 0.9, "p99": 0.99}.items():
-            quantile = masked_quantile(size, inside, fraction)
+        quantiles = masked_quantiles(size, inside, tuple(QUANTILES.values()))
+        for label, quantile in zip(QUANTILES, quantiles, strict=True):
             value = Mean(jnp.where(here, quantile, 0.0), here.astype(jnp.float32))
             out[f"distill/log_ratio_{label}_{name}"] = value
     return out

@@ -21,7 +21,7 @@ from fireopd_jax.checkpoint import Checkpoints
 from fireopd_jax.compilation import CompileCounter
 from fireopd_jax.completions import write_completions
 from fireopd_jax.data.pipeline import PromptLoader
-from fireopd_jax.filtering import ranking
+from fireopd_jax.filtering import window_of
 from fireopd_jax.loop import run_steps
 from fireopd_jax.metrics import merge, results
 from fireopd_jax.models.language_model import Params
@@ -92,9 +92,9 @@ class Distillation:
         self.base = (start if base is None else base) if method.score.base else None
         self.graded = method.score.margin is not None
         self.lent = self.teachers[0] if method.loss.divergence_from_teacher is not None else None
-        ranks = ranking(method.filter)
-        shape = (ranks.window if ranks else 0, config.rollout.batch_size, 2)
-        self.recent = jnp.full(shape, jnp.nan, jnp.float32) if ranks else None
+        window = window_of(method.filter)
+        shape = window, config.rollout.batch_size, 2
+        self.recent = jnp.full(shape, jnp.nan, jnp.float32) if window else None
         self.counter = CompileCounter()
         self.alarms = Alarms()
         self.reported = time.monotonic()
@@ -176,7 +176,7 @@ class Distillation:
         run = self.config.run
         values = results(step.metrics)
         values.update(self._derived(done, values, step))
-        for alarm in self.alarms.check(done, values):
+        for alarm in self.alarms.check(values):
             self.session.log(f"{self.name}: step {done}: {alarm}")
         if values["skipped"]:
             self.session.log(f"{self.name}: step {done} skipped: {skip_reason(values)}")

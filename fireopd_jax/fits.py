@@ -46,6 +46,11 @@ def check_cache(config: Config, mesh: Mesh) -> None:
             f"{CACHES[rollout.cache.kind].upper()} only, this machine has {here.upper()}; "
             "here run: dense, paged"
         )
+    if rollout.cache.kind in CACHES and mesh.shape["tensor"] > 1:
+        raise UserError(
+            f"rollout.cache.kind={rollout.cache.kind}: its kernel would gather the cache of "
+            f"mesh.tensor={mesh.shape['tensor']} devices at every step; expected dense or paged"
+        )
     if isinstance(rollout.cache, Paged):
         shape = Shape.of(
             max(1, rollout.batch_size // mesh.shape["data"]),

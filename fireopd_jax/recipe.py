@@ -157,6 +157,11 @@ def with_method(config: Config, name: str) -> Config:
     return validate_tree(Config, lay(as_tree(config), layer), origins)
 
 
+def methods(config: Config) -> list[MethodConfig]:
+    """List the method of the run and those of its controls."""
+    return [config.method, *(with_method(config, name).method for name in config.run.compare)]
+
+
 def as_tree(config: Config) -> dict[str, Any]:
     """Give the configuration as plain data, every default written out."""
     return TypeAdapter(Config).dump_python(config, mode="json")
@@ -307,7 +312,7 @@ def _ineffective(config: Config) -> Iterator[tuple[str, str, str]]:
             yield "method.loss.floor", "method.loss.ceiling", "with a ceiling that is no higher"
     if "base.logprob" not in config.method.needs:
         yield "method.score.base", "method.loss", "with stages that need no base.logprob"
-    if config.base is not None and not config.method.score.base:
+    if config.base is not None and not any(method.score.base for method in methods(config)):
         for field in dataclasses.fields(ModelConfig):
             reason = "with a score that asks no base policy"
             yield f"base.{field.name}", "method.score.base", reason

@@ -83,7 +83,9 @@ class Session:
         right = np.zeros(len(drawn.mask), np.float32)
         for i in np.flatnonzero(drawn.mask.any(axis=1)):
             text = decode(setup.student.tokenizer, drawn.tokens[i][drawn.mask[i]].tolist())
-            right[i] = grade_text(text, setup.rows[int(drawn.prompts.row[i])].answer or "")
+            answer = setup.rows[int(drawn.prompts.row[i])].answer
+            assert answer is not None  # `set_up` has refused rows without one
+            right[i] = grade_text(text, answer)
         return right
 
     def evaluate_teachers(self, teachers: Sequence[Params]) -> list[EvalResult]:

@@ -251,6 +251,8 @@ def test_keys_without_effect_are_refused(arguments, key):
 
 
 def test_the_same_keys_have_effect_elsewhere():
+    config = load_config([TEACHER, "base.path=x", "run.compare=[exopd]"])
+    assert config.base is not None
     config = load_config([TEACHER, "method.loss.clip=0.3", "run.updates_per_rollout=2"])
     assert config.method.loss.clip == 0.3
     config = load_config([*TWO, "data.teacher_column=domain", "method.filter.scope=teacher"])

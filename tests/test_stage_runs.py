@@ -80,3 +80,13 @@ def test_graded_groups_are_parted(tmp_path):
     lines = run(tmp_path / "run", "method/uni_opd", "method.score.margin.delta=50")
     assert {"completions/correct", "completions/group_all_correct"} <= set(lines[0])
     assert np.isfinite(lines[0]["distill/margin_gap"])
+
+
+def test_a_control_that_grades_needs_answers(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i}"}) + "\n" for i in range(9)))
+    with pytest.raises(
+        UserError, match=r"no answer to grade by, which method\.score\.margin needs"
+    ):
+        run(tmp_path / "run", "method/opd", "run.compare=[uni_opd]", "rollout.group_size=4",
+            f"data.path={file}", "data.prompt_column=prompt")  # fmt: skip

@@ -179,18 +179,16 @@ def row(shape: Shape, trial: Trial) -> Row:
 
 def read_table(file: Path) -> Row:
     """Read what earlier runs have written; no file is an empty table."""
-    table: Any = None
+    wanted = f'expected a table of `bench head --tune`, {{"{KINDS}": ...}}; name another file'
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError):
-        pass
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: {wanted} with --json ({reason})") from None
     if not _is_table(table):
-        raise UserError(
-            f'{file}: expected a table of `bench head --tune`, {{"{KINDS}": ...}}; '
-            "name another file with --json"
-        )
+        raise UserError(f"{file}: {wanted} with --json")
     return table
 
 

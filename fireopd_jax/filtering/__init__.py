@@ -6,7 +6,7 @@ from fireopd_jax.filtering.guards import RepetitionGuard as RepetitionGuard
 from fireopd_jax.filtering.guards import SpecialTokens as SpecialTokens
 from fireopd_jax.filtering.several import AllOf as AllOf
 from fireopd_jax.filtering.several import Filters as Filters
-from fireopd_jax.filtering.several import ranking as ranking
+from fireopd_jax.filtering.several import window_of as window_of
 from fireopd_jax.filtering.tokens import HardTokens as HardTokens
 from fireopd_jax.filtering.tokens import Reopold as Reopold
 from fireopd_jax.filtering.tokens import Tip as Tip

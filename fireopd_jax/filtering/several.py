@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Bool
+from jaxtyping import Bool, Float32
 from pydantic import Field
 
 from fireopd_jax.config import config
@@ -43,17 +43,34 @@ class AllOf:
         """What the score must give."""
         return frozenset().union(*(each.needs for each in self.filters))
 
+    @property
+    def window(self) -> int:
+        """Earlier batches that the one among them which ranks by any ranks by."""
+        return max(map(window_of, self.filters))
+
     def __call__(self, scores: Scores, rows: Rows) -> Bool[Array, "B T"]:
         """Return the tokens that stay."""
-        mask = jnp.asarray(rows.mask)
         for each in self.filters:
-            keep = each(scores, rows.masked(mask))
-            mask = mask & (keep if keep.ndim == 2 else keep[:, None])
-        return mask
+            rows = left_by(each, scores, rows)
+        return jnp.asarray(rows.mask)
+
+    def remember(
+        self, scores: Scores, rows: Rows, recent: Float32[Array, "W B 2"]
+    ) -> Float32[Array, "W B 2"]:
+        """Keep the scores of the rows as the filter that ranks them has seen them."""
+        for each in self.filters:
+            if isinstance(each, TeacherQuantile) and each.window:
+                return each.remember(scores, rows, recent)
+            rows = left_by(each, scores, rows)
+        return recent
 
 
-def ranking(filter: Filters | AllOf) -> TeacherQuantile | None:
-    """Find the filter that ranks by earlier batches, too, if there is one."""
-    filters = filter.filters if isinstance(filter, AllOf) else (filter,)
-    windowed = (each for each in filters if isinstance(each, TeacherQuantile) and each.window)
-    return next(windowed, None)
+def left_by(filter: Filters, scores: Scores, rows: Rows) -> Rows:
+    """Give the rows without the tokens that a filter drops."""
+    keep = filter(scores, rows)
+    return rows.masked(rows.mask & (keep if keep.ndim == 2 else keep[:, None]))
+
+
+def window_of(filter: Filters | AllOf) -> int:
+    """Tell by how many earlier batches a filter ranks, too."""
+    return filter.window if isinstance(filter, TeacherQuantile | AllOf) else 0

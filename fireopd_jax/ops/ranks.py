@@ -1,5 +1,7 @@
 """Order statistics of masked values: quantiles, ranks, medians of groups, repeated n-grams."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float32, Int32
@@ -11,15 +13,27 @@ def masked_quantile(
     values: Float32[Array, "*S"], mask: Bool[Array, "*S"], fraction: float
 ) -> Float32[Array, ""]:
     """Return the quantile of the finite values where `mask` is true, interpolated; inf of none."""
+    return masked_quantiles(values, mask, (fraction,))[0]
+
+
+def masked_quantiles(
+    values: Float32[Array, "*S"], mask: Bool[Array, "*S"], fractions: Sequence[float]
+) -> list[Float32[Array, ""]]:
+    """Return several quantiles, for which the values are sorted once."""
     inside = mask & jnp.isfinite(values)
     ordered = jnp.sort(jnp.where(inside, values, jnp.inf).reshape(-1))
-    place = fraction * jnp.maximum(inside.sum() - 1, 0)
-    low = jnp.floor(place).astype(jnp.int32)
-    high = jnp.ceil(place).astype(jnp.int32)
-    between = place - low
-    return jnp.where(
-        between > 0, ordered[low] + between * (ordered[high] - ordered[low]), ordered[low]
-    )
+    last = jnp.maximum(inside.sum() - 1, 0)
+
+    def at(fraction: float) -> Float32[Array, ""]:
+        place = fraction * last
+        low = jnp.floor(place).astype(jnp.int32)
+        high = jnp.ceil(place).astype(jnp.int32)
+        between = place - low
+        return jnp.where(
+            between > 0, ordered[low] + between * (ordered[high] - ordered[low]), ordered[low]
+        )
+
+    return [at(fraction) for fraction in fractions]
 
 
 def ranks(values: Float32[Array, "B T"], mask: Bool[Array, "B T"]) -> Int32[Array, "B T"]:

@@ -124,3 +124,14 @@ def test_several_filters_see_what_those_before_have_left():
     np.testing.assert_array_equal(both, [[True, False], [True, True], [False, False]])
     assert AllOf(filters=(cut, half)).needs == cut.needs | half.needs
     np.testing.assert_array_equal(AllOf(filters=(KeepAll(),))(scores, rows_of(mask)), mask)
+
+
+def test_what_is_remembered_is_what_was_ranked():
+    logprob = np.array([[-1.0, -9.0], [-4.0, -4.0], [-9.0, -1.0]], np.float32)
+    scores = cases.make_scores(logprob * 0, logprob, -logprob, -logprob)
+    recent = np.full((1, 3, 2), np.nan, np.float32)
+    several = AllOf(filters=(Prefix(window=1, least=-8.0), TeacherQuantile(window=1)))
+    assert several.window == 1 and AllOf(filters=(KeepAll(),)).window == 0
+    rows = rows_of(np.ones((3, 2), bool), recent=recent)
+    # Of the first row one token is left, of the last none.
+    np.testing.assert_array_equal(several.remember(scores, rows, recent)[0, :, 0], [-1, -4, np.nan])

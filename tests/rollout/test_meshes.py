@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from fireopd_jax.config import UserError
-from fireopd_jax.rollout.engine import generate
+from fireopd_jax.fits import check_cache
+from fireopd_jax.recipe import load_config
+from fireopd_jax.rollout.engine import DENSE, generate
 from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.requests import Knobs, Request
@@ -29,10 +31,10 @@ STOP = tuple(range(3, 70, 9))
 
 
 @functools.cache
-def drawn(data, tensor, model=MODEL, memory=Dense()):  # noqa: B008
+def drawn(data, tensor, memory=DENSE):
     """Return what a mesh draws, on the host."""
     mesh = make_mesh(MeshConfig(data=data, tensor=tensor))
-    model = dataclasses.replace(model, mesh=mesh)
+    model = dataclasses.replace(MODEL, mesh=mesh)
     run = jax.jit(
         lambda params, prompts: generate(
             model, params, prompts, Sampling.of(STOP, ROOM, 3, **KNOBS), jnp.int32(4),
@@ -109,3 +111,11 @@ def test_meshes_that_the_devices_cannot_form_are_refused():
     assert make_mesh(MeshConfig(data=2, tensor=3)).size == 6
     with pytest.raises(UserError, match=r"mesh\.data x mesh\.tensor: 12 devices asked for, 8"):
         make_mesh(MeshConfig(data=4, tensor=3))
+
+
+def test_a_cache_that_a_kernel_reads_is_not_split(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    config = load_config(["smoke", "rollout.cache.kind=paged_tpu"])
+    check_cache(config, make_mesh(MeshConfig()))
+    with pytest.raises(UserError, match=r"gather the cache of mesh\.tensor=2 devices"):
+        check_cache(config, make_mesh(MeshConfig(tensor=2)))
