@@ -116,12 +116,12 @@ def _repeating(get: Get) -> str | None:
 
 
 def _foreign(get: Get) -> str | None:
-    share = get("distill/log_ratio_above_10")
-    if share.steps >= FIRST and share.now > 0.01:
+    share = get("distill/foreign_fraction")
+    if share.steps >= FIRST and share.now > 0.005:
         return (
-            f"{share.now:.1%} of the tokens have |log p/q| above 10: one of the models would never "
-            "write them, mostly for another template or end; compare the prompts shown above, see "
-            "completions/, or set method.filter.kind=special_tokens"
+            f"{share.now:.1%} of the tokens are such that |log p/q| is above 10 mostly wherever they "
+            "stand: one of the models would never write them, for another template or end; compare "
+            "the prompts shown above, see completions/, or set method.filter.kind=special_tokens"
         )
     return None
 

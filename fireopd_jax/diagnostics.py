@@ -12,9 +12,16 @@ import jax.numpy as jnp
 
 from fireopd_jax.batch import Keep
 from fireopd_jax.metrics import Max, Mean
-from fireopd_jax.ops.ranks import masked_quantile, masked_quantiles, repetition_rate
+from fireopd_jax.ops.ranks import (
+    masked_quantile,
+    masked_quantiles,
+    median_by_id,
+    repetition_rate,
+)
 from fireopd_jax.types import Array, Batch
 
+FOREIGN, OFTEN = 10.0, 8
+"""Nats of |log p/q| above which a model would not write a token, and occurrences that show it."""
 NGRAM = 4
 """Tokens of the n-grams whose repetition is counted."""
 BINS = 4
@@ -58,8 +65,8 @@ def of_batch(
         "distill/reverse_kl": Mean.of(log_ratio, mask),
         "distill/advantage_positive_fraction": Mean.of(log_ratio < 0, mask),
         "distill/log_ratio_max": Max.of(jnp.abs(log_ratio), mask),
-        # Tokens that one model would never write: mostly of another template or tokenizer.
-        "distill/log_ratio_above_10": Mean.of(jnp.abs(log_ratio) > 10, mask),
+        "distill/log_ratio_above_10": Mean.of(jnp.abs(log_ratio) > FOREIGN, mask),
+        "distill/foreign_fraction": _of_foreign(batch),
         "distill/entropy_gap": Mean.of(
             jnp.abs(scores.teacher.entropy - scores.student.entropy), mask
         ),
@@ -99,6 +106,18 @@ def _of_advantages(batch: Batch) -> dict[str, Mean | Max]:
     if scores.reverse_kl is not None:
         out["distill/reverse_kl_exact"] = Mean.of(scores.reverse_kl, mask)
     return out
+
+
+def _of_foreign(batch: Batch) -> Mean:
+    """Tell the share of tokens that one model would never write: mostly of another template.
+
+    A mistake of the student's may be as unlikely, but not wherever the same token stands.
+    """
+    mask, scores = jnp.asarray(batch.rollout.mask).reshape(-1), batch.scores
+    size = jnp.abs(scores.teacher.logprob - scores.student.logprob).reshape(-1)
+    ids = jnp.asarray(batch.rollout.tokens).reshape(-1)
+    median, count = median_by_id(ids, size, mask)
+    return Mean.of((median > FOREIGN) & (count >= OFTEN), mask)
 
 
 def _of_positions(batch: Batch, room: int) -> dict[str, Mean | Max]:

@@ -12,7 +12,7 @@ CALM = {
     "completions/clipped_ratio": 0.05,
     "distill/reverse_kl": 0.5,
     "completions/repetition_rate": 0.02,
-    "distill/log_ratio_above_10": 0.0,
+    "distill/foreign_fraction": 0.0,
     "sampler/logprob_gap": 0.01,
 }
 COURSES = {
@@ -24,7 +24,7 @@ COURSES = {
         "repetition_guard",
     ),
     "repeating": ({"completions/repetition_rate": (0.02, 0.7)}, "repetition_guard"),
-    "foreign": ({"distill/log_ratio_above_10": (0.05, 0.05)}, "special_tokens"),
+    "foreign": ({"distill/foreign_fraction": (0.05, 0.05)}, "special_tokens"),
     "drifting": ({"sampler/logprob_gap": (0.4, 0.4)}, "importance_cap"),
 }
 

@@ -119,3 +119,17 @@ def test_support_and_overlap_ignore_padding():
         assert values[f"distill/{name}"] == pytest.approx(parts[part][mask].mean(), rel=1e-5)
     assert values["distill/in_support_fraction"] == pytest.approx((tokens == 0)[mask].mean())
     assert values["distill/support_mass_teacher"] == pytest.approx(0.25)
+
+
+def test_mistakes_are_not_foreign_but_what_is_unlikely_everywhere_is():
+    mask = np.ones((8, 4), bool)
+    tokens = np.tile(np.array([5, 6, 7, 8], np.int32), (8, 1))
+    gap = np.zeros((8, 4), np.float32)
+    gap[:, 1] = 20.0  # 6: always
+    gap[:3, 2] = 20.0  # 7: three times of eight
+    scores = cases.make_scores(0 * gap, -gap, gap, gap)
+    rollout = dataclasses.replace(cases.make_rollout(mask), tokens=tokens)
+    batch, keep = assemble(rollout, scores, KeepAll(), Uniform(), "seq", 1)
+    values = results(of_batch(batch, keep, 4))
+    assert values["distill/log_ratio_above_10"] == pytest.approx(11 / 32)
+    assert values["distill/foreign_fraction"] == pytest.approx(1 / 4)
