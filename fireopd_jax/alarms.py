@@ -119,7 +119,7 @@ def _foreign(get: Get) -> str | None:
     share = get("distill/foreign_fraction")
     if share.steps >= FIRST and share.now > 0.005:
         return (
-            f"{share.now:.1%} of the tokens are such that |log p/q| is above 10 mostly wherever they "
+            f"{share.now:.1%} of the tokens have |log p/q| above 10 in most places where they "
             "stand: one of the models would never write them, for another template or end; compare "
             "the prompts shown above, see completions/, or set method.filter.kind=special_tokens"
         )
