@@ -365,7 +365,7 @@ def verify(
     file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
 ) -> None:
     """Compare objectives and statistics with NumPy in float64, here; status 1 if any is off."""
-    from fireopd_jax.verify.devices import several_cpu_devices
+    from fireopd_jax.xla_flags import several_cpu_devices
 
     several_cpu_devices()
     from fireopd_jax.verify.command import verify
@@ -398,7 +398,9 @@ def schema(out: Annotated[Path, typer.Argument()]) -> None:
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit status 2."""
     from fireopd_jax.config import UserError
+    from fireopd_jax.xla_flags import compile_quickly_on_cpu
 
+    compile_quickly_on_cpu()
     try:
         app()
     except UserError as error:

@@ -13,7 +13,7 @@ from fireopd_jax.losses import support
 from fireopd_jax.losses.sampled_token import SampledReverseKL
 from fireopd_jax.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
 from fireopd_jax.losses.vocabulary import MiniLLM, VocabularyDivergence
-from fireopd_jax.verify import command, devices, invariance, objectives, statistics, table
+from fireopd_jax.verify import command, invariance, objectives, statistics, table
 from fireopd_jax.verify.objectives import OBJECTIVES, Objective, describe
 from tests.test_recipe import METHODS
 
@@ -116,29 +116,6 @@ def test_errors_are_what_they_say():
             row = compare("", [([bad, 1.0], [0.0, 1.0]), ([1.0], [1.0])], 1.0)
             assert not row.passed and row.as_json()["error"] is None
     assert not table.relative("", [([1.0], [[1.0]])], 1.0).passed
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (None, "--xla_force_host_platform_device_count=8"),
-        ("--a=1", "--a=1 --xla_force_host_platform_device_count=8"),
-        (
-            "--xla_force_host_platform_device_count=1 --a=1",
-            "--a=1 --xla_force_host_platform_device_count=8",
-        ),
-        (
-            "--xla_force_host_platform_device_count=4",
-            "--xla_force_host_platform_device_count=4",
-        ),
-    ],
-)
-def test_one_cpu_becomes_eight_devices(monkeypatch, given, expected):
-    monkeypatch.delenv("XLA_FLAGS")
-    if given is not None:
-        monkeypatch.setenv("XLA_FLAGS", given)
-    devices.several_cpu_devices()
-    assert devices.os.environ["XLA_FLAGS"] == expected
 
 
 @pytest.mark.parametrize("name", ["reference", "reference_batch", "reference_losses"])

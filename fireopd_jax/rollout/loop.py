@@ -142,9 +142,13 @@ class Loop:
 
     def can_seat(self, s: State) -> Bool[Array, ""]:
         """Tell whether a slot is free for a prompt that is there."""
-        free = (~s.slots.active).any() & (s.entries.left.sum() > 0)
-        slot, _, _ = self.next_seats(s)
-        return free & (slot[0] < s.slots.active.shape[0])
+        there = s.entries.left > 0
+        return (~s.slots.active).any() & there.any() & self.fits_first(s)
+
+    def fits_first(self, s: State) -> Bool[Array, ""]:
+        """Tell whether the slots have room for the first of the prompts that are there."""
+        first = s.entries.length[jnp.argmax(s.entries.left > 0)]
+        return self.memory.seats(s.cache, first[None])[0]
 
     def seat(self, s: State) -> State:
         """Let waiting rows take free slots."""
@@ -248,8 +252,7 @@ class Loop:
         memory, free = self.memory, (~s.slots.active).any() & (s.ring.size > 0)
         there = s.entries.left.sum() > 0
         fits = memory.fits(s.cache, self.waiting(s)[2])[0]
-        seats = memory.seats(s.cache, s.entries.length[jnp.argmax(s.entries.left > 0)][None])[0]
-        waits = free & jnp.where(there, ~seats, ~fits)
+        waits = free & jnp.where(there, ~self.fits_first(s), ~fits)
         stalls = (s.slots.active & ~self.ready(s)).any()
         return (waits | stalls) & memory.garbage(s.cache, s.slots.active, s.entries.left > 0)
 
