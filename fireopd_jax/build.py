@@ -415,12 +415,15 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
             student.vocab_size,
             **known,
         )
-        recent = None
-        if beside.recent is not None and isinstance(method.filter, TeacherQuantile | AllOf):
-            seen = rows_of(rollout, len(teachers), student.vocab_size, **known)
-            recent = method.filter.remember(scores, seen, beside.recent)
-        names = list(config.teachers)
+        recent, names = None, list(config.teachers)
         metrics = diagnostics.of_batch(batch, keep, config.rollout.max_tokens, names)
+        seen = rows_of(rollout, len(teachers), student.vocab_size, **known)
+        if beside.recent is not None and isinstance(method.filter, TeacherQuantile | AllOf):
+            recent = method.filter.remember(scores, seen, beside.recent)
+        if isinstance(method.filter, AllOf):
+            kinds = [each.kind for each in method.filter.filters]
+            left = method.filter.left(scores, seen)
+            metrics |= diagnostics.of_filters(kinds, left, rollout.mask)
         return batch, keep, metrics, recent
 
     update = make_update(

@@ -9,6 +9,7 @@ tokens of all valid rows unless a name says otherwise.
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jaxtyping import Bool
 
 from fireopd_jax.batch import Keep
 from fireopd_jax.metrics import Max, Mean
@@ -87,6 +88,24 @@ def of_batch(
         # Of the distribution that was drawn from: filters of the sampler show, too.
         "sampler/logprob_gap": Mean.of(jnp.abs(drift), own),
         "sampler/logprob_gap_max": Max.of(jnp.abs(drift), own),
+    }
+
+
+def of_filters(
+    kinds: Sequence[str], left: Sequence[Array], mask: Bool[Array, "B T"]
+) -> dict[str, Mean | Max]:
+    """Tell what share of the tokens that came to each of several filters it has kept.
+
+    `left` are the tokens after each, in order; a second filter of a kind is `KIND_2`.
+    """
+    names = [
+        kind + (f"_{nth}" if (nth := [*kinds[: i + 1]].count(kind)) > 1 else "")
+        for i, kind in enumerate(kinds)
+    ]
+    came = [mask, *left[:-1]]
+    return {
+        f"fire/keep_fraction_by_{name}": Mean.of(after, before)
+        for name, after, before in zip(names, left, came, strict=True)
     }
 
 

@@ -20,12 +20,13 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fireopd_jax.batch import total_loss
 from fireopd_jax.config import UnitInterval, config
+from fireopd_jax.losses.support import on_support, tail_bucket
 from fireopd_jax.metrics import Max, Mean
 from fireopd_jax.models.comparison import divergence_from
 from fireopd_jax.models.decoder import Remat
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.models.lora import LoraConfig
-from fireopd_jax.ops.formulas import Divergence
+from fireopd_jax.ops.formulas import Divergence, ForwardKL, ReverseKL
 from fireopd_jax.ops.head import HeadOptions, head_gather, head_stats
 from fireopd_jax.sharding import micro_batches
 from fireopd_jax.types import Array, Batch, TokenStats, pytree
@@ -265,7 +266,7 @@ def _update_metrics(total: Array, student: TokenStats, part: Batch) -> Metrics:
         "policy/log_ratio_max": Max.of(jnp.abs(gap), counted),
         "policy/ratio_far_fraction": Mean.of(jnp.abs(jnp.expm1(gap)) > FAR, counted),
         "entropy": Mean.of(student.entropy, counted),
-        **_of_support(student, part, counted),
+        **of_support(student, part, counted),
         "nonfinite/student_logprob": bad(student.logprob),
         "nonfinite/scored_student_logprob": bad(part.scores.student.logprob),
         "nonfinite/teacher_logprob": bad(part.scores.teacher.logprob),
@@ -273,13 +274,25 @@ def _update_metrics(total: Array, student: TokenStats, part: Batch) -> Metrics:
     }
 
 
-def _of_support(student: TokenStats, part: Batch, counted: Array) -> Metrics:
-    """Tell the student's mass on the support: falling, it is lost to the words outside."""
+def of_support(student: TokenStats, part: Batch, counted: Array) -> Metrics:
+    """Compare the models on the support and a bucket of all the rest.
+
+    A falling mass is lost to the words outside. The divergences are never above those over the
+    whole vocabulary.
+    """
     if student.support is None or part.scores.support is None:
         return {}
-    there = jnp.asarray(part.scores.support.ids) >= 0
-    mass = jnp.where(there, jnp.exp(student.support), 0.0).sum(axis=-1)
-    return {"policy/support_mass": Mean.of(mass, counted)}
+    log_p, log_q, valid = on_support(student, part)
+    mass = jnp.where(valid, jnp.exp(log_p), 0.0).sum(axis=-1)
+    return {
+        "policy/support_mass": Mean.of(mass, counted),
+        "policy/support_reverse_kl": Mean.of(
+            tail_bucket(ReverseKL(), log_p, log_q, valid), counted
+        ),
+        "policy/support_forward_kl": Mean.of(
+            tail_bucket(ForwardKL(), log_p, log_q, valid), counted
+        ),
+    }
 
 
 def _sum(total: Array) -> Mean:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from fireopd_jax.batch import assemble
-from fireopd_jax.diagnostics import of_batch
+from fireopd_jax.diagnostics import of_batch, of_filters
 from fireopd_jax.filtering import KeepAll, TeacherQuantile
 from fireopd_jax.metrics import results
 from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
 from fireopd_jax.types import Overlap, Support
+from fireopd_jax.update import of_support
 from tests import cases
 
 
@@ -133,3 +134,49 @@ def test_mistakes_are_not_foreign_but_what_is_unlikely_everywhere_is():
     values = results(of_batch(batch, keep, 4))
     assert values["distill/log_ratio_above_10"] == pytest.approx(11 / 32)
     assert values["distill/foreign_fraction"] == pytest.approx(1 / 4)
+
+
+def test_each_of_several_filters_tells_what_it_keeps_of_what_reaches_it():
+    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
+    first = mask & [[True], [False]]
+    second = first & [[True, True, True, False]]
+    third = second & [[False, True, False, False]]
+    kinds = ["length_drop", "prefix", "length_drop"]
+    values = results(of_filters(kinds, [first, second, third], mask))
+    assert values == {
+        "fire/keep_fraction_by_length_drop": pytest.approx(4 / 6),
+        "fire/keep_fraction_by_prefix": pytest.approx(3 / 4),
+        "fire/keep_fraction_by_length_drop_2": pytest.approx(1 / 3),
+    }
+
+
+def test_divergences_on_the_support_have_one_bucket_of_the_rest_and_stay_below_the_whole():
+    scores, mask, teacher = cases.random_case(3)
+    rng = np.random.default_rng(3)
+    log_p, log_q = np.log(rng.dirichlet(np.ones(9), (2, *mask.shape)))
+    ids = np.broadcast_to(np.array([4, -1, 0, 7], np.int32), (*mask.shape, 4))
+    words, junk = [4, 0, 7], np.where(mask, 0, np.nan)[..., None]
+
+    def at_ids(log):
+        return np.where(ids >= 0, log[..., np.maximum(ids, 0)[0, 0]] + junk, 9).astype(np.float32)
+
+    support = Support(ids, at_ids(log_q))
+    scores = dataclasses.replace(scores, support=support)
+    rollout = cases.make_rollout(mask, teacher)
+    batch, _ = assemble(rollout, scores, KeepAll(), Uniform(), "seq", 2)
+    student = dataclasses.replace(scores.student, support=at_ids(log_p))
+    found = results(of_support(student, batch, mask))
+
+    def buckets(log):
+        few = np.exp(log[..., words])
+        return np.concatenate([few, 1 - few.sum(axis=-1, keepdims=True)], axis=-1)[mask]
+
+    def divergence(p, q):
+        return (p * np.log(p / q)).sum(axis=-1).mean()
+
+    p, q = buckets(log_p), buckets(log_q)
+    whole = divergence(np.exp(log_p)[mask], np.exp(log_q)[mask])
+    assert found["policy/support_reverse_kl"] == pytest.approx(divergence(p, q), rel=1e-5)
+    assert found["policy/support_forward_kl"] == pytest.approx(divergence(q, p), rel=1e-5)
+    assert found["policy/support_mass"] == pytest.approx(p[:, :-1].sum(axis=-1).mean(), rel=1e-5)
+    assert found["policy/support_reverse_kl"] < whole

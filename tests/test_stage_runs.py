@@ -60,7 +60,11 @@ def test_filters_with_a_memory_and_names_and_a_base_policy_of_its_own(tmp_path):
         f"base.architecture={tiny} head_dim: 8, intermediate_size: 32}}",
         "optim.micro_batch_size=4",
     )
-    assert 0 < lines[0]["fire/token_keep_fraction"] < 1
+    line = lines[0]
+    assert 0 < line["fire/token_keep_fraction"] < 1
+    by = [line[f"fire/keep_fraction_by_{kind}"] for kind in ("special_tokens", "teacher_quantile")]
+    assert all(0 < share < 1 for share in by)
+    assert by[0] * by[1] == pytest.approx(line["fire/token_keep_fraction"], rel=1e-5)
     assert lines[0]["grad_noise"] > 0
     assert saved_steps(home / "checkpoints") == [2]
     kept = [row["kept"] for step in (1, 2) for row in completions(home, step)]

@@ -50,9 +50,15 @@ class AllOf:
 
     def __call__(self, scores: Scores, rows: Rows) -> Bool[Array, "B T"]:
         """Return the tokens that stay."""
+        return self.left(scores, rows)[-1]
+
+    def left(self, scores: Scores, rows: Rows) -> list[Bool[Array, "B T"]]:
+        """Return the tokens that are left after each of the filters."""
+        masks = []
         for each in self.filters:
             rows = left_by(each, scores, rows)
-        return jnp.asarray(rows.mask)
+            masks.append(jnp.asarray(rows.mask))
+        return masks
 
     def remember(
         self, scores: Scores, rows: Rows, recent: Float32[Array, "W B 2"]

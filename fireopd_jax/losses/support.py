@@ -56,7 +56,7 @@ class SupportDivergence(TokenLoss):
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return the divergence at each response token, exactly 0 elsewhere."""
-        log_p, log_q, valid = _inputs(student, batch)
+        log_p, log_q, valid = on_support(student, batch)
         if self.head == "renormalised":
             value = renormalised(self.divergence, log_p, log_q, valid)
         elif self.head == "score":
@@ -91,7 +91,7 @@ class SupportPolicyGradient(TokenLoss):
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return the value at each response token, exactly 0 elsewhere."""
-        log_p, log_q, valid = _inputs(student, batch)
+        log_p, log_q, valid = on_support(student, batch)
         log_w = {"student": log_p, "teacher": log_q, "none": jnp.zeros_like(log_q)}[self.weight]
         log_w = jnp.where(valid, log_w, NOTHING)
         weight = jnp.exp(log_w - logsumexp(log_w, axis=-1, keepdims=True))
@@ -128,7 +128,7 @@ class EntropyAware(TokenLoss):
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l at each response token, exactly 0 elsewhere."""
         mask = batch.rollout.mask
-        log_p, log_q, valid = _inputs(student, batch)
+        log_p, log_q, valid = on_support(student, batch)
         sampled = sampled_reverse_kl(*_sampled(student, batch), self.clip)
         unsure = jnp.where(mask, batch.scores.teacher.entropy, 0.0) > self.tau
         forward = forward_kl(log_p, log_q, valid, self.normalise)
@@ -205,7 +205,7 @@ def _support(batch: Batch) -> Support:
     return support
 
 
-def _inputs(student: TokenStats, batch: Batch) -> tuple[Array, Array, Array]:
+def on_support(student: TokenStats, batch: Batch) -> tuple[Array, Array, Array]:
     """Return log p, log q and which slots count, finite everywhere."""
     support = _support(batch)
     if student.support is None:
