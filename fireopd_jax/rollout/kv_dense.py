@@ -48,6 +48,8 @@ class Dense:
     """Axis of every array that counts the key heads."""
     align = 8
     """Pieces of prompts are a multiple of it."""
+    runs_out = False
+    """Whether a slot may find no room to go on."""
 
     def init(self, c: DecoderConfig, slots: int, entries: int, capacity: int) -> DenseState:
         """Allocate; every buffer is its own."""
@@ -189,12 +191,6 @@ class Dense:
         """Turn keys and values [B, K, S, H] into what is kept."""
         turned = tuple(jnp.swapaxes(leaf, 2, 3) for leaf in encode(k, self.dtype))
         return turned, encode(v, self.dtype)
-
-    # -- what is held in vain
-
-    def garbage(self, state: DenseState, active: Array, entries: Array) -> Bool[Array, ""]:
-        """Tell whether room is held by nobody who is alive."""
-        return jnp.bool_(False)
 
     def reclaim(self, state: DenseState, active: Array, entries: Array) -> DenseState:
         """Free the room that is held by nobody."""

@@ -54,6 +54,8 @@ class Paged:
 
     heads_axis = 1
     """Axis of every array of the pool that counts the key heads."""
+    runs_out = True
+    """Whether a slot may find no room to go on."""
 
     @property
     def align(self) -> int:

@@ -249,6 +249,8 @@ class Loop:
 
     def must_reclaim(self, s: State) -> Bool[Array, ""]:
         """Tell whether somebody lacks room while some is held in vain."""
+        if not self.memory.runs_out:
+            return jnp.bool_(False)  # the compiler leaves the loop out
         memory, free = self.memory, (~s.slots.active).any() & (s.ring.size > 0)
         there = s.entries.left.sum() > 0
         fits = memory.fits(s.cache, self.waiting(s)[2])[0]
@@ -263,6 +265,8 @@ class Loop:
 
     def starves(self, s: State) -> Bool[Array, ""]:
         """Tell whether slots run, and none of them has room to go on."""
+        if not self.memory.runs_out:
+            return jnp.bool_(False)
         return s.slots.active.any() & ~self.ready(s).any()
 
     def evict(self, s: State) -> State:
