@@ -196,7 +196,7 @@ def check(config: Config, origins: Origins) -> list[str]:
         if len(layers) == 1 or order.index(key) > order.index(switch):
             raise UserError(f"{origins[key]}: {key} has no effect {reason}")
         overruled.append(key)
-    return overruled
+    return list(dict.fromkeys(overruled))  # two switches may turn one key off
 
 
 def _without(config: Config, keys: Sequence[str]) -> Config:

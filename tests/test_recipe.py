@@ -11,6 +11,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from fireopd_jax.config import SHIPPED, UserError, keys, members
+from fireopd_jax.evaluation.evaluator import EvalConfig
 from fireopd_jax.filtering import KeepAll
 from fireopd_jax.models.hf_names import hf_shapes
 from fireopd_jax.recipe import (
@@ -286,6 +287,12 @@ def test_a_later_layer_may_turn_off_what_a_file_has_set(tmp_path):
     assert "eval.samples" in refusal([str(other), "eval.samples=3"])
     other.write_text("teacher: {}\neval:\n  problems: 0\n  samples: 3\n")
     assert refusal([str(other)]).startswith(f"{other}:4: eval.samples")
+
+
+def test_a_key_that_two_later_keys_turn_off_is_dropped_once():
+    assert load_config(["quickstart"]).eval.every_problems != EvalConfig().every_problems
+    config = load_config(["quickstart", "eval.problems=0", "eval.every=0"])
+    assert config.eval == EvalConfig(problems=0)
 
 
 def test_a_stage_that_needs_what_is_not_scored(monkeypatch):
