@@ -148,6 +148,7 @@ def test_a_run_begins_with_models_of_two_families(tmp_path):
     assert not jax.tree.all(jax.tree.map(np.array_equal, after, start))
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_the_quickstart_runs_on_folders_that_transformers_wrote(tmp_path):
     """The shipped file with two paths laid over it; only lengths and counts are smaller."""

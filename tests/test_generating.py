@@ -139,6 +139,7 @@ def test_a_response_stays_within_the_models_positions(folder, tmp_path):
         answers(folder, file, tmp_path / "other.jsonl")
 
 
+@pytest.mark.slow
 def test_the_type_of_the_computation_may_be_chosen(folder, prompts, tmp_path):
     exact = answers(folder, prompts, tmp_path / "a.jsonl", temperature=0.0, max_tokens=3)
     half = answers(

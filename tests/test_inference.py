@@ -25,7 +25,7 @@ SETTINGS = [
     "run.steps=1",
     "eval.problems=16",
     "eval.samples=2",
-    "eval.batch_size=16",
+    "eval.batch_size=8",
 ]
 
 

@@ -81,6 +81,7 @@ def test_the_exported_model_is_the_merged_one(finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, control, opd)
 
 
+@pytest.mark.slow
 @pytest.mark.kill
 def test_a_killed_run_with_adapters_goes_on_to_the_same_bits(finished, tmp_path):
     _, summary = finished

@@ -47,6 +47,7 @@ def check(folder):
         assert np.isfinite(np.concatenate(rows[name].to_pylist())).all()
 
 
+@pytest.mark.slow
 def test_heads_of_other_padding(tmp_path):
     student = f"student.architecture={{{SIZE}, vocab_size: 300}}"
     teacher = f"teacher.architecture={{{SIZE}, vocab_size: 320, tie_word_embeddings: false}}"
@@ -86,12 +87,13 @@ def test_a_teacher_that_ends_and_reads_otherwise(tmp_path):
     with pytest.raises(UserError, match=r"checks\.allow=\[eos\]"):
         run(tmp_path / "refused", *settings)
     assert not (tmp_path / "refused").exists()
-    settings += ["eval.problems=8", "eval.samples=2", "eval.batch_size=16"]
+    settings += ["eval.problems=8", "eval.samples=2", "eval.batch_size=8"]
     summary = run(tmp_path / "run", *settings, "checks.allow=[eos, template]")
     check(tmp_path / "run")
     assert summary["teacher"]["finished"] > 0.9 and summary["teacher"]["mean_length"] < 16
 
 
+@pytest.mark.slow
 def test_the_log_shows_a_prompt_as_each_model_reads_it(tmp_path):
     teachers = f"teachers={{a: {{architecture: {{{SIZE}}}}}, b: {{architecture: {{{SIZE}}}}}}}"
     file = tmp_path / "rows.jsonl"

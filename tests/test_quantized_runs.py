@@ -106,6 +106,7 @@ def test_a_wrong_setting_is_one_line(setting, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_smoke_run_takes_it_from_the_command_line(monkeypatch, tmp_path):
     folder = tmp_path / "run"
     settings = ["teacher.quantize=int8", "run.steps=1", "mesh.data=1", NO_EVAL]

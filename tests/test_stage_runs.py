@@ -46,6 +46,7 @@ def test_a_part_of_the_rows_learns_from_references(tmp_path):
     assert lines[0]["sampler/logprob_gap"] < 1e-3, "given tokens have no sampler"
 
 
+@pytest.mark.slow
 def test_filters_with_a_memory_and_names_and_a_base_policy_of_its_own(tmp_path):
     home = tmp_path / "run"
     tiny = "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1,"

@@ -44,7 +44,7 @@ WHOLE = [
     "run.compare=[opd]",
     "eval.problems=6",
     "eval.samples=2",
-    "eval.batch_size=16",
+    "eval.batch_size=8",
     "eval.every=3",
     "eval.every_problems=4",
 ]
@@ -73,6 +73,9 @@ def interrupting(self, state, step):
 Distillation.advance = interrupting
 """
 NO_EVAL = "eval.problems=0"
+
+
+SLOW = pytest.mark.slow
 
 
 def run(folder, *settings):
@@ -190,8 +193,12 @@ def test_another_configuration_is_refused_with_its_key(finished):
 @pytest.mark.kill
 @pytest.mark.parametrize(
     ("place", "step", "whole"),
-    [("student_start", 2, True), ("run", 2, True), ("run", 4, False), ("opd", 3, True)],
-    ids=["in supervised training", "in distillation", "while it saves", "in the control"],
+    [
+        pytest.param("student_start", 2, True, id="in supervised training", marks=SLOW),
+        pytest.param("run", 2, True, id="in distillation"),
+        pytest.param("run", 4, False, id="while it saves", marks=SLOW),
+        pytest.param("opd", 3, True, id="in the control", marks=SLOW),
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(finished, tmp_path, place, step, whole):
     _, summary = finished
@@ -210,6 +217,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished, tmp_path, place, step, 
     assert len(lines(folder)) == len({(line["step"], "loss" in line) for line in lines(folder)})
 
 
+@pytest.mark.slow
 @pytest.mark.kill
 def test_an_interrupted_run_saves_and_goes_on_to_the_same_bits(tmp_path):
     settings = [*ONE, NO_EVAL, "run.save_every=1000"]
@@ -228,6 +236,7 @@ def test_an_interrupted_run_saves_and_goes_on_to_the_same_bits(tmp_path):
     assert steps(folder) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_the_supervised_part_alone(tmp_path):
     config = load_config([*ONE, f"student.sft={SFT}", f"run.dir={tmp_path}/run", NO_EVAL])
     assert len(sft(config)["params_sha256"]) == 64
@@ -320,7 +329,7 @@ def test_a_student_from_another_run_and_answers_of_the_teacher(finished, tmp_pat
         tmp_path / "run", *ONE, NO_EVAL, f"student.path={folder}/models/student_start",
         f"teacher.path={folder}/models/teacher_default", "run.steps=1",
         f"student.sft={SFT}", "student.sft.source=teacher", "student.sft.teacher_rows=32",
-        "eval.batch_size=16",
+        "eval.batch_size=8",
     )  # fmt: skip
     assert summary["params_sha256"]
 
@@ -374,6 +383,7 @@ def test_a_teacher_without_rows_is_refused(tmp_path):
         run(tmp_path / "run", *BASE, teachers, "data.teacher_column=domain", NO_EVAL)
 
 
+@pytest.mark.slow
 def test_supervised_training_that_ends_by_its_loss_resumes_to_the_same_bits(tmp_path):
     sft = "{steps: 40, batch_size: 8, save_every: 3, stop_loss: 4.5, optim: {learning_rate: 1e-2}}"
     settings = [*ONE, f"student.sft={sft}", NO_EVAL]

@@ -18,6 +18,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_every_method_has_its_figures(tmp_path, capsys):
     file = tmp_path / "methods.json"
     bench_methods(TINY, ["gkd"], 2, file)

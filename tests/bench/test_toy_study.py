@@ -12,6 +12,7 @@ from fireopd_jax.bench.toy_study import GAMMAS, bench_toy, read_seeds, variance
 from fireopd_jax.config import UserError
 
 
+@pytest.mark.slow
 def test_more_reward_to_go_is_more_variance(tmp_path, capsys):
     figure, file = tmp_path / "toy.svg", tmp_path / "toy.json"
     result = bench_toy(200, (42,), figure, file, teacher_iterations=100)

@@ -49,9 +49,9 @@ def drawn(data, tensor, memory=DENSE):
     ("data", "tensor", "memory"),
     [
         (4, 2, Dense()),
-        (2, 4, Dense(dtype="int8")),
+        pytest.param(2, 4, Dense(dtype="int8"), marks=pytest.mark.slow),
         (1, 8, Dense()),  # more devices than key heads: those lie whole on each
-        (2, 4, Paged(page_size=8)),
+        pytest.param(2, 4, Paged(page_size=8), marks=pytest.mark.slow),
     ],
     ids=str,
 )
