@@ -421,9 +421,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
         if beside.recent is not None and isinstance(method.filter, TeacherQuantile | AllOf):
             recent = method.filter.remember(scores, seen, beside.recent)
         if isinstance(method.filter, AllOf):
-            kinds = [each.kind for each in method.filter.filters]
-            left = method.filter.left(scores, seen)
-            metrics |= diagnostics.of_filters(kinds, left, rollout.mask)
+            metrics |= diagnostics.of_filters(method.filter, scores, seen)
         return batch, keep, metrics, recent
 
     update = make_update(

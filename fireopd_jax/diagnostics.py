@@ -6,12 +6,13 @@ Names follow what users of other tools know. Entropies and log-probs are in nats
 tokens of all valid rows unless a name says otherwise.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Bool
 
 from fireopd_jax.batch import Keep
+from fireopd_jax.filtering import AllOf
 from fireopd_jax.metrics import Max, Mean
 from fireopd_jax.ops.ranks import (
     masked_quantile,
@@ -19,7 +20,7 @@ from fireopd_jax.ops.ranks import (
     median_by_id,
     repetition_rate,
 )
-from fireopd_jax.types import Array, Batch
+from fireopd_jax.types import Array, Batch, Rows, Scores
 
 FOREIGN, OFTEN = 10.0, 8
 """Nats of |log p/q| above which a model would not write a token, and occurrences that show it."""
@@ -91,22 +92,18 @@ def of_batch(
     }
 
 
-def of_filters(
-    kinds: Sequence[str], left: Sequence[Array], mask: Bool[Array, "B T"]
-) -> dict[str, Mean | Max]:
+def of_filters(filter: AllOf, scores: Scores, rows: Rows) -> dict[str, Mean | Max]:
     """Tell what share of the tokens that came to each of several filters it has kept.
 
-    `left` are the tokens after each, in order; a second filter of a kind is `KIND_2`.
+    A second filter of a kind is `KIND_2`.
     """
-    names = [
-        kind + (f"_{nth}" if (nth := [*kinds[: i + 1]].count(kind)) > 1 else "")
-        for i, kind in enumerate(kinds)
-    ]
-    came = [mask, *left[:-1]]
-    return {
-        f"fire/keep_fraction_by_{name}": Mean.of(after, before)
-        for name, after, before in zip(names, left, came, strict=True)
-    }
+    before, seen, out = jnp.asarray(rows.mask), Counter[str](), {}
+    for each, after in zip(filter.filters, filter.left(scores, rows), strict=True):
+        seen[each.kind] += 1
+        name = each.kind if seen[each.kind] == 1 else f"{each.kind}_{seen[each.kind]}"
+        out[f"fire/keep_fraction_by_{name}"] = Mean.of(after, before)
+        before = after
+    return out
 
 
 def _of_advantages(batch: Batch) -> dict[str, Mean | Max]:

@@ -7,10 +7,10 @@ import pytest
 
 from fireopd_jax.batch import assemble
 from fireopd_jax.diagnostics import of_batch, of_filters
-from fireopd_jax.filtering import KeepAll, TeacherQuantile
+from fireopd_jax.filtering import AllOf, KeepAll, LengthDrop, Prefix, TeacherQuantile
 from fireopd_jax.metrics import results
 from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
-from fireopd_jax.types import Overlap, Support
+from fireopd_jax.types import Overlap, Rows, Support
 from fireopd_jax.update import of_support
 from tests import cases
 
@@ -137,16 +137,16 @@ def test_mistakes_are_not_foreign_but_what_is_unlikely_everywhere_is():
 
 
 def test_each_of_several_filters_tells_what_it_keeps_of_what_reaches_it():
-    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
-    first = mask & [[True], [False]]
-    second = first & [[True, True, True, False]]
-    third = second & [[False, True, False, False]]
-    kinds = ["length_drop", "prefix", "length_drop"]
-    values = results(of_filters(kinds, [first, second, third], mask))
-    assert values == {
-        "fire/keep_fraction_by_length_drop": pytest.approx(4 / 6),
-        "fire/keep_fraction_by_prefix": pytest.approx(3 / 4),
-        "fire/keep_fraction_by_length_drop_2": pytest.approx(1 / 3),
+    scores, mask, teacher = cases.random_case(0)
+    rows = Rows(mask, teacher, 2)
+    filters = LengthDrop(drop_fraction=0.3), Prefix(window=2, least=0.0), LengthDrop()
+    left = [AllOf(filters=filters[: n + 1])(scores, rows) for n in range(3)]
+    counts = [int(x.sum()) for x in (mask, *left)]
+    assert counts[0] > counts[1] > counts[2] > counts[3] > 0
+    assert results(of_filters(AllOf(filters=filters), scores, rows)) == {
+        "fire/keep_fraction_by_length_drop": pytest.approx(counts[1] / counts[0]),
+        "fire/keep_fraction_by_prefix": pytest.approx(counts[2] / counts[1]),
+        "fire/keep_fraction_by_length_drop_2": pytest.approx(counts[3] / counts[2]),
     }
 
 

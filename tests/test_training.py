@@ -75,9 +75,6 @@ Distillation.advance = interrupting
 NO_EVAL = "eval.problems=0"
 
 
-SLOW = pytest.mark.slow
-
-
 def run(folder, *settings):
     return train(load_config([*settings, f"run.dir={folder}"]))
 
@@ -194,10 +191,10 @@ def test_another_configuration_is_refused_with_its_key(finished):
 @pytest.mark.parametrize(
     ("place", "step", "whole"),
     [
-        pytest.param("student_start", 2, True, id="in supervised training", marks=SLOW),
+        pytest.param("student_start", 2, True, id="in supervised training", marks=pytest.mark.slow),
         pytest.param("run", 2, True, id="in distillation"),
-        pytest.param("run", 4, False, id="while it saves", marks=SLOW),
-        pytest.param("opd", 3, True, id="in the control", marks=SLOW),
+        pytest.param("run", 4, False, id="while it saves", marks=pytest.mark.slow),
+        pytest.param("opd", 3, True, id="in the control", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(finished, tmp_path, place, step, whole):

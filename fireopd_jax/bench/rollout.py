@@ -129,8 +129,8 @@ def bench_rollout(
         if compare == "hf":
             contestants += hugging_face(model, params, work)
         measure(contestants, rounds)
-        of_engine = engine.programs, engine.statistics
-        result["workloads"].append(figures(work, *of_engine, contestants))
+        row = figures(work, engine.programs, engine.statistics, contestants)
+        result["workloads"].append(row)
     ragged_row = result["workloads"][0]
     keys = ("useful_tokens_per_cpu_second", "ratio_to_hf", "ratio_to_static", "programs")
     result |= {key: ragged_row[key] for key in (*keys, "slot_use", "compile_seconds")}
@@ -260,7 +260,10 @@ def hugging_face(model: LanguageModel, params: Params, work: Workload) -> list[C
 def figures(
     work: Workload, programs: int, engine: Statistics, contestants: list[Contestant]
 ) -> Row:
-    """Gather what is reported of a workload; ratios are of the medians of CPU seconds."""
+    """Gather what is reported of a workload.
+
+    Ratios are of medians, of CPU seconds unless their name says otherwise.
+    """
     median = {each.name: statistics.median(each.seconds) for each in contestants}
     wall = {each.name: statistics.median(each.wall) for each in contestants}
     hf = [name for name in median if name.startswith("hf")]

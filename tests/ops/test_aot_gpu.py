@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.aot, pytest.mark.skipif(reason is not None, reason=rea
 TOKENS, WIDTH, VOCABULARY = 16384, 4096, 151936
 KERNELS = {"pallas_gpu": pallas_gpu.forward, "pallas_gpu_rows": pallas_gpu_rows.forward}
 EACH = pytest.mark.parametrize("name", KERNELS)
+KERNEL = r'custom_call_target="mosaic_gpu\w*"'
 
 
 def compiled(name, dump, k, tokens=TOKENS, width=WIDTH, vocabulary=VOCABULARY, **options):
@@ -55,7 +56,7 @@ def noted(dump):
 @pytest.mark.parametrize("k", [16, 64])
 def test_top_k_compiles_at_a_real_size(name, k, tmp_path, record_property):
     text = compiled(name, tmp_path, k).as_text()
-    assert re.search(r'custom_call_target="mosaic_gpu\w*"', text)
+    assert re.search(KERNEL, text)
     assert not re.search(rf"\[({TOKENS},{VOCABULARY}|{VOCABULARY},{TOKENS})\]", text)
     for kernel in noted(tmp_path):
         record_property(f"{name} k={k}", kernel)
@@ -95,8 +96,12 @@ def test_no_reduction_crosses_warps(name, tmp_path):
 )
 def test_options_and_odd_sizes_compile(name, options, tmp_path):
     sizes = {"k": 5, "tokens": 300, "width": 512, "vocabulary": 5000}
-    compiled(name, None, **{**sizes, **options})
+    sizes |= options
+    text = compiled(name, None, **sizes).as_text()
+    # Nothing is launched for no token.
+    assert bool(re.search(KERNEL, text)) == (sizes["tokens"] > 0)
 
 
 def test_float32_compiles_by_rows():
-    compiled("pallas_gpu_rows", None, 16, 256, 512, 5000, dtype=jnp.float32)
+    program = compiled("pallas_gpu_rows", None, 16, 256, 512, 5000, dtype=jnp.float32)
+    assert re.search(KERNEL, program.as_text())
