@@ -71,10 +71,11 @@ def test_shards_draw_the_same_tokens(data, vocabulary):
     compare(sharded(data, vocabulary, knobs)(logits, ids, knobs), wanted)
 
 
-def test_narrow_shards_of_a_padded_vocabulary_draw_the_same_tokens():
-    logits, ids, knobs = case(size=500, rows=72)
+@pytest.mark.parametrize("size", [500, 1000], ids=["ranked whole", "searched"])
+def test_narrow_shards_of_a_padded_vocabulary_draw_the_same_tokens(size):
+    logits, ids, knobs = case(size=size, rows=72)
     wanted = jax.jit(one)(logits, ids, knobs)
-    padded = jnp.pad(logits, ((0, 0), (0, 12)), constant_values=-jnp.inf)
+    padded = jnp.pad(logits, ((0, 0), (0, -size % 128)), constant_values=-jnp.inf)
     compare(sharded(1, 8, knobs)(padded, ids, knobs), wanted)
 
 
