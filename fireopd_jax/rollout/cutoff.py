@@ -23,7 +23,7 @@ from fireopd_jax.rollout.columns import Columns, Weights
 from fireopd_jax.types import Array, pytree
 
 CANDIDATES = 256
-"""Best tokens that are ranked; all, of a vocabulary of at most twice as many."""
+"""Best tokens that are ranked; all, of a vocabulary of fewer than twice as many."""
 LEAST = 1e-30
 """Below any mass before the second token, so that p = 0 keeps one token."""
 
@@ -95,7 +95,7 @@ def _candidates(
 ) -> tuple[Float32[Array, "B K"], Int32[Array, "B K"]]:
     """Rank the best tokens of the whole vocabulary: the best of each shard, then of those."""
     rows = len(z)
-    count = columns.size if columns.size <= 2 * CANDIDATES else CANDIDATES
+    count = columns.size if columns.size < 2 * CANDIDATES else CANDIDATES
     # Zeros of both signs are equal here; lists of best ones may tell them apart.
     flat = jnp.where(z == 0, 0.0, z).reshape(rows, -1)
     best = topk.empty(rows, min(count, flat.shape[1]))
