@@ -1,4 +1,4 @@
-"""From a configuration to what a run works with: tokens, models, and three jitted programs.
+"""From a configuration to what a run works with: tokens, models, and jitted programs.
 
     Config -> Setup (rows, tokenizers, models, mesh)      Setup, method -> generate, score, update
 
@@ -355,6 +355,8 @@ class Programs:
     """The student from how it began and what has learnt: what answers, is scored and saved."""
     score: Callable[..., tuple[Batch, jax.Array, Metrics, Array | None]]
     """(student, teachers, rollout, temperature, updates done, `Beside`)"""
+    describe: Callable[[Batch, Array], Metrics]
+    """Diagnostics of what `score` gives: the same for all methods, so compiled once for several."""
     update: Callable[..., tuple[TrainState, Metrics]]
     """(state, batch, temperature, what adapters are added to or None, teacher or None)"""
     copy: Callable[[Any], Any]
@@ -415,13 +417,12 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
             student.vocab_size,
             **known,
         )
-        recent, names = None, list(config.teachers)
-        metrics = diagnostics.of_batch(batch, keep, config.rollout.max_tokens, names)
+        recent, metrics = None, {}
         seen = rows_of(rollout, len(teachers), student.vocab_size, **known)
         if beside.recent is not None and isinstance(method.filter, TeacherQuantile | AllOf):
             recent = method.filter.remember(scores, seen, beside.recent)
         if isinstance(method.filter, AllOf):
-            metrics |= diagnostics.of_filters(method.filter, scores, seen)
+            metrics = diagnostics.of_filters(method.filter, scores, seen)
         return batch, keep, metrics, recent
 
     update = make_update(
@@ -435,6 +436,8 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
         lora=lora,
         teacher=teachers[0],
     )
+    room, names = config.rollout.max_tokens, list(config.teachers)
+    describe = functools.partial(diagnostics.of_batch, room=room, teachers=names)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=whole)
     if lora is None:
         learner, merge = copy, lambda start, learnt: learnt
@@ -446,6 +449,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
         learner=learner,
         whole=merge,
         score=jax.jit(score, out_shardings=(rows, rows, whole, whole)),
+        describe=jax.jit(describe, out_shardings=whole),
         update=jax.jit(update, donate_argnums=0, out_shardings=(whole, whole)),
         copy=copy,
         optimizer=optimizer,

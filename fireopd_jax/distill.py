@@ -1,6 +1,7 @@
 """The loop of on-policy distillation.
 
     prompts -> generate -> score, filter, reweight -> update        three jitted programs a step
+                                            '- describe             and one for what is logged
 
 The host reports step t - 1 while the device works on step t. After the first step nothing
 compiles: each step's count of compilations is among its metrics.
@@ -155,7 +156,7 @@ class Distillation:
             )
             updates.append(update)
         return state, Step(
-            metrics=metrics | _joined(updates),
+            metrics=self.programs.describe(batch, keep) | metrics | _joined(updates),
             batch=batch,
             keep=keep,
             compilations=self.counter.count - before,

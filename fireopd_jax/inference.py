@@ -69,7 +69,7 @@ def evaluate_model(run: Path, name: str, overrides: Sequence[str]) -> dict[str, 
         )
     compile_cache()
     setup = set_up(config)
-    check_divisible({"eval.batch_size": config.eval.batch_size}, setup.mesh)
+    check_divisible({"eval.batch_size": config.eval_batch_size}, setup.mesh)
     slugs = [spec.slug for spec in setup.teachers]
     spec, indices = setup.student, setup.held_out
     if name in slugs:
@@ -78,7 +78,7 @@ def evaluate_model(run: Path, name: str, overrides: Sequence[str]) -> dict[str, 
     params = place_whole(setup.mesh, params)
     draw = make_generate(setup, spec)
     samples = config.eval.samples
-    batches = -(-len(indices) * samples // config.eval.batch_size)
+    batches = -(-len(indices) * samples // config.eval_batch_size)
     with progress(f"eval {name}", batches) as bar:
         result = grade(
             setup,

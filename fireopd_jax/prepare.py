@@ -169,7 +169,7 @@ def _answered_by_teachers(
     for index, (spec, params) in enumerate(zip(setup.teachers, teachers, strict=True)):
         own = session.setup.own_rows(chosen, index)
         sampling = setup.sampling("teacher references", temperature=1.0, spec=spec)
-        batches = eval_prompts(setup.encoded, own, 1, setup.config.eval.batch_size)
+        batches = eval_prompts(setup.encoded, own, 1, setup.config.eval_batch_size)
         with progress(f"answers of {spec.name}", len(batches)) as bar:
             for prompts in batches:
                 if session.stop:

@@ -105,6 +105,11 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     """How devices are used."""
 
+    @property
+    def eval_batch_size(self) -> int:
+        """Give the responses that an evaluation draws at a time."""
+        return self.eval.batch_size or self.rollout.batch_size
+
 
 ALIASES = {
     # TRL

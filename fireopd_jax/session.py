@@ -16,7 +16,7 @@ from fireopd_jax.loop import Interrupted, StopFlag
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.runs import RunFolder
-from fireopd_jax.sharding import place_rows
+from fireopd_jax.sharding import place_rows, place_whole
 from fireopd_jax.text.chat import decode
 from fireopd_jax.tracking import Log, progress
 from fireopd_jax.types import Array, Prompts, Rollout
@@ -44,7 +44,8 @@ class Session:
         key = repr(spec.model)
         if key not in self.generators:
             self.generators[key] = make_generate(self.setup, spec)
-        version = jnp.int32(0) if version is None else version
+        # Placed as the counter of an update is: a program is compiled for where its inputs are.
+        version = place_whole(self.setup.mesh, jnp.int32(0) if version is None else version)
         return self.generators[key](params, place_rows(self.setup.mesh, prompts), sampling, version)
 
     def evaluate(
@@ -73,7 +74,7 @@ class Session:
         out = self.folder.evaluation / f"{label}.jsonl"
         if quiet:
             return grade(setup, spec, draw, indices, samples, lambda rows: None, out)
-        batches = -(-len(indices) * samples // config.batch_size)
+        batches = -(-len(indices) * samples // setup.config.eval_batch_size)
         with progress(f"eval {label}", batches) as bar:
             return grade(setup, spec, draw, indices, samples, bar, out)
 
@@ -118,7 +119,7 @@ def grade(
 
     return evaluate(
         answer,
-        eval_prompts(setup.encoded, indices, samples, config.batch_size),
+        eval_prompts(setup.encoded, indices, samples, setup.config.eval_batch_size),
         lambda ids: decode(spec.tokenizer, ids.tolist()),
         lambda row: setup.rows[row].answer or "",
         samples,

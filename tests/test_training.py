@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from fireopd_jax.build import make_generate
 from fireopd_jax.compilation import CompileCounter
 from fireopd_jax.config import UserError
 from fireopd_jax.distill import Distillation
@@ -154,10 +155,19 @@ def test_evaluations_saves_and_reports_compile_once(tmp_path, monkeypatch):
         after(self, done, state, stopping)
         seen.append(counter.count)
 
+    made = []
+
+    def recorded(*about):
+        made.append(make_generate(*about))
+        return made[-1]
+
     monkeypatch.setattr(Distillation, "after", counted)
+    monkeypatch.setattr("fireopd_jax.session.make_generate", recorded)
     every = ["run.save_every=1", "eval.every=1", "eval.every_problems=4", "eval.problems=4"]
-    run(tmp_path / "run", *ONE, *every, "run.steps=5", "eval.batch_size=8")
+    run(tmp_path / "run", *ONE, *every, "run.steps=5")
     assert len(seen) == 5 and seen[1] == seen[4]
+    # Teacher and student are of one architecture: one program draws for evaluations and steps.
+    assert [draw._cache_size() for draw in made] == [1]
 
 
 def test_the_same_configuration_gives_the_same_bits(finished, tmp_path):

@@ -26,8 +26,8 @@ class EvalConfig:
     """Problems held out of the training rows; 0 evaluates nothing."""
     samples: PositiveInt = 8
     """Responses a problem: the k of avg@k."""
-    batch_size: PositiveInt = 256
-    """Responses drawn at a time."""
+    batch_size: PositiveInt | None = None
+    """Responses drawn at a time; by default as many as a step draws, by the same program."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Of the responses; 0 is greedy."""
     top_p: UnitInterval = 1.0
