@@ -7,9 +7,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fireopd_jax.ops.head import head_stats
+from fireopd_jax.ops import head as ops
 from fireopd_jax.verify import reference_batch as oracle
 
+# One program a call: the operations by themselves take ten times as long to compile.
+head_stats = jax.jit(ops.head_stats, static_argnames=("implementation", "chunk"))
 EACH = pytest.mark.parametrize("implementation", ["reference", "chunked"])
 SIZES = pytest.mark.parametrize(
     ("tokens", "vocabulary", "chunk"),
@@ -32,7 +34,7 @@ def gradients(hidden, head, ids, cotangents, **options):
         values = (stats.logprob, stats.entropy, stats.logsumexp)
         return sum(jnp.sum(c * value) for c, value in zip(cotangents, values, strict=True))
 
-    return jax.grad(outcome, argnums=(0, 1))(hidden, head)
+    return jax.jit(jax.grad(outcome, argnums=(0, 1)))(hidden, head)
 
 
 def assert_close_per_leaf(ours, truth, tolerance=1e-5):

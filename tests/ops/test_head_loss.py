@@ -42,9 +42,10 @@ def compare(inputs, tolerance=1e-5, truth=None, **options):
     plain = {name: options[name] for name in ("valid", "softcap", "logit_scale") if name in options}
     if options.get("head_layout") == "dv":
         plain["head_layout"] = "dv"
-    expected, gradients = jax.value_and_grad(
+    plainly = jax.value_and_grad(
         lambda hidden, head: 2.0 * by_autodiff(hidden, head, ids, support, target, **plain), (0, 1)
-    )(*(truth or (hidden, head)))
+    )
+    expected, gradients = jax.jit(plainly)(*(truth or (hidden, head)))
     np.testing.assert_allclose(value, expected, rtol=1e-4 if tolerance < 1e-3 else 1e-2, atol=1e-5)
     for ours, other, like in zip(found, gradients, (hidden, head), strict=True):
         assert ours.dtype == like.dtype
@@ -95,7 +96,7 @@ def test_a_row_of_nan_that_nobody_weighs_reaches_nothing():
 
         return head_loss(weighed, hidden, head, ids, None, coefficient, token_block=2)
 
-    broken = jax.grad(outcome, (0, 1))(hidden.at[2].set(jnp.nan), head)
+    broken = jax.jit(jax.grad(outcome, (0, 1)))(hidden.at[2].set(jnp.nan), head)
     zeros = np.zeros(4)
     truth = oracle.head_gradients(hidden, head, ids, [coefficient, zeros, zeros])
     for ours, expected in zip(broken, truth, strict=True):

@@ -91,7 +91,8 @@ def test_weights_are_those_of_the_whole_vocabulary(data, tensor):
     hidden, head, ids, _ = make_inputs(6, 40)
     entropy = jnp.linspace(0.0, 3.0, 6)
     options = {"k": 2, "student_entropy": entropy, "alpha": 0.5, "beta": 2.0, "valid": 37}
-    found = head_topk(hidden, head, ids, **options, sharding=make_sharding(data, tensor))
+    options |= {"sharding": make_sharding(data, tensor)}
+    found = jax.jit(lambda *inputs: head_topk(*inputs, **options))(hidden, head, ids)
     weight = (1 + 0.5 * (1 - found.entropy / np.log(37))) * (1 + 2.0 * entropy / np.log(37))
     np.testing.assert_allclose(found.weight, weight, rtol=1e-6)
 
@@ -103,7 +104,7 @@ def test_bfloat16_gradients_of_the_head_are_summed_in_float32():
         def outcome(head):
             return head_stats(hidden, head, ids, chunk=8, sharding=sharding).logprob.sum()
 
-        return np.asarray(jax.grad(outcome)(head), np.float64)
+        return np.asarray(jax.jit(jax.grad(outcome))(head), np.float64)
 
     one, ones = np.ones(64), np.zeros(64)
     truth = oracle.head_gradients(hidden, head, ids, [one, ones, ones])[1]
@@ -115,8 +116,8 @@ def test_bfloat16_gradients_of_the_head_are_summed_in_float32():
 def test_nan_stays_in_its_row():
     hidden, head, ids, support = make_inputs(8, 40)
     sharding = make_sharding(2, 4)
-    clean = head_gather(hidden, head, ids, support, sharding=sharding)
-    found = head_gather(hidden.at[3].set(jnp.nan), head, ids, support, sharding=sharding)
+    gather = jax.jit(lambda hidden: head_gather(hidden, head, ids, support, sharding=sharding))
+    clean, found = gather(hidden), gather(hidden.at[3].set(jnp.nan))
     assert np.isnan(found.entropy[3]) and np.isnan(found.logprob[3])
     others = np.delete(np.arange(8), 3)
     np.testing.assert_array_equal(found.entropy[others], clean.entropy[others])
