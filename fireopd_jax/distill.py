@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fireopd_jax.alarms import Alarms
-from fireopd_jax.build import Beside, Programs, make_programs
 from fireopd_jax.checkpoint import Checkpoints
 from fireopd_jax.compilation import CompileCounter
 from fireopd_jax.completions import write_completions
@@ -26,6 +25,7 @@ from fireopd_jax.filtering import window_of
 from fireopd_jax.loop import run_steps
 from fireopd_jax.metrics import merge, results
 from fireopd_jax.models.language_model import Params
+from fireopd_jax.programs import Beside, Programs, make_programs
 from fireopd_jax.recipe import MethodConfig
 from fireopd_jax.rollout.mixing import given_rows, mix, without
 from fireopd_jax.rollout.sampling import stream

@@ -12,12 +12,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fireopd_jax.build import ModelSpec, load_spec, make_generate, set_up
+from fireopd_jax.build import ModelSpec, load_spec, set_up
 from fireopd_jax.checkpoint import restore_params
 from fireopd_jax.compilation import compile_cache
 from fireopd_jax.config import UserError, nearest
 from fireopd_jax.fits import check_divisible
 from fireopd_jax.models.language_model import Params
+from fireopd_jax.programs import make_generate
 from fireopd_jax.recipe import Config, ModelConfig, load_config
 from fireopd_jax.session import grade
 from fireopd_jax.sharding import place_rows, place_whole

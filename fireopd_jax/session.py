@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fireopd_jax.build import ModelSpec, Setup, make_generate
+from fireopd_jax.build import ModelSpec, Setup
 from fireopd_jax.data.pipeline import eval_prompts
 from fireopd_jax.evaluation.evaluator import EvalResult, evaluate
 from fireopd_jax.evaluation.graders import grade as grade_text
 from fireopd_jax.loop import Interrupted, StopFlag
 from fireopd_jax.models.language_model import Params
+from fireopd_jax.programs import make_generate
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.runs import RunFolder
 from fireopd_jax.sharding import place_rows, place_whole

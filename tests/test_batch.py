@@ -29,7 +29,7 @@ def loss_and_gradient(batch, logprob):
         student = TokenStats(logprob, batch.scores.student.entropy)
         return total_loss(SampledReverseKL()(student, batch), batch)
 
-    return jax.value_and_grad(total)(logprob)
+    return jax.jit(jax.value_and_grad(total))(logprob)
 
 
 @AGGREGATES

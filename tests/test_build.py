@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from fireopd_jax.build import make_programs, set_up
+from fireopd_jax.build import set_up
+from fireopd_jax.programs import make_programs
 from fireopd_jax.recipe import load_config
 from fireopd_jax.types import Prompts, Rollout
 from fireopd_jax.update import init_state

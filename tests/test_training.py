@@ -12,11 +12,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fireopd_jax.build import make_generate
 from fireopd_jax.compilation import CompileCounter
 from fireopd_jax.config import UserError
 from fireopd_jax.distill import Distillation
 from fireopd_jax.filtering import TeacherQuantile
+from fireopd_jax.programs import make_generate
 from fireopd_jax.recipe import load_config
 from fireopd_jax.training import sft, train
 from tests.cases import one_device

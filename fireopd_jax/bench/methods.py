@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fireopd_jax.bench.head import write_whole
-from fireopd_jax.build import Beside, Setup, make_programs, set_up
+from fireopd_jax.build import Setup, set_up
 from fireopd_jax.config import UserError
+from fireopd_jax.programs import Beside, make_programs
 from fireopd_jax.recipe import Config, load_config, with_method
 from fireopd_jax.sharding import place_rows, place_whole
 from fireopd_jax.types import Prompts, Rollout

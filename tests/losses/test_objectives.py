@@ -291,7 +291,7 @@ def test_what_is_masked_or_dropped_moves_nothing():
         MiniLLM(),
     ):
         student = TokenStats(scores.student.logprob, scores.student.entropy, few, kl)
-        gradient, value = jax.grad(total, has_aux=True)(student, loss)
+        gradient, value = jax.jit(jax.grad(total, has_aux=True), static_argnums=1)(student, loss)
         assert np.isfinite(np.asarray(value)).all() and not np.asarray(value)[~mask].any()
         for leaf in jax.tree.leaves(gradient):
             leaf = np.asarray(leaf)

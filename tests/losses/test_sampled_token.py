@@ -33,7 +33,7 @@ def derivative(loss, student, batch):
     def total(logprob):
         return loss(TokenStats(logprob, student.entropy), batch).sum()
 
-    return jax.grad(total)(student.logprob)
+    return jax.jit(jax.grad(total))(student.logprob)
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])
