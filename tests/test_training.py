@@ -19,7 +19,6 @@ from fireopd_jax.filtering import TeacherQuantile
 from fireopd_jax.programs import make_generate
 from fireopd_jax.recipe import load_config
 from fireopd_jax.training import sft, train
-from tests.cases import one_device
 
 MODEL = (
     "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, "
@@ -98,13 +97,15 @@ def files(folder):
 
 
 def command(folder, settings, before=""):
-    """Run the command line in a process of its own, on one device."""
+    """Run the command line in a process of its own, with as many devices.
+
+    XLA has a thread for each, and another number of threads may round otherwise.
+    """
     return subprocess.run(
         [sys.executable, "-c", before + COMMAND, "train", *settings, f"run.dir={folder}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=one_device(),
     )
 
 
