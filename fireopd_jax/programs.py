@@ -51,7 +51,8 @@ class Programs:
     whole: Callable[[Params, Params], Params]
     """The student from how it began and what has learnt: what answers, is scored and saved."""
     score: Callable[..., tuple[Batch, jax.Array, Metrics, Array | None]]
-    """(student, teachers, rollout, temperature, updates done, `Beside`)"""
+    """(student, teachers, rollout, temperature, updates done, `Beside`) -> batch, keep, what each
+    of several filters keeps, scores to remember"""
     describe: Callable[[Batch, Array], Metrics]
     """Diagnostics of what `score` gives: the same for all methods, so compiled once for several."""
     update: Callable[..., tuple[TrainState, Metrics]]
