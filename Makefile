@@ -17,7 +17,7 @@ PARITY_STAMP := $(if $(filter-out 0,$(PARITY)),$(VENV)/.installed-parity)
 .DELETE_ON_ERROR:
 # Two installs into one environment must not meet.
 .NOTPARALLEL:
-.PHONY: help quickstart quickstart_multi smoke test test-all schema lint format clean
+.PHONY: help quickstart quickstart_multi smoke test test-all test-gpu schema lint format clean
 
 help: ## List the targets
 	@grep -E '^[a-z_-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -38,6 +38,9 @@ test-all: $(TEST) $(PARITY_STAMP) $(AOT) ## Run every test, compilations for TPU
 	@$(BIN)/python -m pytest -n 2 -m "not aot" $(ARGS)
 	@XLA_FLAGS=--xla_backend_optimization_level=3 \
 	  $(VENV)-aot/bin/python -m pytest -n 2 -m aot $(ARGS)
+
+test-gpu: $(TEST) ## Run the tests that need a GPU, which must be there, with jax[cuda]
+	@FIREOPD_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 schema: $(RUNTIME) ## Write configs/schema.json anew, after a change of any setting
 	$(BIN)/fireopd schema configs/schema.json

@@ -337,14 +337,20 @@ def bench_rollout(
     ] = None,
     slots: Annotated[int, typer.Option(min=1, help="Responses decoded at a time.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved; medians are reported.")] = 5,
+    model: Annotated[
+        str, typer.Option(help="small, qwen3-0.6b or qwen3-1.7b: shapes, with random weights.")
+    ] = "small",
+    cache: Annotated[str, typer.Option(help="dense, paged or paged_gpu.")] = "dense",
     file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
 ) -> None:
-    """Time responses of ragged and of equal lengths, in useful tokens a CPU second."""
+    """Time responses of ragged and of equal lengths, in useful tokens a second."""
     # Read when PyTorch starts its threads: those that wait must not count as work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if compare is not None:  # JAX would take most of a GPU's memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     from fireopd_jax.bench.rollout import bench_rollout
 
-    bench_rollout(compare, slots, rounds, file)
+    bench_rollout(compare, slots, rounds, file, model, cache)
 
 
 @bench.command("toy")

@@ -1,7 +1,7 @@
 """Strict by default: eight virtual CPU devices, no silent broadcasting, one temporary cache.
 
 The settings stand in the environment: before JAX is imported, and for the processes that tests
-start.
+start. `make test-gpu` sets FIREOPD_TEST_GPU, and arrays then lie on a GPU.
 """
 
 import atexit
@@ -10,6 +10,8 @@ import shutil
 import sys
 import tempfile
 from importlib.metadata import version
+
+import pytest
 
 assert "jax" not in sys.modules, "JAX was imported before its settings"
 
@@ -23,7 +25,8 @@ if version("jaxlib").startswith("0.10."):
     # The emitters of before, gone since: twice as fast to compile.
     FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+ON_GPU = "FIREOPD_TEST_GPU" in os.environ
+os.environ["JAX_PLATFORMS"] = "cuda,cpu" if ON_GPU else "cpu"
 given = os.environ.get("XLA_FLAGS", "")
 added = [f"{flag}={value}" for flag, value in FLAGS.items() if flag not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
@@ -38,3 +41,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["FIREOPD_CACHE_DIR"] = folder
     os.environ["HF_HOME"] = os.path.join(folder, "huggingface")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if not ON_GPU and item.get_closest_marker("gpu"):
+        pytest.skip("runs in make test-gpu")

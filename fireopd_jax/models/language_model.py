@@ -23,7 +23,7 @@ from fireopd_jax.models.placement import place_relaid, tensor_devices
 from fireopd_jax.models.quantized import Quantize, is_quantized, quantize_params
 from fireopd_jax.ops.dispatch import PLAIN
 from fireopd_jax.ops.head import HeadOptions, head_stats
-from fireopd_jax.ops.logits import HeadSharding
+from fireopd_jax.ops.logits import HeadSharding, dot
 from fireopd_jax.sharding import AXES
 from fireopd_jax.types import Array, TokenStats
 
@@ -123,8 +123,7 @@ class LanguageModel:
         the sampler has to pad again.
         """
         head = decoder.head
-        logits = jnp.einsum("bd,vd->bv", hidden.astype(head.dtype), head,
-                            preferred_element_type=jnp.float32)  # fmt: skip
+        logits = dot(hidden.astype(head.dtype), head, (1, 1))
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * jnp.tanh(logits / cap)
         width = logits.shape[1]

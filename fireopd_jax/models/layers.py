@@ -10,6 +10,7 @@ from flax import nnx
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.quantized import Quantized, multiply
 from fireopd_jax.models.rope import rotate
+from fireopd_jax.ops.precision import precision_of
 from fireopd_jax.types import Array
 
 Mix = Callable[[Array, Array, Array, float], tuple[Array, Any]]
@@ -42,6 +43,7 @@ def linear(
         use_bias=bias,
         dtype=jnp.dtype(c.dtype),
         param_dtype=jnp.dtype(c.param_dtype),
+        precision=precision_of(c.dtype),
         rngs=rngs,
     )
 

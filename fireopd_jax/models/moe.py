@@ -14,6 +14,7 @@ from flax import nnx
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.layers import activation, linear
 from fireopd_jax.models.quantized import Quantized, ragged_multiply
+from fireopd_jax.ops.precision import precision_of
 from fireopd_jax.types import Array
 
 
@@ -58,10 +59,12 @@ class MoE(nnx.Module):
             kernel = param.get_value()
             if isinstance(kernel, Quantized):
                 return ragged_multiply(inputs, kernel, sizes, expert.reshape(-1)[order])
-            return jax.lax.ragged_dot(inputs, kernel.astype(inputs.dtype), sizes)
+            kernel, precision = kernel.astype(inputs.dtype), precision_of(inputs.dtype)
+            return jax.lax.ragged_dot(inputs, kernel, sizes, precision)
 
         sent = jnp.asarray(rows, c.dtype)[order // moe.num_experts_per_tok]
         gate, up = product(sent, self.experts.gate_proj), product(sent, self.experts.up_proj)
         out = product(jnp.multiply(activation(c, gate), up), self.experts.down_proj)
         out = out[jnp.argsort(order)].reshape(*weight.shape, -1)
-        return jnp.einsum("nkd,nk->nd", out, weight.astype(out.dtype)).reshape(x.shape)
+        weight, precision = weight.astype(out.dtype), precision_of(out.dtype)
+        return jnp.einsum("nkd,nk->nd", out, weight, precision=precision).reshape(x.shape)

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Float, Float32, Int, Int8
 
 from fireopd_jax.models.lora import TARGETS
+from fireopd_jax.ops.precision import precision_of
 from fireopd_jax.types import Array, pytree
 
 Quantize = Literal["int8"]
@@ -105,7 +106,10 @@ def multiply(
 ) -> Float[Array, "N O"]:
     """Multiply rows by a kernel, in `dtype` with float32 sums."""
     out = jnp.matmul(
-        jnp.asarray(x, dtype), kernel.values.astype(dtype), preferred_element_type=jnp.float32
+        jnp.asarray(x, dtype),
+        kernel.values.astype(dtype),
+        preferred_element_type=jnp.float32,
+        precision=precision_of(dtype),
     )
     return (out * kernel.scale).astype(dtype)
 
@@ -118,7 +122,9 @@ def ragged_multiply(
 ) -> Float[Array, "N O"]:
     """Multiply rows, sorted by expert, each by its own expert's kernel."""
     values = jnp.asarray(kernels.values, x.dtype)
-    out = jax.lax.ragged_dot(x, values, sizes, preferred_element_type=jnp.float32)
+    out = jax.lax.ragged_dot(
+        x, values, sizes, precision_of(x.dtype), preferred_element_type=jnp.float32
+    )
     return (out * kernels.scale[expert, 0]).astype(x.dtype)
 
 

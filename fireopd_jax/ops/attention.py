@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from fireopd_jax.ops.precision import precision_of
 from fireopd_jax.types import Array
 
 
@@ -24,10 +25,13 @@ def attend(
     # [B, K, G T, H]: the queries that share a key head are rows of one matrix.
     q = q.reshape(rows, length, -1, group, width).transpose(0, 2, 3, 1, 4)
     q = q.reshape(rows, -1, group * length, width)
-    scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
+    precision = precision_of(k.dtype)
+    scores = jnp.einsum(
+        "bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32, precision=precision
+    )
     allowed = jnp.tile(mask, (1, group, 1))[:, None]
     scores = jnp.where(allowed, scores * (width**-0.5 if scale is None else scale), -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkts,bksh->bkth", weights, v)
+    out = jnp.einsum("bkts,bksh->bkth", weights, v, precision=precision)
     out = out.reshape(rows, -1, group, length, width).transpose(0, 3, 1, 2, 4)
     return out.reshape(rows, length, heads, width)

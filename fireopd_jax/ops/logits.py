@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32, Int32
 
 from fireopd_jax.ops.blocks import Blocks
+from fireopd_jax.ops.precision import precision_of
 from fireopd_jax.types import Array
 
 
@@ -78,13 +79,11 @@ def rows_of(head: Array, first: Array | int, width: int, settings: Settings) -> 
 def dot(left: Array, right: Array, contract: tuple[int, int]) -> Array:
     """Multiply over one axis of each, accumulating in float32."""
     dtype = jnp.promote_types(left.dtype, right.dtype)
-    # Who passes float32 asks for float32, not for the TF32 or bfloat16 passes of some accelerators.
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     return lax.dot_general(
         left.astype(dtype),
         right.astype(dtype),
         (((contract[0],), (contract[1],)), ((), ())),
-        precision=precision,
+        precision=precision_of(dtype),
         preferred_element_type=jnp.float32,
     )
 

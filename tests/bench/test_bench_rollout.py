@@ -1,5 +1,6 @@
 """The comparison of rollouts: what is measured of whom, and the ratios that are told."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -19,8 +20,8 @@ KEYS = {
 }
 
 
-def contestant(name, cpu, wall):
-    return bench.Contestant(name, lambda: None, seconds=cpu, wall=wall)
+def contestant(name, cpu, wall, tokens=40):
+    return bench.Contestant(name, tokens, lambda: None, cpu=cpu, wall=wall)
 
 
 def test_ratios_are_of_medians_and_of_the_best_of_the_others():
@@ -59,9 +60,10 @@ def test_an_unknown_rival_is_refused():
 
 @pytest.mark.slow
 def test_the_whole_command_writes_its_figures(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "ragged", lambda seed: make_work("ragged", [3, 9, 5, 1]))
+    monkeypatch.setattr(bench, "ragged", lambda: make_work("ragged", [3, 9, 5, 1]))
     monkeypatch.setattr(bench, "equal", lambda: make_work("equal", [4, 4]))
-    monkeypatch.setattr(bench, "VOCABULARY", 64)
+    small = dataclasses.replace(bench.SMALL, vocab_size=64)
+    monkeypatch.setitem(bench.MODELS, "small", small)
     result = bench.bench_rollout(None, 2, 1, tmp_path / "figures.json")
     assert json.loads((tmp_path / "figures.json").read_text()) == result
     assert result.keys() >= KEYS and result["programs"] == 1

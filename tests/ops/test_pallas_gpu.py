@@ -1,4 +1,4 @@
-"""The GPU kernels in JAX's interpreter of them, against the oracle; what they refuse.
+"""The GPU kernels in JAX's interpreter of them and on a GPU, against the oracle; what they refuse.
 
 The interpreter runs each warpgroup as a thread, and has been seen to wait for ever where XLA's own
 threads were too few for them. So it runs apart, in a process of its own that may be ended; several
@@ -35,6 +35,7 @@ NEEDS_INTERPRETER = pytest.mark.skipif(
     reason=f"the interpreter of Mosaic GPU kernels needs JAX 0.11.2, this is {jax.__version__}",
 )
 BOTH = (pallas_gpu, pallas_gpu_rows)
+INTERPRET = jax.default_backend() == "cpu"
 LONGEST = 400
 """Seconds for a process; an idle machine needs a twentieth."""
 
@@ -69,7 +70,7 @@ def jitted(module, settings, processors):
 
 def run(module, inputs, k, scale=1.0, limit=None, weigh=None, **options):
     options = {"vocabulary": inputs[1].shape[0], "chunk": 256, **options}
-    settings = Settings(k=k, blocks=Blocks(vocabulary=128), interpret=True, **options)
+    settings = Settings(k=k, blocks=Blocks(vocabulary=128), interpret=INTERPRET, **options)
     forward = jitted(module, settings, pallas_gpu_tile.PROCESSORS)
     limit = None if limit is None else jnp.int32(limit)
     return jax.tree.map(np.asarray, forward(inputs, jnp.float32(scale), limit, weigh))
@@ -212,17 +213,26 @@ def inside_shard_map():
         jax.jit(forward).trace(*inputs)
 
 
-@NEEDS_INTERPRETER
+CASES = [
+    (values_of_several_ranges, few_tokens_and_large_logits),
+    (one_range, weights_of_several_ranges),
+    (equals_come_lowest_id_first,),
+    (columns_that_do_not_exist, spoilt_rows, inside_shard_map),
+]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
-    "cases",
-    [
-        (values_of_several_ranges, few_tokens_and_large_logits),
-        (one_range, weights_of_several_ranges),
-        (equals_come_lowest_id_first,),
-        (columns_that_do_not_exist, spoilt_rows, inside_shard_map),
-    ],
-    ids=lambda cases: cases[0].__name__,
+    "case", [case for cases in CASES for case in cases if case is not inside_shard_map]
 )
+def test_equals_oracle_on_a_gpu(case, monkeypatch):
+    # Some cases act as if there were another number of them.
+    monkeypatch.setattr(pallas_gpu_tile, "PROCESSORS", pallas_gpu_tile.PROCESSORS)
+    case()
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("cases", CASES, ids=lambda cases: cases[0].__name__)
 def test_equals_oracle_in_the_interpreter(cases):
     names = [case.__name__ for case in cases]
     command = [sys.executable, __file__, *names]
