@@ -246,7 +246,8 @@ def floor(
     That is the weights once a step, and once a token the keys and values of all before it.
     """
     c = model.config
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(jax.eval_shape(model.relay, params)))
+    shapes = jax.tree.leaves(jax.eval_shape(model.relay, params))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)
     position = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     response = work.response.astype(np.int64)
     seen = (response * work.length + response * (response - 1) // 2).sum()
@@ -321,7 +322,8 @@ def hugging_face(
     described |= {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
     config = transformers.AutoConfig.for_model(**described)
     dtype = getattr(torch, model.config.dtype)
-    reference = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.device(device):  # its first weights, drawn in vain, take a CPU a minute
+        reference = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     weights = {
         name: torch.from_numpy(np.array(tensor, np.float32)).to(dtype)
         for name, tensor in hf_tensors(params, model.config)
@@ -330,7 +332,6 @@ def hugging_face(
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise RuntimeError(f"weights do not fit: {missing}, {unexpected}")
     reference.tie_weights()
-    reference.to(device)
 
     class Lengths(transformers.StoppingCriteria):
         def __init__(self, prompt: int, response: np.ndarray):

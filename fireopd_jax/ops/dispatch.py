@@ -1,15 +1,18 @@
 """The implementations by name, and which one serves where none is named.
 
-    TPU  -> pallas_tpu, where the shape is worth a kernel and it can do it
-    else -> chunked
+    TPU           -> pallas_tpu  } where the shape is worth a kernel and it can do it
+    H100 or H200  -> pallas_gpu  }
+    else          -> chunked
 
 The choice falls when a program is lowered, by the platform it is lowered for: a program for a TPU
-that is compiled on a laptop gets the TPU's. CUDA has kernels too, but none of them was ever timed
-on a GPU; until one is faster there, `chunked` stays the default.
+that is compiled on a laptop gets the TPU's. Of GPUs that is not enough, the kernel is written for
+one generation; so the GPUs of this process must be of it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -49,16 +52,31 @@ def forward(
 
         return run
 
-    refused = pallas_tpu.refusal(*_shape(settings, hidden, head, support_ids.shape[1]))
-    if refused or _small(hidden, settings):
+    kernels = serving(settings, *_shape(settings, hidden, head, support_ids.shape[1]))
+    if not kernels:
         return by(chunked.forward)(*operands)
-    return lax.platform_dependent(
-        *operands, tpu=by(pallas_tpu.forward), default=by(chunked.forward)
-    )
+    branches = {platform: by(kernel.forward) for platform, kernel in kernels.items()}
+    return lax.platform_dependent(*operands, **branches, default=by(chunked.forward))
 
 
-def _small(hidden: Array, settings: Settings) -> bool:
-    return hidden.shape[0] < FEWEST_TOKENS or settings.vocabulary < SMALLEST_VOCABULARY
+def serving(settings: Settings, tokens: int, *shape: Any) -> dict[str, Any]:
+    """Name the kernel that serves each platform, where one is worth it.
+
+    The GPU's was run on one GPU only; where several share the rows it serves if it is named.
+    """
+    if tokens < FEWEST_TOKENS or settings.vocabulary < SMALLEST_VOCABULARY:
+        return {}
+    kernels: dict[str, Any] = {"tpu": pallas_tpu}
+    if settings.sharding is None and hopper():
+        kernels["cuda"] = pallas_gpu
+    return {name: each for name, each in kernels.items() if not each.refusal(tokens, *shape)}
+
+
+def hopper() -> bool:
+    """Tell whether the GPUs of this process are of the generation that has WGMMA."""
+    if jax.default_backend() != "gpu":
+        return False
+    return all(getattr(gpu, "compute_capability", None) == "9.0" for gpu in jax.devices())
 
 
 def _shape(settings: Settings, hidden: Array, head: Array, support: int) -> tuple:

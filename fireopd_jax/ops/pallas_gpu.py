@@ -11,8 +11,6 @@ a block would read from the L2 cache faster than it delivers.
 The logits of `ids` and `support_ids` are computed apart, from the rows of the head they name. With
 one range, which is the case for many tokens, the kernel's last step makes the weights; with several
 they follow the merged state.
-
-Compiled for sm_90a and run in JAX's interpreter; never yet on a GPU.
 """
 
 import dataclasses

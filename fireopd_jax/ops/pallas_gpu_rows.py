@@ -8,8 +8,6 @@
 Where `chunked` reads a chunk for its maxima, its sums and its top-K, this reads it once. Scale and
 soft cap are the kernel's, too: a GEMM writes bare products. A range is the same share of every
 chunk, with a state of its own. Weights follow the merged state.
-
-Compiled for sm_90a and run in JAX's interpreter; never yet on a GPU.
 """
 
 import functools

@@ -115,12 +115,14 @@ class PagedGPU(Paged):
     ) -> Array:
         """Attend from each row's position to it and all before."""
         splits = math.gcd(tables.shape[1], SPLITS)
-        out = library().paged_attention(
-            q[:, 0] * scale,
-            *kept,
-            jnp.minimum(tables, kept[0].shape[1] - 1),
-            position + 1,
-            k_splits=splits,
-            pages_per_compute_block=math.gcd(tables.shape[1] // splits, PAGES),
-        )
+        # The library names no precision: its float32 would be TF32.
+        with jax.default_matmul_precision("highest"):
+            out = library().paged_attention(
+                q[:, 0] * scale,
+                *kept,
+                jnp.minimum(tables, kept[0].shape[1] - 1),
+                position + 1,
+                k_splits=splits,
+                pages_per_compute_block=math.gcd(tables.shape[1] // splits, PAGES),
+            )
         return out[:, None]

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from fireopd_jax.bench import rollout as bench
 from fireopd_jax.config import UserError
+from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.rollout.serving import Statistics
 
 KEYS = {
@@ -53,9 +55,40 @@ def test_the_workloads_are_what_they_are_said_to_be():
     assert [each.knobs.max_tokens for each in asked] == ragged.response.tolist()
 
 
-def test_an_unknown_rival_is_refused():
-    with pytest.raises(UserError, match="expected hf"):
-        bench.bench_rollout("vllm", 4, 1, None)
+def test_without_rivals_and_static_batch_there_is_no_ratio():
+    work = bench.Workload("x", np.zeros((1, 3)), np.array([1]), np.array([10]))
+    found = bench.figures(work, 1, Statistics(), [contestant("engine", [2.0], [1.0])], False)
+    assert found["ratio_to_hf"] is None and found["ratio_to_static"] is None
+    assert found["useful_tokens_per_second"] == 40
+
+
+def test_the_floor_counts_weights_once_a_step_and_all_that_a_token_looks_at():
+    model = LanguageModel(dataclasses.replace(bench.SMALL, dtype="bfloat16"), 64)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    work = bench.Workload("x", np.zeros((2, 3), int), np.array([3, 1]), np.array([2, 4]))
+    found = bench.floor(model, params, work, Statistics(steps=12), 2, 1e9)
+    c = model.config
+    layer = 2 * c.hidden_size * (8 + 4) * 32 + 3 * c.hidden_size * c.intermediate_size
+    norms = (c.num_hidden_layers * 2 + 1) * c.hidden_size + c.num_hidden_layers * 2 * 32
+    matrices = 64 * c.hidden_size + c.num_hidden_layers * layer
+    assert found["weight_bytes"] == 2 * matrices + 4 * norms
+    # Token t of a response looks at the prompt and at t tokens: 3 + 4, and 1 + 2 + 3 + 4.
+    assert found["cache_bytes"] == 17 * 2 * 4 * 4 * 32 * 2
+    read = 4 * found["weight_bytes"] + found["cache_bytes"]
+    assert found["floor_seconds"] == pytest.approx(read / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compare": "vllm"}, "--compare vllm: expected hf"),
+        ({"name": "qwen3-0.6"}, r"--model qwen3-0.6: expected small, .*did you mean"),
+        ({"cache": "page"}, r"--cache page: expected dense, paged, paged_gpu .*did you mean"),
+    ],
+)
+def test_what_it_does_not_know_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        bench.bench_rollout(**{"compare": None, "slots": 4, "rounds": 1, "file": None} | options)
 
 
 @pytest.mark.slow

@@ -1,16 +1,24 @@
 """Which implementation a program gets, and that a kernel behind the public API is one of them."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
+from fireopd_jax.ops import pallas_gpu
 from fireopd_jax.ops.blocks import Blocks
-from fireopd_jax.ops.dispatch import FEWEST_TOKENS, SMALLEST_VOCABULARY
+from fireopd_jax.ops.dispatch import FEWEST_TOKENS, SMALLEST_VOCABULARY, serving
 from fireopd_jax.ops.head import head_gather, head_topk
-from fireopd_jax.ops.logits import HeadSharding
+from fireopd_jax.ops.logits import HeadSharding, Settings
 from fireopd_jax.verify import reference_batch as oracle
+
+
+def mesh(data, tensor):
+    devices = np.array(jax.devices()[: data * tensor]).reshape(data, tensor)
+    return Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 
 def lowered(platform, tokens=FEWEST_TOKENS, vocabulary=SMALLEST_VOCABULARY, **options):
@@ -39,6 +47,29 @@ def test_the_platform_a_program_is_lowered_for_decides(platform, options, kernel
     assert ("tpu_custom_call" in lowered(platform, **options)) == kernel
 
 
+@pytest.mark.parametrize(
+    ("capability", "tokens", "dtype", "sharding", "kernel"),
+    [
+        ("9.0", FEWEST_TOKENS, jnp.bfloat16, None, True),
+        ("8.0", FEWEST_TOKENS, jnp.bfloat16, None, False),
+        ("10.0", FEWEST_TOKENS, jnp.bfloat16, None, False),
+        ("9.0", FEWEST_TOKENS - 1, jnp.bfloat16, None, False),
+        ("9.0", FEWEST_TOKENS, jnp.float32, None, False),
+        ("9.0", FEWEST_TOKENS, jnp.bfloat16, HeadSharding(mesh(2, 1), ("data",)), False),
+    ],
+)
+def test_one_gpu_of_one_generation_gets_its_kernel(
+    capability, tokens, dtype, sharding, kernel, monkeypatch
+):
+    gpus = [types.SimpleNamespace(compute_capability=capability)]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: gpus)
+    monkeypatch.setattr(pallas_gpu.tile, "OLDEST_JAX", (0,))
+    settings = Settings(vocabulary=SMALLEST_VOCABULARY, chunk=1024, k=8, sharding=sharding)
+    found = serving(settings, tokens, 128, SMALLEST_VOCABULARY, 0, 8, dtype)
+    assert found.get("cuda") == (pallas_gpu if kernel else None)
+
+
 def test_a_named_kernel_is_not_replaced():
     with pytest.raises(ValueError, match="Only interpret mode is supported on CPU backend"):
         lowered("cpu", implementation="pallas_tpu")
@@ -58,11 +89,7 @@ def test_a_kernel_behind_the_public_functions_equals_the_oracle(layout, data, te
     head = jnp.asarray(rng.normal(size=(300, 16)), jnp.float32)
     ids = jnp.asarray(rng.integers(0, 290, 6), jnp.int32)
     support = jnp.asarray(rng.integers(-1, 290, (6, 3)), jnp.int32)
-    mesh = Mesh(
-        np.array(jax.devices()[: data * tensor]).reshape(data, tensor),
-        ("data", "tensor"),
-        axis_types=(AxisType.Auto,) * 2,
-    )
+    places = mesh(data, tensor)
     options = {
         "implementation": "pallas_tpu",
         "interpret": True,
@@ -70,7 +97,7 @@ def test_a_kernel_behind_the_public_functions_equals_the_oracle(layout, data, te
         "valid": 290,
         "chunk": 64,
         "head_layout": layout,
-        "sharding": HeadSharding(mesh, ("data",), "tensor") if data * tensor > 1 else None,
+        "sharding": HeadSharding(places, ("data",), "tensor") if data * tensor > 1 else None,
     }
     turned = head.T if layout == "dv" else head
     found = jax.jit(lambda *arrays: head_topk(*arrays, k=5, **options))(hidden, turned, ids)
