@@ -39,7 +39,7 @@ test-all: $(TEST) $(PARITY_STAMP) $(AOT) ## Run every test, compilations for TPU
 	@XLA_FLAGS=--xla_backend_optimization_level=3 \
 	  $(VENV)-aot/bin/python -m pytest -n 2 -m aot $(ARGS)
 
-test-gpu: $(TEST) ## Run the tests that need a GPU, which must be there, with jax[cuda]
+test-gpu: $(TEST) $(VENV)/.installed-cuda ## Run the tests that need a GPU
 	@FIREOPD_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 schema: $(RUNTIME) ## Write configs/schema.json anew, after a change of any setting

@@ -189,3 +189,22 @@ def qwen_loop(memory):
     params, state = jax.eval_shape(start, jax.random.key(0))
     flat, tree = jax.tree.flatten((params, state, jnp.int32(0), jnp.int32(0)))
     return lambda *leaves: loop.run(*jax.tree.unflatten(tree, leaves)), flat
+
+
+def equations_of(jaxpr):
+    """Walk all equations of a traced program, also within its loops, branches and kernels."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations_of(inner)
+
+
+def shapes_of(jaxpr):
+    """Walk the shapes of all that these equations read and write."""
+    for equation in equations_of(jaxpr):
+        for variable in (*equation.invars, *equation.outvars):
+            yield getattr(variable.aval, "shape", ())

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from fireopd_jax.ops import head as ops
 from fireopd_jax.verify import reference_batch as oracle
+from tests.cases import shapes_of
 
 # One program a call: the operations by themselves take ten times as long to compile.
 head_stats = jax.jit(ops.head_stats, static_argnames=("implementation", "chunk"))
@@ -189,18 +190,6 @@ def test_scale_is_traced_and_has_no_gradient(implementation):
     assert jax.grad(total)(jnp.float32(1.5)) == 0.0
 
 
-def shapes_in(jaxpr):
-    for equation in jaxpr.eqns:
-        for variable in (*equation.invars, *equation.outvars):
-            yield getattr(variable.aval, "shape", ())
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from shapes_in(inner)
-
-
 @pytest.mark.parametrize(("implementation", "born"), [("chunked", False), ("reference", True)])
 def test_logits_stay_unborn(implementation, born):
     tokens, vocabulary = 11, 53
@@ -211,7 +200,7 @@ def test_logits_stay_unborn(implementation, born):
         stats = head_stats(hidden, head, ids, **options)
         return stats.entropy, gradients(hidden, head, ids, cotangents, **options)
 
-    shapes = set(shapes_in(jax.make_jaxpr(both)(hidden, head).jaxpr))
+    shapes = set(shapes_of(jax.make_jaxpr(both)(hidden, head).jaxpr))
     assert (tokens, 8) in shapes or born, "the walk does not reach the scan's body"
     assert any({tokens, vocabulary} <= set(shape) for shape in shapes) == born
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fireopd_jax.ops.head import head_gather, head_stats
 from fireopd_jax.verify import reference_batch as oracle
+from tests.cases import shapes_of
 
 EACH = pytest.mark.parametrize("implementation", ["reference", "chunked"])
 
@@ -195,18 +196,6 @@ def test_leading_axes_are_kept(implementation):
     np.testing.assert_array_equal(deep.support_logprob.reshape(6, 3), flat.support_logprob)
 
 
-def shapes_in(jaxpr):
-    for equation in jaxpr.eqns:
-        for variable in (*equation.invars, *equation.outvars):
-            yield getattr(variable.aval, "shape", ())
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from shapes_in(inner)
-
-
 @pytest.mark.parametrize(("implementation", "born"), [("chunked", False), ("reference", True)])
 def test_logits_stay_unborn(implementation, born):
     tokens, vocabulary = 11, 53
@@ -216,7 +205,7 @@ def test_logits_stay_unborn(implementation, born):
         options = {"implementation": implementation, "chunk": 8, "softcap": 4.0}
         return values_and_gradients(hidden, head, *inputs[2:], **options)
 
-    shapes = set(shapes_in(jax.make_jaxpr(both)(*inputs[:2]).jaxpr))
+    shapes = set(shapes_of(jax.make_jaxpr(both)(*inputs[:2]).jaxpr))
     assert (tokens, 8) in shapes or born, "the walk does not reach the scan's body"
     assert any({tokens, vocabulary} <= set(shape) for shape in shapes) == born
 
