@@ -34,7 +34,7 @@ smoke: $(RUNTIME) ## The smallest complete run: does everything work at all
 test: $(TEST) $(PARITY_STAMP) ## Run the tests, without the slow ones
 	@$(BIN)/python -m pytest -n 2 -m "not slow and not aot and not browser" $(ARGS)
 
-test-all: $(TEST) $(PARITY_STAMP) $(AOT) ## Run every test, compilations for TPUs and GPUs included
+test-all: $(TEST) $(PARITY_STAMP) $(AOT) ## Run every test that needs no GPU, and compile for TPUs and GPUs
 	@$(BIN)/python -m pytest -n 2 -m "not aot" $(ARGS)
 	@XLA_FLAGS=--xla_backend_optimization_level=3 \
 	  $(VENV)-aot/bin/python -m pytest -n 2 -m aot $(ARGS)

@@ -340,10 +340,12 @@ def bench_rollout(
     model: Annotated[
         str, typer.Option(help="small, qwen3-0.6b or qwen3-1.7b: shapes, with random weights.")
     ] = "small",
-    cache: Annotated[str, typer.Option(help="dense, paged or paged_gpu.")] = "dense",
+    cache: Annotated[
+        str, typer.Option(help="dense; paged, of 64 tokens; or paged_gpu, on a GPU.")
+    ] = "dense",
     file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
 ) -> None:
-    """Time responses of ragged and of equal lengths, in useful tokens a second."""
+    """Time rollouts of ragged lengths, and by the small model of equal ones, in tokens a second."""
     # Read when PyTorch starts its threads: those that wait must not count as work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if compare is not None:  # JAX would take most of a GPU's memory

@@ -5,9 +5,12 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel
+from fireopd_jax.ops import pallas_gpu_tile
+from fireopd_jax.ops.dispatch import one_hopper
 from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.state import Shape, empty_requests, initial
@@ -208,3 +211,10 @@ def shapes_of(jaxpr):
     for equation in equations_of(jaxpr):
         for variable in (*equation.invars, *equation.outvars):
             yield getattr(variable.aval, "shape", ())
+
+
+def skip_unless_hopper_kernels_run():
+    """Skip a test of the kernels for H100 and H200 on other GPUs, and on JAX of before."""
+    oldest = pallas_gpu_tile.OLDEST_JAX
+    if jax.__version_info__ < oldest or not one_hopper():
+        pytest.skip(f"needs one H100 or H200 and JAX {'.'.join(map(str, oldest))}")

@@ -25,7 +25,7 @@ if version("jaxlib").startswith("0.10."):
     # The emitters of before, gone since: twice as fast to compile.
     FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 
-ON_GPU = "FIREOPD_TEST_GPU" in os.environ
+ON_GPU = os.environ.get("FIREOPD_TEST_GPU") == "1"
 os.environ["JAX_PLATFORMS"] = "cuda,cpu" if ON_GPU else "cpu"
 given = os.environ.get("XLA_FLAGS", "")
 added = [f"{flag}={value}" for flag, value in FLAGS.items() if flag not in given]

@@ -76,14 +76,17 @@ def init_policy(key: Array) -> Policy:
     return tuple((kernel, jnp.zeros(kernel.shape[1])) for kernel in kernels)
 
 
+multiply = functools.partial(jnp.tensordot, axes=1, precision="highest")
+
+
 def act(policy: Policy, task: Array, position: Array, t: Array) -> tuple[Array, Array]:
     """Return mu and sigma at positions of any shape; `task` is 0 or 1, t a step's index."""
     given = (task.astype(jnp.float32), t / STEPS)
     x = jnp.stack([position, *(jnp.broadcast_to(v, position.shape) for v in given)], axis=-1)
     for kernel, bias in policy[:-1]:
-        x = jnp.tanh(jnp.tensordot(x, kernel, 1) + jnp.broadcast_to(bias, (*x.shape[:-1], WIDTH)))
+        x = jnp.tanh(multiply(x, kernel) + jnp.broadcast_to(bias, (*x.shape[:-1], WIDTH)))
     kernel, bias = policy[-1]
-    out = jnp.tensordot(x, kernel, 1) + jnp.broadcast_to(bias, (*x.shape[:-1], 2))
+    out = multiply(x, kernel) + jnp.broadcast_to(bias, (*x.shape[:-1], 2))
     return out[..., 0], SMALLEST_SIGMA + jax.nn.softplus(out[..., 1] - 1.0)
 
 

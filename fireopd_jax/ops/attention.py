@@ -25,7 +25,7 @@ def attend(
     # [B, K, G T, H]: the queries that share a key head are rows of one matrix.
     q = q.reshape(rows, length, -1, group, width).transpose(0, 2, 3, 1, 4)
     q = q.reshape(rows, -1, group * length, width)
-    precision = precision_of(k.dtype)
+    precision = precision_of(jnp.promote_types(q.dtype, k.dtype))
     scores = jnp.einsum(
         "bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32, precision=precision
     )

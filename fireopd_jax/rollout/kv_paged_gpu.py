@@ -17,6 +17,7 @@ from jaxtyping import Int32
 
 from fireopd_jax.config import UserError, config
 from fireopd_jax.models.decoder import DecoderConfig
+from fireopd_jax.ops.precision import precisely
 from fireopd_jax.rollout.kv_codec import finite
 from fireopd_jax.rollout.kv_paged import Paged
 
@@ -115,8 +116,7 @@ class PagedGPU(Paged):
     ) -> Array:
         """Attend from each row's position to it and all before."""
         splits = math.gcd(tables.shape[1], SPLITS)
-        # The library names no precision: its float32 would be TF32.
-        with jax.default_matmul_precision("highest"):
+        with precisely(dtype):
             out = library().paged_attention(
                 q[:, 0] * scale,
                 *kept,

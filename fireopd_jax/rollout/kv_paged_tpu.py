@@ -13,6 +13,7 @@ from jaxtyping import Int32
 
 from fireopd_jax.config import UserError, config
 from fireopd_jax.models.decoder import DecoderConfig
+from fireopd_jax.ops.precision import precisely
 from fireopd_jax.rollout.kv_codec import finite
 from fireopd_jax.rollout.kv_paged import Paged
 
@@ -79,19 +80,20 @@ class PagedTPU(Paged):
         from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
         rows = q.shape[0]
-        out = kernel.ragged_paged_attention(
-            q[:, 0],
-            kept,
-            position + 1,
-            jnp.minimum(tables, kept.shape[0] - 1),
-            jnp.arange(rows + 1, dtype=jnp.int32),
-            jnp.full(1, rows, jnp.int32),
-            sm_scale=scale,
-            sliding_window=window,
-            # Its own table of block sizes asks which TPU is here, which fails ahead of time.
-            num_kv_pages_per_block=min(tables.shape[1], max(1, BLOCK // self.page_size)),
-            num_queries_per_block=min(rows, QUERIES),
-        )
+        with precisely(dtype):
+            out = kernel.ragged_paged_attention(
+                q[:, 0],
+                kept,
+                position + 1,
+                jnp.minimum(tables, kept.shape[0] - 1),
+                jnp.arange(rows + 1, dtype=jnp.int32),
+                jnp.full(1, rows, jnp.int32),
+                sm_scale=scale,
+                sliding_window=window,
+                # Its own table of block sizes asks which TPU is here, which fails ahead of time.
+                num_kv_pages_per_block=min(tables.shape[1], max(1, BLOCK // self.page_size)),
+                num_queries_per_block=min(rows, QUERIES),
+            )
         return out[:, None]
 
 

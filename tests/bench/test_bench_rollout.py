@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fireopd_jax.bench import rollout as bench
+from fireopd_jax.bench import workload
 from fireopd_jax.config import UserError
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.rollout.serving import Statistics
@@ -23,11 +24,11 @@ KEYS = {
 
 
 def contestant(name, cpu, wall, tokens=40):
-    return bench.Contestant(name, tokens, lambda: None, cpu=cpu, wall=wall)
+    return workload.Contestant(name, tokens, lambda: None, cpu=cpu, wall=wall)
 
 
 def test_ratios_are_of_medians_and_of_the_best_of_the_others():
-    work = bench.Workload("x", np.zeros((2, 3)), np.array([1, 3]), np.array([10, 30]))
+    work = workload.Workload("x", np.zeros((2, 3)), np.array([1, 3]), np.array([10, 30]))
     found = bench.figures(
         work,
         1,
@@ -46,26 +47,35 @@ def test_ratios_are_of_medians_and_of_the_best_of_the_others():
 
 
 def test_the_workloads_are_what_they_are_said_to_be():
-    ragged, equal = bench.ragged(), bench.equal()
+    ragged, equal = workload.workloads("small", 16)
     assert ragged.length.min() >= 8 and ragged.length.max() <= 64 and len(ragged.length) == 64
     assert 35 < np.median(ragged.response) < 50 and ragged.room > 4 * np.median(ragged.response)
     assert set(equal.length) == {32} and set(equal.response) == {128}
+    (large,) = workload.workloads("qwen3-0.6b", 128)
+    assert len(large.length) == 512 and large.length.min() >= 32 and large.room == 512
+    part = large.first(128)
+    assert part.tokens == large.response[:128].sum() and len(part.prompt) == 128
     asked = ragged.requests()
     assert [len(each.prompt) for each in asked] == ragged.length.tolist()
     assert [each.knobs.max_tokens for each in asked] == ragged.response.tolist()
 
 
-def test_without_rivals_and_static_batch_there_is_no_ratio():
-    work = bench.Workload("x", np.zeros((1, 3)), np.array([1]), np.array([10]))
-    found = bench.figures(work, 1, Statistics(), [contestant("engine", [2.0], [1.0])], False)
+def test_elsewhere_the_clock_counts_and_each_rival_by_what_it_did():
+    work = workload.Workload("x", np.zeros((1, 3)), np.array([1]), np.array([10]))
+    ours = contestant("engine", [2.0], [1.0])
+    found = bench.figures(work, 1, Statistics(), [ours], False)
     assert found["ratio_to_hf"] is None and found["ratio_to_static"] is None
     assert found["useful_tokens_per_second"] == 40
+    part = contestant("hf generate", [0.1], [2.0], tokens=10)
+    found = bench.figures(work, 1, Statistics(), [ours, part], False)
+    assert found["ratio_to_hf"] == found["wall_ratio_to_hf"] == 8
+    assert [each["useful_tokens"] for each in found["contestants"]] == [40, 10]
 
 
 def test_the_floor_counts_weights_once_a_step_and_all_that_a_token_looks_at():
-    model = LanguageModel(dataclasses.replace(bench.SMALL, dtype="bfloat16"), 64)
+    model = LanguageModel(dataclasses.replace(workload.SMALL, dtype="bfloat16"), 64)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    work = bench.Workload("x", np.zeros((2, 3), int), np.array([3, 1]), np.array([2, 4]))
+    work = workload.Workload("x", np.zeros((2, 3), int), np.array([3, 1]), np.array([2, 4]))
     found = bench.floor(model, params, work, Statistics(steps=12), 2, 1e9)
     c = model.config
     layer = 2 * c.hidden_size * (8 + 4) * 32 + 3 * c.hidden_size * c.intermediate_size
@@ -84,6 +94,7 @@ def test_the_floor_counts_weights_once_a_step_and_all_that_a_token_looks_at():
         ({"compare": "vllm"}, "--compare vllm: expected hf"),
         ({"name": "qwen3-0.6"}, r"--model qwen3-0.6: expected small, .*did you mean"),
         ({"cache": "page"}, r"--cache page: expected dense, paged, paged_gpu .*did you mean"),
+        ({"cache": "paged_gpu"}, "--cache paged_gpu runs on GPU only, this machine has CPU"),
     ],
 )
 def test_what_it_does_not_know_is_refused(options, message):
@@ -93,9 +104,9 @@ def test_what_it_does_not_know_is_refused(options, message):
 
 @pytest.mark.slow
 def test_the_whole_command_writes_its_figures(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "ragged", lambda: make_work("ragged", [3, 9, 5, 1]))
-    monkeypatch.setattr(bench, "equal", lambda: make_work("equal", [4, 4]))
-    small = dataclasses.replace(bench.SMALL, vocab_size=64)
+    works = [make_work("ragged", [3, 9, 5, 1]), make_work("equal", [4, 4])]
+    monkeypatch.setattr(bench, "workloads", lambda name, slots: works)
+    small = dataclasses.replace(workload.SMALL, vocab_size=64)
     monkeypatch.setitem(bench.MODELS, "small", small)
     result = bench.bench_rollout(None, 2, 1, tmp_path / "figures.json")
     assert json.loads((tmp_path / "figures.json").read_text()) == result
@@ -108,4 +119,4 @@ def test_the_whole_command_writes_its_figures(monkeypatch, tmp_path, capsys):
 def make_work(name, response):
     rows = len(response)
     prompt = np.arange(rows * 4, dtype=np.int32).reshape(rows, 4)
-    return bench.Workload(name, prompt, np.full(rows, 4, np.int32), np.array(response, np.int32))
+    return workload.Workload(name, prompt, np.full(rows, 4, np.int32), np.array(response, np.int32))

@@ -1,4 +1,7 @@
-"""Float32 is multiplied as float32: no product is left to the platform's own precision."""
+"""Float32 is multiplied as float32: no product is left to the platform's own precision.
+
+Of scores, their gradients and rollouts; losses multiply by the same head.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -8,17 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from fireopd_jax.ops import pallas_gpu
+from fireopd_jax.ops import dispatch, pallas_gpu
 from fireopd_jax.ops.blocks import Blocks
 from fireopd_jax.ops.dispatch import FEWEST_TOKENS, SMALLEST_VOCABULARY, serving
 from fireopd_jax.ops.head import head_gather, head_topk
-from fireopd_jax.ops.logits import HeadSharding, Settings
+from fireopd_jax.ops.logits import HeadSharding
 from fireopd_jax.verify import reference_batch as oracle
-
-
-def mesh(data, tensor):
-    devices = np.array(jax.devices()[: data * tensor]).reshape(data, tensor)
-    return Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 
 def lowered(platform, tokens=FEWEST_TOKENS, vocabulary=SMALLEST_VOCABULARY, **options):
@@ -47,27 +42,54 @@ def test_the_platform_a_program_is_lowered_for_decides(platform, options, kernel
     assert ("tpu_custom_call" in lowered(platform, **options)) == kernel
 
 
+HOPPER, AMPERE, BLACKWELL = "9.0", "8.0", "10.0"
+
+
 @pytest.mark.parametrize(
-    ("capability", "tokens", "dtype", "sharding", "kernel"),
+    ("capabilities", "tokens", "dtype", "served"),
     [
-        ("9.0", FEWEST_TOKENS, jnp.bfloat16, None, True),
-        ("8.0", FEWEST_TOKENS, jnp.bfloat16, None, False),
-        ("10.0", FEWEST_TOKENS, jnp.bfloat16, None, False),
-        ("9.0", FEWEST_TOKENS - 1, jnp.bfloat16, None, False),
-        ("9.0", FEWEST_TOKENS, jnp.float32, None, False),
-        ("9.0", FEWEST_TOKENS, jnp.bfloat16, HeadSharding(mesh(2, 1), ("data",)), False),
+        ([HOPPER], FEWEST_TOKENS, jnp.bfloat16, True),
+        ([HOPPER] * 2, FEWEST_TOKENS, jnp.bfloat16, False),
+        ([AMPERE], FEWEST_TOKENS, jnp.bfloat16, False),
+        ([BLACKWELL], FEWEST_TOKENS, jnp.bfloat16, False),
+        ([HOPPER], FEWEST_TOKENS - 1, jnp.bfloat16, False),
+        ([HOPPER], FEWEST_TOKENS, jnp.float32, False),
     ],
 )
 def test_one_gpu_of_one_generation_gets_its_kernel(
-    capability, tokens, dtype, sharding, kernel, monkeypatch
+    capabilities, tokens, dtype, served, monkeypatch
 ):
-    gpus = [types.SimpleNamespace(compute_capability=capability)]
+    gpus = [types.SimpleNamespace(compute_capability=each) for each in capabilities]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: gpus)
     monkeypatch.setattr(pallas_gpu.tile, "OLDEST_JAX", (0,))
-    settings = Settings(vocabulary=SMALLEST_VOCABULARY, chunk=1024, k=8, sharding=sharding)
-    found = serving(settings, tokens, 128, SMALLEST_VOCABULARY, 0, 8, dtype)
-    assert found.get("cuda") == (pallas_gpu if kernel else None)
+    found = serving(tokens, 128, SMALLEST_VOCABULARY, 0, 8, dtype)
+    assert found.get("cuda") == (pallas_gpu if served else None)
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < pallas_gpu.tile.OLDEST_JAX, reason="Mosaic GPU kernels need JAX 0.11"
+)
+@pytest.mark.parametrize(("hopper", "platform"), [(True, "cuda"), (False, "cuda"), (True, "cpu")])
+def test_its_kernel_is_lowered_under_gradients_loops_and_recomputation(
+    hopper, platform, monkeypatch
+):
+    monkeypatch.setattr(dispatch, "one_hopper", lambda: hopper)
+    shape = jax.ShapeDtypeStruct
+
+    def loss(hidden, head, ids):
+        def part(total, ids):
+            return total + head_gather(hidden, head, ids, ids[:, None]).logprob.sum(), None
+
+        return jax.lax.scan(jax.checkpoint(part), jnp.float32(0), ids)[0]
+
+    arrays = (
+        shape((FEWEST_TOKENS, 128), jnp.bfloat16),
+        shape((SMALLEST_VOCABULARY, 128), jnp.bfloat16),
+        shape((2, FEWEST_TOKENS), jnp.int32),
+    )
+    lowered = jax.jit(jax.grad(loss, (0, 1))).trace(*arrays).lower(lowering_platforms=(platform,))
+    assert ("mosaic_gpu" in lowered.as_text()) == (hopper and platform == "cuda")
 
 
 def test_a_named_kernel_is_not_replaced():
@@ -89,7 +111,11 @@ def test_a_kernel_behind_the_public_functions_equals_the_oracle(layout, data, te
     head = jnp.asarray(rng.normal(size=(300, 16)), jnp.float32)
     ids = jnp.asarray(rng.integers(0, 290, 6), jnp.int32)
     support = jnp.asarray(rng.integers(-1, 290, (6, 3)), jnp.int32)
-    places = mesh(data, tensor)
+    mesh = Mesh(
+        np.array(jax.devices()[: data * tensor]).reshape(data, tensor),
+        ("data", "tensor"),
+        axis_types=(AxisType.Auto,) * 2,
+    )
     options = {
         "implementation": "pallas_tpu",
         "interpret": True,
@@ -97,7 +123,7 @@ def test_a_kernel_behind_the_public_functions_equals_the_oracle(layout, data, te
         "valid": 290,
         "chunk": 64,
         "head_layout": layout,
-        "sharding": HeadSharding(places, ("data",), "tensor") if data * tensor > 1 else None,
+        "sharding": HeadSharding(mesh, ("data",), "tensor") if data * tensor > 1 else None,
     }
     turned = head.T if layout == "dv" else head
     found = jax.jit(lambda *arrays: head_topk(*arrays, k=5, **options))(hidden, turned, ids)

@@ -1,0 +1,152 @@
+"""Who else may answer the requests: our own static batch, and Hugging Face `generate`."""
+
+import dataclasses
+from importlib import import_module
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fireopd_jax.bench.workload import Contestant, Workload
+from fireopd_jax.config import UserError
+from fireopd_jax.models.hf_config import hf_config_json
+from fireopd_jax.models.hf_names import hf_tensors
+from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.rollout.engine import Memory, generate
+from fireopd_jax.rollout.sampling import Sampling
+from fireopd_jax.types import Prompts
+
+STATIC = "static batch"
+HF_THREADS, HF_BATCHES = (1, 2), (16, 64)
+
+
+def static_batch(
+    model: LanguageModel, params: Params, work: Workload, batch: int, memory: Memory
+) -> Contestant:
+    """Answer batch after batch, each waiting for its longest response: no slot is refilled."""
+    rows = len(work.length)
+    sampling = dataclasses.replace(
+        Sampling.of((), 1, 0).rows(batch), max_tokens=np.zeros(batch, np.int32)
+    )
+    version, zeros = jnp.int32(0), np.zeros(batch, np.int32)
+    sizes = {"max_tokens": work.room, "slots": batch, "memory": memory}
+
+    @jax.jit
+    def draw(params: Params, prompts: Prompts, sampling: Sampling) -> Any:
+        return generate(model, params, prompts, sampling, version, **sizes)
+
+    def run() -> None:
+        for start in range(0, rows, batch):
+            at = slice(start, start + batch)
+            ids = np.arange(start, start + batch, dtype=np.int32)
+            tokens, length = work.prompt[at], work.length[at]
+            prompts = Prompts(tokens, length, tokens, length, zeros, ids, ids, ids)
+            knobs = dataclasses.replace(sampling, max_tokens=work.response[at])
+            jax.block_until_ready(draw(params, prompts, knobs))
+
+    return Contestant(STATIC, work.tokens, run)
+
+
+def pytorch() -> tuple[Any, str]:
+    """Import PyTorch, and name its device of the kind that JAX has here."""
+    platform = jax.default_backend()
+    if platform not in ("cpu", "gpu"):
+        raise UserError(f"--compare hf runs on a CPU or a GPU, this machine has {platform.upper()}")
+    try:
+        torch: Any = import_module("torch")  # by name: only this comparison needs it
+    except ImportError as error:
+        raise UserError("--compare hf needs PyTorch: pip install fireopd-jax[parity]") from error
+    if platform == "gpu" and not torch.cuda.is_available():
+        raise UserError("--compare hf on a GPU needs a PyTorch built for CUDA, this one is not")
+    return torch, "cpu" if platform == "cpu" else "cuda"
+
+
+def hugging_face(
+    model: LanguageModel, params: Params, work: Workload, slots: int
+) -> list[Contestant]:
+    """Let `transformers` generate with the same weights, in left-padded batches.
+
+    On a CPU at 1 and 2 threads and two sizes of batch. On a GPU it does one batch, of as many rows
+    as we have slots: more would only take longer.
+    """
+    torch, device = pytorch()
+    reference = hugging_face_model(model, params)
+    if device == "cuda":
+        return [left_padded("hf generate", reference, work.first(slots), slots)]
+
+    def on_cpu(threads: int, batch: int) -> Contestant:
+        name = f"hf generate, {threads} threads, batch {batch}"
+        contestant = left_padded(name, reference, work, batch)
+        run = contestant.run
+
+        def with_threads() -> None:
+            torch.set_num_threads(threads)
+            run()
+
+        return dataclasses.replace(contestant, run=with_threads)
+
+    batches = sorted({min(batch, len(work.length)) for batch in HF_BATCHES})
+    return [on_cpu(threads, batch) for threads in HF_THREADS for batch in batches]
+
+
+def hugging_face_model(model: LanguageModel, params: Params) -> Any:
+    """Give the model of `transformers` that has these parameters."""
+    import transformers
+
+    torch, device = pytorch()
+    transformers.logging.set_verbosity_error()
+    described = hf_config_json(model.config, model.vocab_size)
+    described |= {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model(**described)
+    dtype = getattr(torch, model.config.dtype)
+    with torch.device(device):  # its first weights, drawn in vain, take a CPU a minute
+        reference = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    weights = {
+        name: torch.from_numpy(np.array(tensor, np.float32)).to(dtype)
+        for name, tensor in hf_tensors(params, model.config)
+    }
+    missing, unexpected = reference.load_state_dict(weights, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise RuntimeError(f"weights do not fit: {missing}, {unexpected}")
+    reference.tie_weights()
+    return reference
+
+
+def left_padded(name: str, reference: Any, work: Workload, batch: int) -> Contestant:
+    """Answer batch after batch, as `generate` wants prompts; every row stops at its length."""
+    import transformers
+
+    torch, device = pytorch()
+
+    class Lengths(transformers.StoppingCriteria):
+        def __init__(self, prompt: int, response: np.ndarray):
+            self.prompt, self.response = prompt, torch.as_tensor(response, device=device)
+
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            return (input_ids.shape[1] - self.prompt) >= self.response
+
+    settings = transformers.GenerationConfig(
+        max_new_tokens=work.room, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+
+    def run() -> None:
+        for start in range(0, len(work.length), batch):
+            at = slice(start, start + batch)
+            tokens, length = work.prompt[at], work.length[at]
+            width = int(length.max())
+            ids = np.zeros((len(length), width), np.int64)
+            for row, prompt, real in zip(ids, tokens, length, strict=True):
+                row[width - real :] = prompt[:real]
+            mask = (np.arange(width)[None] >= width - length[:, None]).astype(np.int64)
+            ends = transformers.StoppingCriteriaList([Lengths(width, work.response[at])])
+            with torch.no_grad():
+                reference.generate(
+                    input_ids=torch.from_numpy(ids).to(device),
+                    attention_mask=torch.from_numpy(mask).to(device),
+                    generation_config=settings,
+                    stopping_criteria=ends,
+                )
+
+    return Contestant(name, work.tokens, run)

@@ -1,0 +1,126 @@
+"""What rollouts are measured by: models of random weights, requests, and who answers them.
+
+"ragged" has responses of very different lengths, as training has: log-normal, median 40 or 100.
+"equal" has one batch of equal ones. Lengths are forced, by limits and no stop token, so that all do
+the same work.
+"""
+
+import dataclasses
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from fireopd_jax.models.architecture import DecoderConfig
+from fireopd_jax.rollout.requests import Knobs, Request
+
+VOCABULARY = 8192
+SMALL = DecoderConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    intermediate_size=768,
+    rope_theta=1e6,
+)
+QWEN3_0_6B = dataclasses.replace(
+    SMALL,
+    vocab_size=151936,
+    hidden_size=1024,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=3072,
+    dtype="bfloat16",
+    param_dtype="bfloat16",
+)
+QWEN3_1_7B = dataclasses.replace(QWEN3_0_6B, hidden_size=2048, intermediate_size=6144)
+MODELS = {"small": SMALL, "qwen3-0.6b": QWEN3_0_6B, "qwen3-1.7b": QWEN3_1_7B}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Prompts, right-padded, and the length that each response will have."""
+
+    name: str
+    prompt: np.ndarray
+    length: np.ndarray
+    response: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """Count the tokens that are of use."""
+        return int(self.response.sum())
+
+    @property
+    def room(self) -> int:
+        """Tell the longest response."""
+        return int(self.response.max())
+
+    def first(self, rows: int) -> "Workload":
+        """Take a part of it."""
+        return Workload(self.name, self.prompt[:rows], self.length[:rows], self.response[:rows])
+
+    def requests(self) -> list[Request]:
+        """Ask an engine for all of it."""
+        return [
+            Request(i, self.prompt[i, : self.length[i]], Knobs(max_tokens=int(self.response[i])))
+            for i in range(len(self.length))
+        ]
+
+
+@dataclasses.dataclass
+class Contestant:
+    """One way to do a workload, and the seconds of CPU and of the clock that it took."""
+
+    name: str
+    tokens: int
+    run: Callable[[], None]
+    cpu: list[float] = dataclasses.field(default_factory=list)
+    wall: list[float] = dataclasses.field(default_factory=list)
+
+    def rate(self, clock: str) -> float:
+        """Give the useful tokens a second, by the median of the rounds."""
+        return self.tokens / statistics.median(getattr(self, clock))
+
+
+def ragged(
+    rows: int = 64, width: int = 64, room: int = 256, median: int = 40, seed: int = 0
+) -> Workload:
+    """Draw prompts of an eighth to all of `width`, and log-normal lengths of responses."""
+    rng = np.random.default_rng(seed)
+    length = rng.integers(width // 8, width + 1, rows).astype(np.int32)
+    prompt = rng.integers(0, VOCABULARY, (rows, width)).astype(np.int32)
+    response = np.round(np.exp(rng.normal(np.log(median), 0.9, rows))).clip(1, room)
+    return Workload("ragged", prompt, length, response.astype(np.int32))
+
+
+def equal(rows: int = 8, width: int = 32, room: int = 128) -> Workload:
+    """Draw one batch in which nothing differs but the tokens."""
+    prompt = np.random.default_rng(0).integers(0, VOCABULARY, (rows, width)).astype(np.int32)
+    return Workload("equal", prompt, np.full(rows, width, np.int32), np.full(rows, room, np.int32))
+
+
+def workloads(name: str, slots: int) -> list[Workload]:
+    """Give a model the work that it is measured by: a large one four requests a slot."""
+    if name == "small":
+        return [ragged(), equal()]
+    return [ragged(rows=4 * slots, width=256, room=512, median=100)]
+
+
+def measure(contestants: list[Contestant], rounds: int) -> None:
+    """Run every contestant once unmeasured, then in rounds of shuffled order."""
+    order = random.Random(0)
+    for contestant in contestants:
+        contestant.run()
+    for _ in range(rounds):
+        for contestant in order.sample(contestants, len(contestants)):
+            start, clock = time.process_time(), time.perf_counter()
+            contestant.run()
+            contestant.cpu.append(time.process_time() - start)
+            contestant.wall.append(time.perf_counter() - clock)
