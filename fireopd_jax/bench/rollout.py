@@ -20,8 +20,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from fireopd_jax.bench.contestants import (
+    ENGINE,
+    STATIC,
+    hugging_face,
+    make_engine,
+    on_one_core,
+    pytorch,
+    run_engine,
+    static_batch,
+)
 from fireopd_jax.bench.head import write_whole
-from fireopd_jax.bench.rivals import STATIC, hugging_face, pytorch, static_batch
 from fireopd_jax.bench.workload import MODELS, Contestant, Workload, measure, workloads
 from fireopd_jax.config import UserError, nearest
 from fireopd_jax.fits import CACHES as NEEDS
@@ -29,7 +38,7 @@ from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.rollout.engine import DENSE, Memory
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.kv_paged_gpu import PagedGPU
-from fireopd_jax.rollout.serving import Engine, Statistics
+from fireopd_jax.rollout.serving import Statistics
 
 PAGE = 64
 CACHES: dict[str, Memory] = {
@@ -73,13 +82,15 @@ def bench_rollout(
         engine = make_engine(model, params, work, fitting, memory)
         contestants = [
             Contestant(
-                "engine", work.tokens, lambda engine=engine, work=work: run_engine(engine, work)
+                ENGINE, work.tokens, lambda engine=engine, work=work: run_engine(engine, work)
             )
         ]
         if on_cpu:  # elsewhere its program would compile for a minute more
             contestants.append(static_batch(model, params, work, fitting, memory))
         if compare == "hf":
             contestants += hugging_face(model, params, work, slots)
+        if compare == "hf" and on_cpu:
+            contestants.append(on_one_core(model, work, fitting, memory))
         measure(contestants, rounds)
         row = figures(work, engine.programs, engine.statistics, contestants, on_cpu)
         if result["bandwidth"]:
@@ -150,25 +161,6 @@ def floor(
     return {"steps": steps, "weight_bytes": weights, "cache_bytes": cache, "floor_seconds": seconds}
 
 
-def make_engine(
-    model: LanguageModel, params: Params, work: Workload, slots: int, memory: Memory
-) -> Engine:
-    """Compile an engine for a workload."""
-    rows, width = work.prompt.shape
-    engine = Engine(
-        model, width=width, room=work.room, seed=0, slots=slots, rows=rows, memory=memory
-    )
-    engine.load(params)
-    return engine
-
-
-def run_engine(engine: Engine, work: Workload) -> None:
-    """Answer all requests; every response must have its length."""
-    for completion, length in zip(engine.generate(work.requests()), work.response, strict=True):
-        if len(completion.tokens) != length:
-            raise RuntimeError(f"{len(completion.tokens)} tokens came, {length} were asked for")
-
-
 def figures(
     work: Workload,
     programs: int,
@@ -178,16 +170,19 @@ def figures(
 ) -> Row:
     """Gather what is reported of a workload.
 
-    Ratios are of rates by medians, on a CPU by its seconds unless their name says otherwise.
+    Ratios are of rates by medians, on a CPU by its seconds unless their name says otherwise. Those
+    to Hugging Face are of each at its best, of one core or thread and of several.
     """
     usual, ours = "cpu" if on_cpu else "wall", contestants[0]
-    static = [each for each in contestants if each.name == STATIC]
-    hf = [each for each in contestants if each.name.startswith("hf")]
+    engines, static, hf = (
+        [each for each in contestants if each.name.startswith(name)]
+        for name in (ENGINE, STATIC, "hf")
+    )
 
-    def ratio(others: list[Contestant], clock: str = usual) -> float | None:
+    def ratio(mine: list[Contestant], others: list[Contestant], clock: str = usual) -> float | None:
         if not others:
             return None
-        return ours.rate(clock) / max(each.rate(clock) for each in others)
+        return max(e.rate(clock) for e in mine) / max(each.rate(clock) for each in others)
 
     return {
         "workload": work.name,
@@ -196,9 +191,9 @@ def figures(
         "wall_seconds": statistics.median(ours.wall),
         "useful_tokens_per_cpu_second": ours.rate("cpu"),
         "useful_tokens_per_second": ours.rate("wall"),
-        "ratio_to_hf": ratio(hf),
-        "wall_ratio_to_hf": ratio(hf, "wall"),
-        "ratio_to_static": ratio(static),
+        "ratio_to_hf": ratio(engines, hf),
+        "wall_ratio_to_hf": ratio(engines, hf, "wall"),
+        "ratio_to_static": ratio([ours], static),
         "programs": programs,
         "slot_use": engine.slot_use,
         "compile_seconds": engine.compile_seconds,

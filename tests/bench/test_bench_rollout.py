@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from fireopd_jax.bench import contestants, workload
 from fireopd_jax.bench import rollout as bench
-from fireopd_jax.bench import workload
 from fireopd_jax.config import UserError
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.rollout.serving import Statistics
@@ -58,6 +58,34 @@ def test_the_workloads_are_what_they_are_said_to_be():
     asked = ragged.requests()
     assert [len(each.prompt) for each in asked] == ragged.length.tolist()
     assert [each.knobs.max_tokens for each in asked] == ragged.response.tolist()
+
+
+def test_against_hugging_face_the_engine_has_its_best_number_of_cores():
+    work = workload.Workload("x", np.zeros((1, 3)), np.array([1]), np.array([40]))
+    found = bench.figures(
+        work,
+        1,
+        Statistics(),
+        [
+            contestant("engine", [2.0], [1.0]),
+            contestant("static batch", [6.0], [5.0]),
+            contestant("hf generate, 1 threads, batch 2", [8.0], [8.0]),
+            contestant("engine, 1 core", [1.0], [1.5]),
+        ],
+    )
+    assert found["ratio_to_hf"] == 8 and found["wall_ratio_to_hf"] == 8
+    assert found["ratio_to_static"] == 3 and found["useful_tokens_per_cpu_second"] == 20
+
+
+@pytest.mark.slow
+def test_an_engine_of_one_core_counts_its_own_seconds():
+    work = make_work("ragged", [3, 9, 5, 1])
+    model = LanguageModel(workload.SMALL, 64)
+    alone = contestants.on_one_core(model, work, 2, bench.DENSE)
+    workload.measure([alone], 2)
+    assert len(alone.cpu) == 2
+    for cpu, wall in zip(alone.cpu, alone.wall, strict=True):
+        assert 0 < cpu < 1.1 * wall + 0.1
 
 
 def test_elsewhere_the_clock_counts_and_each_rival_by_what_it_did():

@@ -1,7 +1,11 @@
-"""Who else may answer the requests: our own static batch, and Hugging Face `generate`."""
+"""Who answers the requests: the engine, our own static batch, and Hugging Face `generate`."""
 
 import dataclasses
+import multiprocessing
+import os
+import time
 from importlib import import_module
+from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
@@ -15,10 +19,66 @@ from fireopd_jax.models.hf_names import hf_tensors
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.rollout.engine import Memory, generate
 from fireopd_jax.rollout.sampling import Sampling
+from fireopd_jax.rollout.serving import Engine
 from fireopd_jax.types import Prompts
 
-STATIC = "static batch"
+ENGINE, STATIC = "engine", "static batch"
 HF_THREADS, HF_BATCHES = (1, 2), (16, 64)
+
+
+def make_engine(
+    model: LanguageModel, params: Params, work: Workload, slots: int, memory: Memory
+) -> Engine:
+    """Compile an engine for a workload."""
+    rows, width = work.prompt.shape
+    engine = Engine(
+        model, width=width, room=work.room, seed=0, slots=slots, rows=rows, memory=memory
+    )
+    engine.load(params)
+    return engine
+
+
+def run_engine(engine: Engine, work: Workload) -> None:
+    """Answer all requests; every response must have its length."""
+    for completion, length in zip(engine.generate(work.requests()), work.response, strict=True):
+        if len(completion.tokens) != length:
+            raise RuntimeError(f"{len(completion.tokens)} tokens came, {length} were asked for")
+
+
+def on_one_core(model: LanguageModel, work: Workload, slots: int, memory: Memory) -> Contestant:
+    """Let an engine answer in a process that has one core, as Hugging Face may with one thread.
+
+    XLA takes as many threads as a process has cores, and two cost more CPU seconds than one.
+    """
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(
+        target=_answer_on_one_core, args=(theirs, model, work, slots, memory), daemon=True
+    )
+    process.start()
+    theirs.close()
+
+    def run() -> float:
+        ours.send("run")
+        return ours.recv()
+
+    return Contestant(f"{ENGINE}, 1 core", work.tokens, run)
+
+
+def _answer_on_one_core(
+    pipe: Connection, model: LanguageModel, work: Workload, slots: int, memory: Memory
+) -> None:
+    """Answer all requests whenever the other end says so; give the CPU seconds that it took."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX starts its threads
+    params = jax.jit(model.init)(jax.random.key(0))
+    engine = make_engine(model, params, work, slots, memory)
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        start = time.process_time()
+        run_engine(engine, work)
+        pipe.send(time.process_time() - start)
 
 
 def static_batch(
