@@ -168,7 +168,7 @@ def through_cache(model, params, rows, prompt, memory, piece=8):
     return [np.concatenate([np.asarray(p, np.float32) for p in part]) for part in parts]
 
 
-def qwen_loop(memory):
+def qwen_loop(memory, dtype="bfloat16"):
     """Return the loop of an engine at sizes of Qwen3-0.6B, two layers of it, and its arguments."""
     config = tiny_model(
         hidden_size=1024,
@@ -177,7 +177,7 @@ def qwen_loop(memory):
         num_key_value_heads=8,
         head_dim=128,
         intermediate_size=3072,
-        dtype="bfloat16",
+        dtype=dtype,
     ).config
     model = LanguageModel(config, 151936)
     shape = Shape.of(64, 256, 768, 16, memory.align)

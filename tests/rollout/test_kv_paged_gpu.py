@@ -41,8 +41,16 @@ def test_what_the_kernel_cannot_do_is_refused():
 @pytest.mark.aot
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 @pytest.mark.skipif(aot_gpu.missing() is not None, reason=aot_gpu.missing() or "")
-@pytest.mark.parametrize("memory", [Paged(page_size=16), PagedGPU(page_size=16)], ids=str)
-def test_the_whole_loop_compiles_for_a_gpu(memory):
-    function, flat = qwen_loop(memory)
+@pytest.mark.parametrize(
+    ("memory", "dtype"),
+    [
+        (Paged(page_size=16), "bfloat16"),
+        (PagedGPU(page_size=16), "bfloat16"),
+        (PagedGPU(page_size=16), "float32"),
+    ],
+    ids=str,
+)
+def test_the_whole_loop_compiles_for_a_gpu(memory, dtype):
+    function, flat = qwen_loop(memory, dtype)
     compiled = aot_gpu.compile_for_h200(function, *flat)
     assert ("paged_attention" in compiled.as_text()) == isinstance(memory, PagedGPU)

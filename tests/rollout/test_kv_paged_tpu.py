@@ -48,9 +48,17 @@ def test_other_widths_of_heads_are_refused():
 
 @pytest.mark.aot
 @pytest.mark.skipif(not aot_tpu.INSTALLED, reason="needs libtpu: pip install libtpu")
-@pytest.mark.parametrize("memory", [Paged(page_size=16), PagedTPU(page_size=16)], ids=str)
-def test_the_whole_loop_compiles_for_a_tpu(memory):
-    function, flat = qwen_loop(memory)
+@pytest.mark.parametrize(
+    ("memory", "dtype"),
+    [
+        (Paged(page_size=16), "bfloat16"),
+        (PagedTPU(page_size=16), "bfloat16"),
+        (PagedTPU(page_size=16), "float32"),
+    ],
+    ids=str,
+)
+def test_the_whole_loop_compiles_for_a_tpu(memory, dtype):
+    function, flat = qwen_loop(memory, dtype)
     compiled = aot_tpu.compile_for("v5e", function, *flat)
     kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
     assert (kernels > 0) == isinstance(memory, PagedTPU)
