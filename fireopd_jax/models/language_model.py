@@ -18,12 +18,14 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int32
 
 from fireopd_jax.models.decoder import Decoder, DecoderConfig, Layer, Remat
+from fireopd_jax.models.layers import Turned
 from fireopd_jax.models.lora import Adapters
 from fireopd_jax.models.placement import place_relaid, tensor_devices
 from fireopd_jax.models.quantized import Quantize, is_quantized, quantize_params
 from fireopd_jax.ops.dispatch import PLAIN
+from fireopd_jax.ops.few_rows import few_rows_product
 from fireopd_jax.ops.head import HeadOptions, head_stats
-from fireopd_jax.ops.logits import HeadSharding, dot
+from fireopd_jax.ops.logits import HeadSharding
 from fireopd_jax.sharding import AXES
 from fireopd_jax.types import Array, TokenStats
 
@@ -86,24 +88,31 @@ class LanguageModel:
     def relay(self, params: Params) -> Params:
         """Lay parameters out for decoding: a tree a layer, matrices in the type of the computation.
 
-        They are split over the mesh's tensor axis. A loop over layers that are stacked would make
-        XLA hoist a second copy of all of them.
+        They are split over the mesh's tensor axis; on a CPU kernels that are not lie `Turned`. A
+        loop over layers that are stacked would make XLA hoist a second copy of all of them.
         """
         dtype = jnp.dtype(self.config.dtype)
+        alone = self.mesh is None or tensor_devices(self.mesh) == 1
+        turns = alone and jax.default_backend() == "cpu"
 
         def cast(x: Any) -> Any:
             # Quantised kernels keep their scales, norms their weights.
             return x if is_quantized(x) or x.ndim < 2 else jnp.asarray(x, dtype)
 
+        def turn(path: tuple[Any, ...], leaf: Any) -> Any:
+            kernel = path[-1].key == "kernel" and not is_quantized(leaf)
+            return Turned(leaf.T) if turns and kernel else leaf
+
         def layer(index: int) -> Params:
-            return jax.tree.map(
+            own = jax.tree.map(
                 lambda leaf: cast(leaf[index]), params["layers"], is_leaf=is_quantized
             )
+            return jax.tree.map_with_path(turn, own, is_leaf=is_quantized)
 
         rest = {name: cast(leaf) for name, leaf in params.items() if name not in ("layers", "norm")}
         layers = tuple(layer(index) for index in range(self.config.num_hidden_layers))
         relaid = rest | {"norm": params["norm"], "layers": layers}
-        if self.mesh is None or tensor_devices(self.mesh) == 1:
+        if self.mesh is None or alone:
             return relaid
         return place_relaid(relaid, self.config, self.mesh)
 
@@ -123,7 +132,7 @@ class LanguageModel:
         the sampler has to pad again.
         """
         head = decoder.head
-        logits = dot(hidden.astype(head.dtype), head, (1, 1))
+        logits = few_rows_product(hidden.astype(head.dtype), head, jnp.float32)
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * jnp.tanh(logits / cap)
         width = logits.shape[1]

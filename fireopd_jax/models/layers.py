@@ -6,12 +6,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
 
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.quantized import Quantized, multiply
 from fireopd_jax.models.rope import rotate
+from fireopd_jax.ops.few_rows import few_rows_product
 from fireopd_jax.ops.precision import precision_of
-from fireopd_jax.types import Array
+from fireopd_jax.types import Array, pytree
+
+
+@pytree
+class Turned:
+    """A kernel that lies transposed, as products of few rows on a CPU want it."""
+
+    rows: Float[Array, "O I"]
+
 
 Mix = Callable[[Array, Array, Array, float], tuple[Array, Any]]
 """Attention proper: queries [B, N, heads, H], new keys and values [B, K, N, H] and the scale of
@@ -22,12 +32,15 @@ class Linear(nnx.Linear):
     """A linear map over the rows of one matrix, which XLA:CPU runs faster than [B, S, D]."""
 
     def __call__(self, x: Array) -> Array:
-        """Multiply by the kernel, which may be quantised."""
+        """Multiply by the kernel, which may be quantised or turned."""
         rows, kernel = jnp.reshape(x, (-1, x.shape[-1])), self.kernel.get_value()
-        if not isinstance(kernel, Quantized):
+        if not isinstance(kernel, Quantized | Turned):
             return super().__call__(rows).reshape(*x.shape[:-1], -1)
         assert self.dtype is not None
-        out = multiply(rows, kernel, self.dtype)
+        if isinstance(kernel, Turned):
+            out = few_rows_product(rows.astype(self.dtype), kernel.rows.astype(self.dtype))
+        else:
+            out = multiply(rows, kernel, self.dtype)
         if self.bias is not None:
             out += self.bias[...].astype(out.dtype)[None]
         return out.reshape(*x.shape[:-1], -1)
