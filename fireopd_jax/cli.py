@@ -341,7 +341,7 @@ def bench_rollout(
         str, typer.Option(help="small, qwen3-0.6b or qwen3-1.7b: shapes, with random weights.")
     ] = "small",
     cache: Annotated[
-        str, typer.Option(help="dense; paged, of 64 tokens; or paged_gpu, on a GPU.")
+        str, typer.Option(help="dense; paged, of 64 tokens; on a GPU dense_gpu, paged_gpu.")
     ] = "dense",
     file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
 ) -> None:

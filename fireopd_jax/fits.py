@@ -14,7 +14,7 @@ from fireopd_jax.recipe import Config
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.state import Shape
 
-CACHES = {"paged_tpu": "tpu", "paged_gpu": "gpu"}
+CACHES = {"dense_gpu": "gpu", "paged_tpu": "tpu", "paged_gpu": "gpu"}
 """Platforms of the caches that a kernel reads."""
 
 

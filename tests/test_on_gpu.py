@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fireopd_jax.ops.attention import attend
 from fireopd_jax.ops.head import head_gather, head_topk
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.kv_dense import Dense
+from fireopd_jax.rollout.kv_dense_gpu import DenseGPU
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.kv_paged_gpu import PagedGPU
 from fireopd_jax.rollout.sampling import Sampling, draw, row_keys
@@ -124,6 +126,27 @@ def test_a_rollout_draws_what_a_cpu_draws(memory):
     for name in ("logprob", "model_logprob"):
         ours, truth = getattr(got, name), getattr(wanted, name)
         np.testing.assert_allclose(ours[got.mask], truth[got.mask], atol=tolerance)
+
+
+def test_cudnn_attends_to_what_is_alive():
+    rng = np.random.default_rng(0)
+    rows, capacity, heads, shared, width = 5, 96, 8, 4, 64
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    q, kept = normal(rows, 1, heads, width), [(normal(rows, capacity, shared, width),)] * 2
+    position = jnp.asarray([0, 1, 40, 63, capacity - 1], jnp.int32)
+    mask = (jnp.arange(capacity)[None] <= position[:, None])[:, None]
+    keys, values = (leaf.swapaxes(1, 2).astype(jnp.float32) for (leaf,) in kept)
+
+    def ours(q, kept):
+        return DenseGPU()._attend(kept, position, q, None, 0.125, jnp.dtype("bfloat16"))
+
+    got = on_gpu(ours, q, tuple(kept))
+    exact = q.astype(jnp.float32), keys, values, mask
+    wanted = on_cpu(lambda *operands: attend(*operands, 0.125), *exact)
+    np.testing.assert_allclose(np.asarray(got, np.float32), wanted, atol=2e-2)
 
 
 def test_scores_and_gradients_equal_those_of_a_cpu():

@@ -100,5 +100,5 @@ def test_every_key_is_read_by_what_it_configures(tmp_path, monkeypatch):
     elsewhere |= {f"{c.__name__}.{f.name}" for c in variants for f in dataclasses.fields(c)}
     # Other layouts of the cache than this run's: tests/rollout/ draws the same with each.
     optional = ("MoEConfig.", "LinearRope.", "Llama3Rope.", "YarnRope.", "Paged.", "PagedTPU.",
-                "PagedGPU.")  # fmt: skip
+                "PagedGPU.", "DenseGPU.")  # fmt: skip
     assert [k for k in sorted(wanted - read - elsewhere) if not k.startswith(optional)] == []

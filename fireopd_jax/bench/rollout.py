@@ -36,6 +36,7 @@ from fireopd_jax.config import UserError, nearest
 from fireopd_jax.fits import CACHES as NEEDS
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.rollout.engine import DENSE, Memory
+from fireopd_jax.rollout.kv_dense_gpu import DenseGPU
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.kv_paged_gpu import PagedGPU
 from fireopd_jax.rollout.serving import Statistics
@@ -43,6 +44,7 @@ from fireopd_jax.rollout.serving import Statistics
 PAGE = 64
 CACHES: dict[str, Memory] = {
     "dense": DENSE,
+    "dense_gpu": DenseGPU(),
     "paged": Paged(page_size=PAGE),
     "paged_gpu": PagedGPU(page_size=PAGE),
 }

@@ -24,9 +24,6 @@ from fireopd_jax.ops.attention import attend
 from fireopd_jax.rollout.kv_codec import KVType, Leaves, decode, encode, widths
 from fireopd_jax.types import pytree
 
-AXES = (3, 2)
-"""The axis of keys, and that of values, which counts the positions."""
-
 
 @pytree
 class DenseState:
@@ -46,6 +43,8 @@ class Dense:
 
     heads_axis = 1
     """Axis of every array that counts the key heads."""
+    axes = (3, 2)
+    """The axis of keys, and that of values, which counts the positions."""
     align = 8
     """Pieces of prompts are a multiple of it."""
     runs_out = False
@@ -54,16 +53,10 @@ class Dense:
     def init(self, c: DecoderConfig, slots: int, entries: int, capacity: int) -> DenseState:
         """Allocate; every buffer is its own."""
 
-        def layer(rows: int):
-            def zeros(width: int, dtype: jnp.dtype, axis: int) -> Array:
-                shape = (capacity, width) if axis == 2 else (width, capacity)
-                return jnp.zeros((rows, c.num_key_value_heads, *shape), dtype)
+        def layers(rows: int) -> Cache:
+            return tuple(self._empty(c, rows, capacity) for _ in range(c.num_hidden_layers))
 
-            kept = widths(c.head_dim, self.dtype, jnp.dtype(c.dtype))
-            return tuple(tuple(zeros(*each, axis) for each in kept) for axis in AXES)
-
-        depth = range(c.num_hidden_layers)
-        return DenseState(tuple(layer(slots) for _ in depth), tuple(layer(entries) for _ in depth))
+        return DenseState(layers(slots), layers(entries))
 
     def grow(self, state: DenseState, capacity: int) -> DenseState:
         """Give every slot and entry more columns."""
@@ -73,11 +66,11 @@ class Dense:
             more[axis] = (0, capacity - x.shape[axis])
             return jnp.pad(x, more)
 
-        return DenseState(by_axis(wider, state.slots), by_axis(wider, state.entries))
+        return DenseState(self._by_axis(wider, state.slots), self._by_axis(wider, state.entries))
 
     def columns(self, state: DenseState) -> int:
         """Tell how many positions a slot has room for."""
-        return jax.tree.leaves(state)[0].shape[AXES[0]]
+        return jax.tree.leaves(state)[0].shape[self.axes[0]]
 
     # -- prompts
 
@@ -103,14 +96,14 @@ class Dense:
         """Attend from columns `start`... of every entry to those columns and all before."""
 
         def mix(kept, window, q, k, v, scale):
-            new = self.keep(k, v)
+            new = self._keep(k, v)
 
             def put(old: Array, axis: int, leaf: Array) -> Array:
                 return jax.lax.dynamic_update_slice_in_dim(old, leaf, start, axis)
 
-            kept = by_axis(put, (kept,), (new,))[0]
+            kept = self._by_axis(put, (kept,), (new,))[0]
             capacity = self.columns(state)
-            pair = functools.partial(read, dtype=dtype)
+            pair = functools.partial(self._read, dtype=dtype)
             out = attend_piece(q, pair(new), lambda: pair(kept), start, capacity, window, scale)
             return out, kept
 
@@ -139,7 +132,7 @@ class Dense:
                 columns = jax.lax.dynamic_slice_in_dim(source, start, piece, axis)
                 return put_columns(old, slot, start, columns[entry], axis)
 
-            return start + piece, by_axis(one, slots, state.entries)
+            return start + piece, self._by_axis(one, slots, state.entries)
 
         most = jnp.where(slot < slots_of(state.slots), length, 0).max()
         _, slots = jax.lax.while_loop(lambda c: c[0] < most, copy, (jnp.int32(0), state.slots))
@@ -174,27 +167,62 @@ class Dense:
         rows = jnp.arange(position.shape[0])
         capacity = self.columns(state)
         column = jnp.where(going, position, capacity)
-        distance = position[:, None] - jnp.arange(capacity)[None]
 
         def mix(kept, window, q, k, v, scale):
             def put(old: Array, axis: int, leaf: Array) -> Array:
-                at = (rows, slice(None), column) if axis == 2 else (rows, ..., column)
+                at = (rows, *[slice(None)] * (axis - 1), column)
                 return old.at[at].set(leaf.squeeze(axis), mode="drop", unique_indices=True)
 
-            kept = by_axis(put, (kept,), (self.keep(k, v),))[0]
-            keys, values = read(kept, dtype)
-            return attend(q, keys, values, seen(distance, window)[:, None], scale), kept
+            kept = self._by_axis(put, (kept,), (self._keep(k, v),))[0]
+            return self._attend(kept, position, q, window, scale, dtype), kept
 
         return mix
-
-    def keep(self, k: Array, v: Array) -> tuple[Leaves, Leaves]:
-        """Turn keys and values [B, K, S, H] into what is kept."""
-        turned = tuple(jnp.swapaxes(leaf, 2, 3) for leaf in encode(k, self.dtype))
-        return turned, encode(v, self.dtype)
 
     def reclaim(self, state: DenseState, active: Array, entries: Array) -> DenseState:
         """Free the room that is held by nobody."""
         return state
+
+    # -- how a layer's keys and values lie
+
+    def _empty(self, c: DecoderConfig, rows: int, capacity: int) -> tuple[Leaves, Leaves]:
+        """Allocate a layer's buffers."""
+        shape = (rows, c.num_key_value_heads, capacity)
+        kept = widths(c.head_dim, self.dtype, jnp.dtype(c.dtype))
+        keys = tuple(jnp.zeros((*shape[:2], width, capacity), dtype) for width, dtype in kept)
+        return keys, tuple(jnp.zeros((*shape, width), dtype) for width, dtype in kept)
+
+    def _keep(self, k: Array, v: Array) -> tuple[Leaves, Leaves]:
+        """Turn keys and values [B, K, S, H] into what is kept."""
+        turned = tuple(jnp.swapaxes(leaf, 2, 3) for leaf in encode(k, self.dtype))
+        return turned, encode(v, self.dtype)
+
+    def _read(self, kept: tuple[Leaves, Leaves], dtype: jnp.dtype) -> tuple[Array, Array]:
+        """Turn what is kept into keys and values; the compiler turns nothing, it reads."""
+        return jnp.swapaxes(decode(kept[0], dtype), 2, 3), decode(kept[1], dtype)
+
+    def _attend(
+        self,
+        kept: tuple[Leaves, Leaves],
+        position: Int32[Array, " B"],
+        q: Array,
+        window: int | None,
+        scale: float,
+        dtype: jnp.dtype,
+    ) -> Array:
+        """Attend from each row's position to it and all before."""
+        keys, values = self._read(kept, dtype)
+        distance = position[:, None] - jnp.arange(keys.shape[2])[None]
+        return jnp.asarray(attend(q, keys, values, seen(distance, window)[:, None], scale))
+
+    def _by_axis(self, function: Callable[..., Array], layers: Cache, *others: Any) -> Cache:
+        """Change each array by function(array, its axis of positions, *others' arrays)."""
+        return tuple(
+            tuple(
+                jax.tree.map(lambda x, *rest, axis=axis: function(x, axis, *rest), kept, *rest)
+                for axis, kept, *rest in zip(self.axes, layer, *more, strict=True)
+            )
+            for layer, *more in zip(layers, *others, strict=True)
+        )
 
 
 def seen(distance: Int32[Array, "*B S"], window: int | None) -> Bool[Array, "*B S"]:
@@ -230,22 +258,6 @@ def attend_piece(
         return first()
     # Only the result leaves the branches: a cache that passes through one would be copied.
     return jax.lax.cond(start == 0, first, later)
-
-
-def read(kept: tuple[Leaves, Leaves], dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Turn what is kept into keys and values [B, K, S, H]; the compiler turns nothing, it reads."""
-    return jnp.swapaxes(decode(kept[0], dtype), 2, 3), decode(kept[1], dtype)
-
-
-def by_axis(function: Callable[..., Array], layers: Cache, *others: Any) -> Cache:
-    """Change each array of a cache by function(array, its axis of positions, *others' arrays)."""
-    return tuple(
-        tuple(
-            jax.tree.map(lambda x, *rest, axis=axis: function(x, axis, *rest), kept, *rest)
-            for axis, kept, *rest in zip(AXES, layer, *more, strict=True)
-        )
-        for layer, *more in zip(layers, *others, strict=True)
-    )
 
 
 def put_columns(buffer: Array, rows: Array, start: Array, values: Array, axis: int) -> Array:

@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fireopd_jax.config import UnitInterval, config
 from fireopd_jax.rollout.kv_dense import Dense
+from fireopd_jax.rollout.kv_dense_gpu import DenseGPU
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.kv_paged_gpu import PagedGPU
 from fireopd_jax.rollout.kv_paged_tpu import PagedTPU
@@ -37,5 +38,7 @@ class RolloutConfig:
     slots: PositiveInt | None = None
     """Responses decoded at a time, on each device; changes no response. By default 32 on a CPU, 256
     elsewhere."""
-    cache: Annotated[Dense | Paged | PagedTPU | PagedGPU, Field(discriminator="kind")] = Dense()
+    cache: Annotated[
+        Dense | DenseGPU | Paged | PagedTPU | PagedGPU, Field(discriminator="kind")
+    ] = Dense()
     """How keys and values are kept."""
