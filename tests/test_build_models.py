@@ -128,6 +128,7 @@ def test_texts_longer_than_the_model_is_made_for_are_refused(tmp_path):
     set_up(dataclasses.replace(config, rollout=shorter))
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_models_of_two_families(tmp_path):
     """A mixture of experts teaches a windowed model; their heads are padded differently."""
     from fireopd_jax.inference import open_model

@@ -55,6 +55,7 @@ def test_heads_of_other_padding(tmp_path):
     check(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_models_of_other_families(tmp_path):
     student = f"student.architecture={{{SIZE}}}"
     teachers = {

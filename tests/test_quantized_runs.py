@@ -56,6 +56,7 @@ def test_it_is_graded_again_as_it_was(finished):
     assert again == summary["teacher"]
 
 
+@pytest.mark.slow
 def test_every_kind_of_folder_is_quantised_to_the_same_numbers(finished, tmp_path):
     folder, _ = finished
     # A student is a whole model; here it is the teacher.
@@ -70,6 +71,7 @@ def test_every_kind_of_folder_is_quantised_to_the_same_numbers(finished, tmp_pat
     assert 0 < np.abs(before - dequantize(a)).max() <= np.max(a.scale) * 0.5001
 
 
+@pytest.mark.slow
 def test_a_folder_in_eight_bits_is_taken_as_it_is_and_exported_whole(finished, tmp_path):
     folder, _ = finished
     path = folder / "models" / "teacher_default"

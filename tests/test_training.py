@@ -171,6 +171,7 @@ def test_evaluations_saves_and_reports_compile_once(tmp_path, monkeypatch):
     assert [draw._cache_size() for draw in made] == [1]
 
 
+@pytest.mark.slow
 def test_the_same_configuration_gives_the_same_bits(finished, tmp_path):
     _, summary = finished
     again = run(tmp_path / "again", *WHOLE)
@@ -272,7 +273,7 @@ def gsm8k(number):
         }
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_rows_of_a_user_run_to_the_end(tmp_path, kind):
     rows = list(gsm8k(20))
     file = tmp_path / f"train.{kind}"

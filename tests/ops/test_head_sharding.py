@@ -86,7 +86,10 @@ def test_top_k_equals_the_oracle_and_ties_fall_to_the_lowest_id(data, tensor, ro
     np.testing.assert_allclose(found.top_logprob, top_logprob, rtol=1e-5, atol=1e-5)
 
 
-@MESHES
+@pytest.mark.parametrize(
+    ("data", "tensor"),
+    [(2, 4), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(1, 4), (2, 2), (4, 1)])],
+)
 def test_weights_are_those_of_the_whole_vocabulary(data, tensor):
     hidden, head, ids, _ = make_inputs(6, 40)
     entropy = jnp.linspace(0.0, 3.0, 6)

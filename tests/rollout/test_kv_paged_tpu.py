@@ -14,10 +14,8 @@ from tests.cases import qwen_loop, random_params, through_cache, tiny_model
 SLIDING = {"layer_types": ("full_attention", "sliding_attention"), "sliding_window": 5}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [pytest.param({}, id="full", marks=pytest.mark.slow), pytest.param(SLIDING, id="sliding")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, SLIDING], ids=["full", "sliding"])
 def test_the_kernel_sees_what_plain_pages_hold(options, monkeypatch):
     model = tiny_model(num_hidden_layers=2, head_dim=128, num_attention_heads=4, **options)
     params = random_params(model)
