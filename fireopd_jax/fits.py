@@ -3,14 +3,17 @@
 Config, mesh -> nothing, or one line that names the key
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh
 
 from fireopd_jax.config import UserError
+from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
 from fireopd_jax.recipe import Config
+from fireopd_jax.rollout.engine import Memory
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.state import Shape
 
@@ -18,10 +21,15 @@ CACHES = {"dense_gpu": "gpu", "paged_tpu": "tpu", "paged_gpu": "gpu"}
 """Platforms of the caches that a kernel reads."""
 
 
-def check_training_batches(config: Config, mesh: Mesh) -> None:
-    """Refuse what the devices cannot do: share a batch evenly, run another platform's kernel."""
+def check_training_batches(
+    config: Config, mesh: Mesh, drawing: Mapping[str, DecoderConfig]
+) -> None:
+    """Refuse what the devices cannot do: share a batch evenly, run another platform's kernel.
+
+    `drawing` are the models that answer prompts, by name.
+    """
     check_kernel(config.method.score.head)
-    check_cache(config, mesh)
+    check_cache(config, mesh, drawing)
     sizes = {
         "rollout.batch_size": config.rollout.batch_size,
         "optim.micro_batch_size": config.optim.micro_batch_size,
@@ -36,8 +44,8 @@ def check_training_batches(config: Config, mesh: Mesh) -> None:
     check_divisible(sizes, mesh)
 
 
-def check_cache(config: Config, mesh: Mesh) -> None:
-    """Refuse a pool of pages that one response may not fit into."""
+def check_cache(config: Config, mesh: Mesh, drawing: Mapping[str, DecoderConfig]) -> None:
+    """Refuse a cache of another platform, for another model, or too small for one response."""
     rollout = config.rollout
     here = jax.default_backend()
     if CACHES.get(rollout.cache.kind, here) != here:
@@ -48,9 +56,11 @@ def check_cache(config: Config, mesh: Mesh) -> None:
         )
     if rollout.cache.kind in CACHES and mesh.shape["tensor"] > 1:
         raise UserError(
-            f"rollout.cache.kind={rollout.cache.kind}: its kernel would gather the cache of "
-            f"mesh.tensor={mesh.shape['tensor']} devices at every step; expected dense or paged"
+            f"rollout.cache.kind={rollout.cache.kind}: the mesh.tensor={mesh.shape['tensor']} "
+            "devices of a replica cannot share its kernel's work; expected dense or paged"
         )
+    for name, model in drawing.items():
+        check_model(rollout.cache, model, name)
     if isinstance(rollout.cache, Paged):
         shape = Shape.of(
             max(1, rollout.batch_size // mesh.shape["data"]),
@@ -60,6 +70,16 @@ def check_cache(config: Config, mesh: Mesh) -> None:
             rollout.cache.align,
         )
         rollout.cache.pages(shape.slots, shape.entries, shape.capacity)
+
+
+def check_model(cache: Memory, model: DecoderConfig, name: str) -> None:
+    """Refuse a model whose keys and values this kind of cache cannot hold."""
+    # As many pages as are needed: how many there are is another question.
+    enough = dataclasses.replace(cache, tokens=None) if isinstance(cache, Paged) else cache
+    try:
+        jax.eval_shape(lambda: enough.init(model, 2, 2, cache.align))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def check_kernel(name: str | None) -> None:

@@ -16,7 +16,7 @@ from fireopd_jax.build import ModelSpec, load_spec, set_up
 from fireopd_jax.checkpoint import restore_params
 from fireopd_jax.compilation import compile_cache
 from fireopd_jax.config import UserError, nearest
-from fireopd_jax.fits import check_divisible
+from fireopd_jax.fits import check_cache, check_divisible
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.programs import make_generate
 from fireopd_jax.recipe import Config, ModelConfig, load_config
@@ -76,6 +76,7 @@ def evaluate_model(run: Path, name: str, overrides: Sequence[str]) -> dict[str, 
     if name in slugs:
         index = slugs.index(name)
         spec, indices = setup.teachers[index], setup.own_rows(indices, index)
+    check_cache(config, setup.mesh, {name: spec.model.config})
     params = place_whole(setup.mesh, params)
     draw = make_generate(setup, spec)
     samples = config.eval.samples

@@ -15,13 +15,14 @@ import jax
 import numpy as np
 
 from fireopd_jax import runs
-from fireopd_jax.build import ModelSpec, set_up
+from fireopd_jax.build import ModelSpec, Setup, set_up
 from fireopd_jax.compilation import compile_cache
 from fireopd_jax.distill import Distillation
 from fireopd_jax.evaluation.evaluator import EvalResult
 from fireopd_jax.exporting import check_exportable, export
 from fireopd_jax.fits import check_training_batches
 from fireopd_jax.loop import Interrupted, stop_on_signal
+from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.decoder import parameter_count
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.prepare import check_learners, make_student, make_teacher, once, read_base
@@ -59,7 +60,7 @@ def _in_folder(config: Config, work: Callable[[Session], Summary], record: str) 
     # Mistakes in the data must not leave a run folder behind.
     setup = None if runs.is_complete(config.run) else set_up(config)
     if setup is not None:
-        check_training_batches(config, setup.mesh)
+        check_training_batches(config, setup.mesh, drawing(setup))
         check_learners(setup.student, setup.teachers)
         if config.run.export:
             check_exportable(setup.student)
@@ -80,6 +81,14 @@ def _in_folder(config: Config, work: Callable[[Session], Summary], record: str) 
             folder.write_json(record, summary)
             log(f"done in {summary['seconds']:.0f} s: {folder.path / record}")
     return summary
+
+
+def drawing(setup: Setup) -> dict[str, DecoderConfig]:
+    """Name the models that answer prompts: the student, and teachers that are graded or copied."""
+    own = setup.config.student.sft
+    copied = own is not None and own.source == "teacher"
+    teachers = setup.teachers if setup.config.eval.problems or copied else ()
+    return {spec.name: spec.model.config for spec in (setup.student, *teachers)}
 
 
 def introduce(session: Session) -> None:

@@ -37,23 +37,26 @@ def missing() -> str | None:
 
 
 @functools.cache
-def mesh() -> Mesh:
+def mesh(gpus=1) -> Mesh:
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
+        platform="cuda", target_config=TARGET.read_text(), topology=f"1x1x{gpus}"
     )
-    return Mesh(np.array(topology.devices[:1]), ("gpu",))
+    return Mesh(np.array(topology.devices[:gpus]).reshape(gpus, 1), ("data", "tensor"))
 
 
-def compile_for_h200(function, *shapes, dump=None):
-    """Compile a function of arrays of these shapes; Mosaic GPU leaves its notes in `dump`."""
-    whole = NamedSharding(mesh(), PartitionSpec())
+def compile_for_h200(function, *shapes, dump=None, gpus=1):
+    """Compile a function of arrays of these shapes, whole on every GPU.
+
+    Mosaic GPU leaves its notes in `dump`.
+    """
+    whole = NamedSharding(mesh(gpus), PartitionSpec())
     shapes = jax.tree.map(
         lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=whole), shapes
     )
     notes = {"MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTXAS": "1"} if dump else {}
     os.environ.update(notes)
     try:
-        with jax.sharding.use_abstract_mesh(mesh().abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh(gpus).abstract_mesh):
             lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
             return lowered.compile()
     finally:

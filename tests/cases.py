@@ -1,6 +1,7 @@
 """Small models, prompts, rollouts and scores for the tests of the method's stages."""
 
 import os
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -189,7 +190,9 @@ def qwen_loop(memory, dtype="bfloat16"):
         cache = memory.init(config, shape.slots, shape.entries, shape.capacity)
         return params, initial(requests, shape.slots, shape.entries, cache)
 
-    params, state = jax.eval_shape(start, jax.random.key(0))
+    # Laid out as on the machine that it will be compiled for, which is no CPU.
+    with mock.patch.object(jax, "default_backend", lambda: "accelerator"):
+        params, state = jax.eval_shape(start, jax.random.key(0))
     flat, tree = jax.tree.flatten((params, state, jnp.int32(0), jnp.int32(0)))
     return lambda *leaves: loop.run(*jax.tree.unflatten(tree, leaves)), flat
 

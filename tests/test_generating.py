@@ -108,7 +108,7 @@ def test_a_killed_command_goes_on_where_it_was(folder, prompts, tmp_path, monkey
     again = answers(folder, prompts, out, samples=2, slots=5, tensor=2)
     assert len(drawn) == 2 * ROWS - 40
     for one, other in zip(whole, again, strict=True):
-        np.testing.assert_allclose(one.pop("logprobs"), other.pop("logprobs"), atol=2e-5)
+        np.testing.assert_allclose(one.pop("logprobs"), other.pop("logprobs"), atol=1e-4)
         assert one == other
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
 

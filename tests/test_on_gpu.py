@@ -18,6 +18,7 @@ from tests.cases import (
     make_prompts,
     random_params,
     skip_unless_hopper_kernels_run,
+    through_cache,
     tiny_model,
 )
 
@@ -135,7 +136,8 @@ def test_cudnn_attends_to_what_is_alive():
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
 
-    q, kept = normal(rows, 1, heads, width), [(normal(rows, capacity, shared, width),)] * 2
+    q = normal(rows, 1, heads, width)
+    kept = tuple((normal(rows, capacity, shared, width),) for _ in range(2))
     position = jnp.asarray([0, 1, 40, 63, capacity - 1], jnp.int32)
     mask = (jnp.arange(capacity)[None] <= position[:, None])[:, None]
     keys, values = (leaf.swapaxes(1, 2).astype(jnp.float32) for (leaf,) in kept)
@@ -143,10 +145,21 @@ def test_cudnn_attends_to_what_is_alive():
     def ours(q, kept):
         return DenseGPU()._attend(kept, position, q, None, 0.125, jnp.dtype("bfloat16"))
 
-    got = on_gpu(ours, q, tuple(kept))
+    got = on_gpu(ours, q, kept)
     exact = q.astype(jnp.float32), keys, values, mask
     wanted = on_cpu(lambda *operands: attend(*operands, 0.125), *exact)
     np.testing.assert_allclose(np.asarray(got, np.float32), wanted, atol=2e-2)
+
+
+def test_a_cache_for_cudnn_holds_what_a_plain_one_holds():
+    model = tiny_model(dtype="bfloat16", num_hidden_layers=2, head_dim=64)
+    params, prompt = random_params(model), np.array([9, 1, 16], np.int32)
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 32, length + 8).astype(np.int32) for length in prompt]
+    wanted = through_cache(model, params, rows, prompt, Dense())
+    got = through_cache(model, params, rows, prompt, DenseGPU())
+    for one, other in zip(got, wanted, strict=True):
+        assert np.linalg.norm(one - other) < 2e-2 * np.linalg.norm(other)
 
 
 def test_scores_and_gradients_equal_those_of_a_cpu():

@@ -34,6 +34,7 @@ from fireopd_jax.bench.head import write_whole
 from fireopd_jax.bench.workload import MODELS, Contestant, Workload, measure, workloads
 from fireopd_jax.config import UserError, nearest
 from fireopd_jax.fits import CACHES as NEEDS
+from fireopd_jax.fits import check_model
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.rollout.engine import DENSE, Memory
 from fireopd_jax.rollout.kv_dense_gpu import DenseGPU
@@ -124,6 +125,7 @@ def check(compare: str | None, name: str, cache: str) -> None:
         raise UserError(
             f"--cache {cache} runs on {needed.upper()} only, this machine has {here.upper()}"
         )
+    check_model(CACHES[cache], MODELS[name], f"--model {name}, --cache {cache}")
     if compare is not None:
         pytorch()
 

@@ -88,8 +88,9 @@ class LanguageModel:
     def relay(self, params: Params) -> Params:
         """Lay parameters out for decoding: a tree a layer, matrices in the type of the computation.
 
-        They are split over the mesh's tensor axis; on a CPU kernels that are not lie `Turned`. A
-        loop over layers that are stacked would make XLA hoist a second copy of all of them.
+        They are split over the mesh's tensor axis. On a CPU, where nothing is split, kernels lie
+        transposed (`Turned`). A loop over layers that are stacked would make XLA hoist a second
+        copy of all of them.
         """
         dtype = jnp.dtype(self.config.dtype)
         alone = self.mesh is None or tensor_devices(self.mesh) == 1

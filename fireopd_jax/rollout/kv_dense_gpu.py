@@ -2,8 +2,8 @@
 
     keys and values: [rows, S, K, H] each
 
-Of a slot it reads the positions that are alive, not all that there is room for. Prompts are
-attended to as with any dense cache; only the step of one token a slot is cuDNN's.
+It is told how many positions of a slot are alive, so as not to read all that there is room for.
+Prompts are attended to as with any dense cache; only the step of one token a slot is cuDNN's.
 """
 
 from typing import Any, Literal
@@ -18,9 +18,9 @@ from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.rollout.kv_codec import Leaves, finite
 from fireopd_jax.rollout.kv_dense import Dense
 
-TYPES = ("bfloat16", "float16")
+TYPES = ("bfloat16",)
 MULTIPLE, WIDEST = 8, 128
-"""Heads that cuDNN takes: a multiple of so many, and no wider."""
+"""Heads that cuDNN takes on every GPU: a multiple of so many, and no wider."""
 
 
 @config
@@ -42,7 +42,7 @@ class DenseGPU(Dense):
             raise UserError(
                 f"rollout.cache.kind=dense_gpu takes models in {' or '.join(TYPES)}, with heads of "
                 f"a multiple of {MULTIPLE} up to {WIDEST}, here they are {c.dtype} and "
-                f"{c.head_dim}; expected dense or paged_gpu"
+                f"{c.head_dim}; expected dense or paged"
             )
         if any(kind.window is not None for kind in c.kinds):
             raise UserError(

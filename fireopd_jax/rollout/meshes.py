@@ -21,16 +21,21 @@ from fireopd_jax.types import Array
 def over_data(
     function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """Run a function once a replica, each on its own rows; other axes stay the compiler's."""
+    """Run a function once a replica, each on its own rows.
+
+    Where the devices of a replica share its work, how they do stays the compiler's; else nothing
+    does, which library kernels ask for.
+    """
     if mesh is None or mesh.size == 1:
         return function
+    manual = {"data"} if tensor_devices(mesh) > 1 else set(mesh.axis_names)
     # The loops of the replicas end at different times, which no check of their values can see.
     return jax.shard_map(
         function,
         mesh=mesh,
         in_specs=in_specs,
         out_specs=out_specs,
-        axis_names={"data"},
+        axis_names=manual,
         check_vma=False,
     )
 

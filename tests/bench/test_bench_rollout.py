@@ -123,9 +123,10 @@ def test_the_floor_counts_weights_once_a_step_and_all_that_a_token_looks_at():
         ({"name": "qwen3-0.6"}, r"--model qwen3-0.6: expected small, .*did you mean"),
         (
             {"cache": "page"},
-            r"--cache page: expected dense, .*paged_gpu .*did you mean",
+            "--cache page: expected dense, dense_gpu, paged, paged_gpu",
         ),
         ({"cache": "paged_gpu"}, "--cache paged_gpu runs on GPU only, this machine has CPU"),
+        ({"cache": "dense_gpu"}, "--cache dense_gpu runs on GPU only, this machine has CPU"),
     ],
 )
 def test_what_it_does_not_know_is_refused(options, message):

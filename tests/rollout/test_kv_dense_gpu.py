@@ -1,18 +1,23 @@
 """A dense cache as cuDNN wants it: its meaning is that of the plain one, and it compiles."""
 
+import dataclasses
 import importlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fireopd_jax.config import UserError
 from fireopd_jax.rollout import kv_dense_gpu
+from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_dense_gpu import DenseGPU
 from fireopd_jax.rollout.requests import Knobs, Request
+from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.serving import Engine
 from tests import aot_gpu
-from tests.cases import qwen_loop, random_params, through_cache, tiny_model
+from tests.cases import make_prompts, qwen_loop, random_params, through_cache, tiny_model
 
 MODEL = tiny_model(num_hidden_layers=2, head_dim=16, num_attention_heads=4)
 PARAMS = random_params(MODEL)
@@ -57,7 +62,7 @@ def test_an_engine_draws_the_same_also_when_the_cache_grows(monkeypatch):
 
 
 def test_what_cudnn_cannot_do_is_refused():
-    with pytest.raises(UserError, match=r"bfloat16 or float16.* here they are float32 and 16"):
+    with pytest.raises(UserError, match=r"in bfloat16, .* here they are float32 and 16"):
         DenseGPU().init(MODEL.config, 2, 1, 32)
     wide = tiny_model(dtype="bfloat16", head_dim=256)
     with pytest.raises(UserError, match=r"up to 128, here they are bfloat16 and 256"):
@@ -69,11 +74,34 @@ def test_what_cudnn_cannot_do_is_refused():
         DenseGPU().init(sliding.config, 2, 1, 32)
 
 
+@pytest.fixture
+def cudnn(monkeypatch):
+    """JAX asks the cuDNN of this process for its version, and here is none."""
+    module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(module, "check_cudnn_version", lambda: 91000)
+
+
 @pytest.mark.aot
+@pytest.mark.usefixtures("cudnn")
 @pytest.mark.skipif(aot_gpu.missing() is not None, reason=aot_gpu.missing() or "")
-def test_the_whole_loop_compiles_for_a_gpu(monkeypatch):
-    # JAX asks the cuDNN of this process for its version, and here is none.
-    cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+def test_the_whole_loop_compiles_for_a_gpu():
     function, flat = qwen_loop(DenseGPU())
     assert "__cudnn$fmha" in aot_gpu.compile_for_h200(function, *flat).as_text()
+
+
+@pytest.mark.aot
+@pytest.mark.usefixtures("cudnn")
+@pytest.mark.skipif(aot_gpu.missing() is not None, reason=aot_gpu.missing() or "")
+def test_it_compiles_for_a_replica_on_each_of_two_gpus():
+    model = tiny_model(dtype="bfloat16", head_dim=64)
+    model = dataclasses.replace(model, mesh=aot_gpu.mesh(2))
+    prompts = make_prompts([3, 5, 1, 4], 5)
+
+    def respond(params):
+        sampling = Sampling.of((), 8, 0)
+        return generate(
+            model, params, prompts, sampling, jnp.int32(0), max_tokens=8, memory=DenseGPU()
+        ).tokens
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert "__cudnn$fmha" in aot_gpu.compile_for_h200(respond, shapes, gpus=2).as_text()

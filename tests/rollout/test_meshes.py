@@ -117,5 +117,5 @@ def test_a_cache_that_a_kernel_reads_is_not_split(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     config = load_config(["smoke", "rollout.cache.kind=paged_tpu"])
     check_cache(config, make_mesh(MeshConfig()))
-    with pytest.raises(UserError, match=r"gather the cache of mesh\.tensor=2 devices"):
+    with pytest.raises(UserError, match=r"mesh\.tensor=2 devices of a replica cannot share"):
         check_cache(config, make_mesh(MeshConfig(tensor=2)))
