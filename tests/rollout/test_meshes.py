@@ -116,6 +116,17 @@ def test_meshes_that_the_devices_cannot_form_are_refused():
 def test_a_cache_that_a_kernel_reads_is_not_split(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     config = load_config(["smoke", "rollout.cache.kind=paged_tpu"])
-    check_cache(config, make_mesh(MeshConfig()))
+    check_cache(config, make_mesh(MeshConfig()), {})
     with pytest.raises(UserError, match=r"mesh\.tensor=2 devices of a replica cannot share"):
-        check_cache(config, make_mesh(MeshConfig(tensor=2)))
+        check_cache(config, make_mesh(MeshConfig(tensor=2)), {})
+
+
+def test_a_model_that_a_cache_cannot_hold_is_named(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    config = load_config(["smoke", "rollout.cache.kind=dense_gpu"])
+    half, whole = tiny_model(dtype="bfloat16").config, tiny_model().config
+    check_cache(config, make_mesh(MeshConfig()), {"student": half})
+    with pytest.raises(UserError, match=r"^b: rollout\.cache\.kind=dense_gpu takes .* bfloat16"):
+        check_cache(config, make_mesh(MeshConfig()), {"student": half, "b": whole})
+    small = load_config(["smoke", "rollout.cache={kind: paged, tokens: 2000}"])
+    check_cache(small, make_mesh(MeshConfig()), {"student": whole})
