@@ -7,12 +7,12 @@ import pytest
 
 from fireopd_jax.ops.few_rows import FEW, few_rows_product
 
-O, I = 24, 40  # noqa: E741
+OUTPUTS, INPUTS = 24, 40
 
 
 def operands(rows, dtype="float32"):
     rng = np.random.default_rng(rows)
-    return (jnp.asarray(rng.normal(size=(n, I)), dtype) for n in (rows, O))
+    return (jnp.asarray(rng.normal(size=(n, INPUTS)), dtype) for n in (rows, OUTPUTS))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 16, FEW, FEW + 1])
@@ -21,7 +21,7 @@ def test_it_is_the_product(rows, dtype):
     x, matrix = operands(rows, dtype)
     wanted = np.asarray(x, np.float64) @ np.asarray(matrix, np.float64).T
     got = jax.jit(few_rows_product)(x, matrix)
-    assert got.shape == (rows, O) and got.dtype == dtype
+    assert got.shape == (rows, OUTPUTS) and got.dtype == dtype
     tolerance = 1e-5 if dtype == "float32" else 0.1
     np.testing.assert_allclose(np.asarray(got, np.float64), wanted, atol=tolerance)
     wide = few_rows_product(x, matrix, jnp.float32)
@@ -30,7 +30,7 @@ def test_it_is_the_product(rows, dtype):
 
 
 @pytest.mark.parametrize(
-    ("rows", "shape"), [(16, f"f32[{O},16]"), (FEW + 1, f"f32[{FEW + 1},{O}]")]
+    ("rows", "shape"), [(16, f"f32[{OUTPUTS},16]"), (FEW + 1, f"f32[{FEW + 1},{OUTPUTS}]")]
 )
 def test_a_cpu_has_the_matrix_on_the_left_of_few_rows(rows, shape):
     program = jax.jit(few_rows_product).lower(*operands(rows)).compile().as_text()
