@@ -7,41 +7,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fireopd_jax.batch import assemble, coefficients, total_loss
     from fireopd_jax.config import UserError
-    from fireopd_jax.filtering import KeepAll, TeacherQuantile
-    from fireopd_jax.fire import fire_weights
-    from fireopd_jax.losses.sampled_token import SampledReverseKL, sampled_reverse_kl
-    from fireopd_jax.losses.supervised import NegativeLogLikelihood
+    from fireopd_jax.method.batch import assemble, coefficients, total_loss
+    from fireopd_jax.method.filtering import KeepAll, TeacherQuantile
+    from fireopd_jax.method.fire import fire_weights
+    from fireopd_jax.method.losses.sampled_token import SampledReverseKL, sampled_reverse_kl
+    from fireopd_jax.method.losses.supervised import NegativeLogLikelihood
+    from fireopd_jax.method.reweighting import ConfidenceConfusion, Uniform
     from fireopd_jax.models.decoder import DecoderConfig
     from fireopd_jax.models.language_model import LanguageModel
     from fireopd_jax.ops.blocks import Blocks
     from fireopd_jax.ops.head import head_gather, head_loss, head_stats, head_topk
     from fireopd_jax.ops.logits import HeadSharding
-    from fireopd_jax.recipe import Config, load_config
-    from fireopd_jax.reweighting import ConfidenceConfusion, Uniform
+    from fireopd_jax.recipe.schema import Config, load_config
     from fireopd_jax.rollout.engine import generate
     from fireopd_jax.rollout.sampling import Sampling
-    from fireopd_jax.training import train
+    from fireopd_jax.training.run import train
     from fireopd_jax.types import Batch, Prompts, Rollout, Scores, TokenStats
 
 _HOME = {
-    "batch": ("assemble", "coefficients", "total_loss"),
+    "method.batch": ("assemble", "coefficients", "total_loss"),
     "config": ("UserError",),
-    "filtering": ("KeepAll", "TeacherQuantile"),
-    "fire": ("fire_weights",),
-    "losses.sampled_token": ("SampledReverseKL", "sampled_reverse_kl"),
-    "losses.supervised": ("NegativeLogLikelihood",),
+    "method.filtering": ("KeepAll", "TeacherQuantile"),
+    "method.fire": ("fire_weights",),
+    "method.losses.sampled_token": ("SampledReverseKL", "sampled_reverse_kl"),
+    "method.losses.supervised": ("NegativeLogLikelihood",),
     "models.decoder": ("DecoderConfig",),
     "models.language_model": ("LanguageModel",),
     "ops.blocks": ("Blocks",),
     "ops.head": ("head_gather", "head_loss", "head_stats", "head_topk"),
     "ops.logits": ("HeadSharding",),
-    "recipe": ("Config", "load_config"),
-    "reweighting": ("ConfidenceConfusion", "Uniform"),
+    "recipe.schema": ("Config", "load_config"),
+    "method.reweighting": ("ConfidenceConfusion", "Uniform"),
     "rollout.engine": ("generate",),
     "rollout.sampling": ("Sampling",),
-    "training": ("train",),
+    "training.run": ("train",),
     "types": ("Batch", "Prompts", "Rollout", "Scores", "TokenStats"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

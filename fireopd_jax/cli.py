@@ -135,22 +135,22 @@ def sft(settings: Settings = None, dry_run: DryRun = False) -> None:
 
 def launch(work: str, settings: list[str] | None, dry_run: bool) -> None:
     """Resolve the configuration, then print it or do the work of that name."""
-    from fireopd_jax.recipe import load_config
+    from fireopd_jax.recipe.schema import load_config
 
     config = load_config(settings or [])
     if dry_run:
         print_config(config)
     else:
-        from fireopd_jax import training
+        from fireopd_jax.training import run
 
-        getattr(training, work)(config)
+        getattr(run, work)(config)
 
 
 def print_config(config: Any) -> None:
     """Print a resolved configuration as YAML."""
     import yaml
 
-    from fireopd_jax.recipe import as_tree
+    from fireopd_jax.recipe.schema import as_tree
 
     print(yaml.safe_dump(as_tree(config), sort_keys=False), end="")
 
@@ -166,7 +166,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Grade a model of a run on its held-out problems; prints avg@k with its interval as JSON."""
-    from fireopd_jax.inference import evaluate_model
+    from fireopd_jax.session.finished import evaluate_model
 
     print(json.dumps(evaluate_model(run, model, settings or []), indent=2))
 
@@ -205,8 +205,8 @@ def generate(
     tensor: Annotated[int, typer.Option(min=1, help="Devices that share a copy of the model.")] = 1,
 ) -> None:
     """Answer prompts from a file; a command that was killed goes on where it was."""
+    from fireopd_jax.commands.generate import Settings, generate_to_file
     from fireopd_jax.config import UserError
-    from fireopd_jax.generating import Settings, generate_to_file
 
     if greedy and temperature:
         raise UserError(f"--greedy and --temperature {temperature:g} contradict; give one of them")
@@ -256,7 +256,7 @@ def export(
     ] = 4.0,
 ) -> None:
     """Write a model of a run as a Hugging Face folder, which `transformers` loads."""
-    from fireopd_jax.exporting import export_run
+    from fireopd_jax.session.exporting import export_run
 
     size = int(max_shard_gib * 2**30)
     export_run(run, to, model=model, step=step, dtype=known_dtype(dtype), max_shard_bytes=size)
@@ -373,7 +373,7 @@ def verify(
     file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
 ) -> None:
     """Compare objectives and statistics with NumPy in float64, here; status 1 if any is off."""
-    from fireopd_jax.xla_flags import several_cpu_devices
+    from fireopd_jax.runtime.xla_flags import several_cpu_devices
 
     several_cpu_devices()
     from fireopd_jax.verify.command import verify
@@ -387,7 +387,7 @@ def env() -> None:
     """Print what a bug report needs: versions, machine, devices."""
     import jax
 
-    from fireopd_jax.runs import environment
+    from fireopd_jax.runs.folder import environment
 
     print(json.dumps(environment([str(device) for device in jax.devices()]), indent=2))
 
@@ -397,7 +397,7 @@ def schema(out: Annotated[Path, typer.Argument()]) -> None:
     """Write the JSON schema of the configuration, for --help and for editors."""
     from pydantic import TypeAdapter
 
-    from fireopd_jax.recipe import Config
+    from fireopd_jax.recipe.schema import Config
 
     text = json.dumps(TypeAdapter(Config).json_schema(), indent=1, ensure_ascii=False)
     out.write_text(text + "\n", encoding="utf-8")
@@ -406,7 +406,7 @@ def schema(out: Annotated[Path, typer.Argument()]) -> None:
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit status 2."""
     from fireopd_jax.config import UserError
-    from fireopd_jax.xla_flags import compile_quickly_on_cpu
+    from fireopd_jax.runtime.xla_flags import compile_quickly_on_cpu
 
     compile_quickly_on_cpu()
     try:

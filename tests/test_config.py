@@ -14,7 +14,7 @@ from fireopd_jax.config import (
     read_yaml,
     validate,
 )
-from fireopd_jax.recipe import Config, as_tree, load_config
+from fireopd_jax.recipe.schema import Config, as_tree, load_config
 
 TEACHER = "teacher.architecture.hidden_size=32"
 

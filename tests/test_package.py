@@ -12,7 +12,7 @@ def test_every_public_name_is_found_where_it_lives():
 
 def test_no_public_name_is_hidden_by_a_module():
     code = (
-        "import fireopd_jax, fireopd_jax.training, types;"
+        "import fireopd_jax, fireopd_jax.training.run, types;"
         "print([n for n in fireopd_jax.__all__"
         " if isinstance(getattr(fireopd_jax, n), types.ModuleType)])"
     )

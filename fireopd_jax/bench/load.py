@@ -30,17 +30,18 @@ from rich.console import Console
 from rich.table import Table
 
 from fireopd_jax.bench.head import write_whole
-from fireopd_jax.compilation import compile_cache
 from fireopd_jax.config import UserError
-from fireopd_jax.losses.sampled_token import SampledReverseKL
+from fireopd_jax.method.losses.sampled_token import SampledReverseKL
+from fireopd_jax.method.scoring import SampledToken
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.hf_config import hf_config_json
 from fireopd_jax.models.hf_export import write_json, write_weights
 from fireopd_jax.models.hf_load import load, open_folder, read_config
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.scoring import SampledToken
+from fireopd_jax.recipe.optim import OptimConfig
+from fireopd_jax.runtime.compilation import compile_cache
+from fireopd_jax.training.update import init_state, make_optimizer, make_update
 from fireopd_jax.types import Batch, Prompts, Rollout, Scores, TokenStats
-from fireopd_jax.update import OptimConfig, init_state, make_optimizer, make_update
 
 GIB = 2**30
 SHARDS = 5

@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fireopd_jax.bench.head import write_whole
-from fireopd_jax.build import Setup, set_up
 from fireopd_jax.config import UserError
-from fireopd_jax.programs import Beside, make_programs
-from fireopd_jax.recipe import Config, load_config, with_method
-from fireopd_jax.sharding import place_rows, place_whole
+from fireopd_jax.recipe.schema import Config, load_config, with_method
+from fireopd_jax.session.setup import Setup, set_up
+from fireopd_jax.sharding.mesh import place_rows, place_whole
+from fireopd_jax.training.programs import Beside, make_programs
+from fireopd_jax.training.update import init_state
 from fireopd_jax.types import Prompts, Rollout
-from fireopd_jax.update import init_state
 
 BASELINE = "opd"
 METHODS = (BASELINE, "fire_opd", "local_support", "tail_bucket", "gkd", "minillm", "eopd", "tip")

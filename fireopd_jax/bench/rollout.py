@@ -33,14 +33,14 @@ from fireopd_jax.bench.contestants import (
 from fireopd_jax.bench.head import write_whole
 from fireopd_jax.bench.workload import MODELS, Contestant, Workload, measure, workloads
 from fireopd_jax.config import UserError, nearest
-from fireopd_jax.fits import CACHES as NEEDS
-from fireopd_jax.fits import check_model
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.rollout.engine import DENSE, Memory
 from fireopd_jax.rollout.kv_dense_gpu import DenseGPU
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.kv_paged_gpu import PagedGPU
 from fireopd_jax.rollout.serving import Statistics
+from fireopd_jax.session.fits import CACHES as NEEDS
+from fireopd_jax.session.fits import check_model
 
 PAGE = 64
 CACHES: dict[str, Memory] = {

@@ -34,7 +34,7 @@ from rich.table import Table
 from fireopd_jax.bench.chart import line_chart
 from fireopd_jax.bench.head import write_whole
 from fireopd_jax.config import UserError
-from fireopd_jax.losses.sampled_token import reward_to_go
+from fireopd_jax.method.losses.sampled_token import reward_to_go
 from fireopd_jax.types import Array
 
 STARTS, GOALS = (2.0, -2.0), (-3.0, 3.0)

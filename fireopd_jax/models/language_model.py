@@ -26,7 +26,7 @@ from fireopd_jax.ops.dispatch import PLAIN
 from fireopd_jax.ops.few_rows import few_rows_product
 from fireopd_jax.ops.head import HeadOptions, head_stats
 from fireopd_jax.ops.logits import HeadSharding
-from fireopd_jax.sharding import AXES
+from fireopd_jax.sharding.mesh import AXES
 from fireopd_jax.types import Array, TokenStats
 
 Params = dict[str, Any]

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
+from fireopd_jax.method.scoring.supports import Kind, make_support, overlap
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel, Params, lay, predicting
 from fireopd_jax.ops.head import HeadOptions, head_gather, head_stats, head_topk
-from fireopd_jax.scoring.supports import Kind, make_support, overlap
 from fireopd_jax.types import Array, Prompts, Rollout, Scores, Support, TokenStats, pytree
 from fireopd_jax.verify.reference_losses import Seen
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fireopd_jax.filtering import (
+from fireopd_jax.method.filtering import (
     AllOf,
     GapBound,
     HardTokens,
@@ -24,9 +24,15 @@ from fireopd_jax.filtering import (
     TeacherQuantile,
     Tip,
 )
-from fireopd_jax.losses.sampled_token import SampledReverseKL, SampledSquare
-from fireopd_jax.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
-from fireopd_jax.losses.vocabulary import MiniLLM, VocabularyDivergence
+from fireopd_jax.method.losses.sampled_token import SampledReverseKL, SampledSquare
+from fireopd_jax.method.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
+from fireopd_jax.method.losses.vocabulary import MiniLLM, VocabularyDivergence
+from fireopd_jax.method.reweighting import (
+    ConfidenceConfusion,
+    Progressive,
+    SoftTrajectories,
+    Uniform,
+)
 from fireopd_jax.ops.formulas import (
     AdaptiveKL,
     ForwardKL,
@@ -35,7 +41,6 @@ from fireopd_jax.ops.formulas import (
     SkewedForwardKL,
     SkewedReverseKL,
 )
-from fireopd_jax.reweighting import ConfidenceConfusion, Progressive, SoftTrajectories, Uniform
 from fireopd_jax.verify import reference, reference_batch, reference_losses, reference_stages
 from fireopd_jax.verify.reference_losses import Seen
 

@@ -17,14 +17,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fireopd_jax.batch import assemble
 from fireopd_jax.config import SHIPPED
-from fireopd_jax.method import MethodConfig
+from fireopd_jax.method.batch import assemble
+from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.recipe import load_config
-from fireopd_jax.sharding import MeshConfig, make_mesh, place_rows, place_whole
+from fireopd_jax.recipe.schema import load_config
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, place_rows, place_whole
+from fireopd_jax.training.update import gradients
 from fireopd_jax.types import Array, Batch, Rollout, Scores
-from fireopd_jax.update import gradients
 from fireopd_jax.verify import cases, expected, reference, reference_batch, reference_stages
 from fireopd_jax.verify.pool import compiled, in_parallel
 from fireopd_jax.verify.reference_losses import Seen

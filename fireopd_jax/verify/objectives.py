@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fireopd_jax.batch import total_loss
-from fireopd_jax.losses.sampled_token import SampledReverseKL, SampledSquare
-from fireopd_jax.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
-from fireopd_jax.losses.vocabulary import MiniLLM, VocabularyDivergence
+from fireopd_jax.method.batch import total_loss
+from fireopd_jax.method.losses.sampled_token import SampledReverseKL, SampledSquare
+from fireopd_jax.method.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
+from fireopd_jax.method.losses.vocabulary import MiniLLM, VocabularyDivergence
+from fireopd_jax.method.scoring.supports import Kind
 from fireopd_jax.ops.divergence import head_divergence
 from fireopd_jax.ops.formulas import (
     AdaptiveKL,
@@ -27,7 +28,6 @@ from fireopd_jax.ops.formulas import (
     SkewedReverseKL,
 )
 from fireopd_jax.ops.head import head_gather
-from fireopd_jax.scoring.supports import Kind
 from fireopd_jax.types import Array, Batch, Rollout, TokenStats
 from fireopd_jax.verify import cases, expected
 from fireopd_jax.verify.cases import HEAD, SCALE, States

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fireopd_jax.batch import coefficients
-from fireopd_jax.filtering import (
+from fireopd_jax.method.batch import coefficients
+from fireopd_jax.method.filtering import (
     AllOf,
     GapBound,
     HardTokens,
@@ -22,9 +22,14 @@ from fireopd_jax.filtering import (
     TeacherQuantile,
     Tip,
 )
+from fireopd_jax.method.reweighting import (
+    ConfidenceConfusion,
+    Progressive,
+    SoftTrajectories,
+    Uniform,
+)
+from fireopd_jax.method.scoring.supports import Kind
 from fireopd_jax.ops.head import HeadOptions, head_gather, head_topk
-from fireopd_jax.reweighting import ConfidenceConfusion, Progressive, SoftTrajectories, Uniform
-from fireopd_jax.scoring.supports import Kind
 from fireopd_jax.types import Array, Margin, Rows, Scores, TokenStats
 from fireopd_jax.verify import cases, expected, reference_batch
 from fireopd_jax.verify.cases import HEAD, SCALE, K, States

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fireopd_jax.batch import assemble
 from fireopd_jax.config import UserError
-from fireopd_jax.filtering import KeepAll
-from fireopd_jax.losses.sampled_token import SampledReverseKL
+from fireopd_jax.method.batch import assemble
+from fireopd_jax.method.filtering import KeepAll
+from fireopd_jax.method.losses.sampled_token import SampledReverseKL
+from fireopd_jax.method.reweighting import Uniform
 from fireopd_jax.models.architecture import MoEConfig
 from fireopd_jax.models.lora import TARGETS, LoraConfig
-from fireopd_jax.recipe import load_config
-from fireopd_jax.reweighting import Uniform
+from fireopd_jax.recipe.optim import OptimConfig
+from fireopd_jax.recipe.schema import load_config
+from fireopd_jax.training.update import gradients, init_state, make_optimizer, make_update
 from fireopd_jax.types import Scores, TokenStats
-from fireopd_jax.update import OptimConfig, gradients, init_state, make_optimizer, make_update
 from tests.cases import make_prompts, make_rollout, random_params, tiny_model
 
 ROWS, P, T = 4, 3, 5

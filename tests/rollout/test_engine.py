@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fireopd_jax.compilation import CompileCounter
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling
-from fireopd_jax.sharding import MeshConfig, make_mesh, place_rows, place_whole
+from fireopd_jax.runtime.compilation import CompileCounter
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, place_rows, place_whole
 from tests.cases import make_prompts, random_params, tiny_model
 
 ROWS, WIDTH, ROOM = 8, 5, 6

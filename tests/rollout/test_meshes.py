@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from fireopd_jax.config import UserError
-from fireopd_jax.fits import check_cache
-from fireopd_jax.recipe import load_config
+from fireopd_jax.recipe.schema import load_config
 from fireopd_jax.rollout.engine import DENSE, generate
 from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.requests import Knobs, Request
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.serving import Engine
-from fireopd_jax.sharding import MeshConfig, make_mesh, place_rows, place_whole
+from fireopd_jax.session.fits import check_cache
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, place_rows, place_whole
 from tests.cases import make_prompts, random_params, tiny_model
 
 ROWS, WIDTH, ROOM = 8, 6, 8

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fireopd_jax.compilation import CompileCounter
 from fireopd_jax.rollout.sampling import Sampling, draw, row_keys, stream
 from fireopd_jax.rollout.settings import RolloutConfig
+from fireopd_jax.runtime.compilation import CompileCounter
 from tests.rollout.filters import distribution
 
 VOCABULARY, DRAWS = 512, 8192

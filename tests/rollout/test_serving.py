@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fireopd_jax.compilation import CompileCounter
 from fireopd_jax.config import UserError
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.kv_dense import Dense
@@ -20,7 +19,8 @@ from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.requests import Budget, Knobs, Request
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.serving import Engine
-from fireopd_jax.sharding import MeshConfig, make_mesh, place_whole
+from fireopd_jax.runtime.compilation import CompileCounter
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, place_whole
 from tests.cases import make_prompts, random_params, tiny_model
 
 WIDTH, ROOM, ROWS = 20, 24, 14

@@ -12,7 +12,7 @@ from fireopd_jax.models.layers import Turned
 from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.serving import Engine
-from fireopd_jax.sharding import MeshConfig, make_mesh, place_whole
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, place_whole
 from tests.cases import random_params, tiny_model
 
 VOCABULARY = 5000

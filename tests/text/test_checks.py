@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from transformers import AddedToken
 
-from fireopd_jax.build import set_up
 from fireopd_jax.config import UserError
-from fireopd_jax.recipe import load_config
+from fireopd_jax.recipe.schema import load_config
+from fireopd_jax.session.setup import set_up
 from fireopd_jax.text.chat import stop_ids
 from fireopd_jax.text.checks import Speaker, check_ids, check_teacher, valid_rows
 from fireopd_jax.text.tokenizer import BUILTIN, CHAT_TEMPLATE, load_tokenizer
-from fireopd_jax.training import train
+from fireopd_jax.training.run import train
 
 TOKENIZER = load_tokenizer(BUILTIN)
 SIZE, END = 261, 257

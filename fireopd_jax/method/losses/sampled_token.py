@@ -1,0 +1,209 @@
+"""Losses that see the model only at the token it sampled.
+
+    student logprob (with gradient), batch -> loss f32[B, T]
+
+The loss is not weighted: `batch.total_loss` multiplies by weight and coefficient. rho = log p/q of
+a sampled token is what others call the k1 estimator of KL(student || teacher): as a reward it has
+that divergence's gradient, as a loss it has none. k2 = rho^2 / 2 has it as a loss. k3 as a loss has
+the gradient of the *forward* KL, and as a reward neither's: it is not offered.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Bool, Float32
+from pydantic import Field
+
+from fireopd_jax.config import UnitInterval, config
+from fireopd_jax.method.losses.base import TokenLoss
+from fireopd_jax.ops.formulas import Divergence, ReverseKL
+from fireopd_jax.types import Array, Batch, TokenStats
+
+LOG_RATIO = 20.0
+"""Bound on log-ratios before exp: e^20 is still far from float32's overflow."""
+
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@config
+class SampledReverseKL(TokenLoss):
+    """Estimate KL(student || teacher) on the student's own tokens, as a clipped policy gradient.
+
+    A = log pi_T - log pi_old, r = pi_theta / pi_old, l = max(-A r, -A clip(r, 1 - eps, 1 + eps)).
+    With one update a rollout r is 1 and the gradient is -A grad log pi_theta.
+
+    References: arXiv 2606.02684, Eq. 1-3; arXiv 1707.06347 for the clipped surrogate; for the exact
+    baseline arXiv 2605.07865; for `gamma` arXiv 2603.25562, where more than 0 only adds variance;
+    for `floor` arXiv 2603.11137.
+    """
+
+    kind: Literal["sampled_reverse_kl"] = "sampled_reverse_kl"
+    """Name of this loss."""
+    clip: Above0 = 0.2
+    """How far eps the ratio r may leave 1 before its gradient stops."""
+    importance_cap: Above0 | None = None
+    """Cap of the correction pi_old / pi_rollout for a sampler that differs from the scored policy;
+    null applies no correction."""
+    extrapolation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """lambda of A = lambda (log pi_T - log b) - (log pi_old - log b), b the base policy; at 1 b
+    falls out."""
+    floor: Finite | None = None
+    """Least advantage: lower ones are raised to it; null is none."""
+    ceiling: Finite | None = None
+    """Greatest advantage; null is none."""
+    baseline: Literal["none", "exact_kl"] = "none"
+    """Add to A the exact KL over the whole vocabulary, its mean with the sign turned: the same
+    gradient in the mean, less variance."""
+    gamma: UnitInterval = 0.0
+    """Discount of the advantages that follow: A_t + gamma A_t+1 + gamma^2 A_t+2 ..."""
+    margin: bool = False
+    """Add to A what holds right responses above wrong ones: `method.score.margin`."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the score must give."""
+        needs = {"teacher.logprob", "student.logprob"}
+        if self.extrapolation != 1:
+            needs |= {"base.logprob"}
+        if self.margin:
+            needs |= {"margin"}
+        return frozenset(needs | ({"teacher.hidden"} if self.divergence_from_teacher else set()))
+
+    @property
+    def divergence_from_teacher(self) -> Divergence | None:
+        """The divergence that the update must compute."""
+        return ReverseKL() if self.baseline == "exact_kl" else None
+
+    def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
+        """Return l on each response token, exactly 0 in value and gradient elsewhere.
+
+        Tokens without a share of the loss (coefficient 0) have their value but no gradient.
+        """
+        mask = batch.rollout.mask
+
+        def valid(value: Array) -> Array:
+            return jnp.where(mask, value, 0.0)
+
+        logprob = valid(live(student.logprob, batch))
+        old = stop_gradient(valid(batch.scores.student.logprob))
+        advantage = self._advantage(student, batch, old, valid)
+        loss = clipped_surrogate(advantage, logprob, old, self.clip)
+        if self.importance_cap is not None:
+            importance = bounded_exp(old - stop_gradient(valid(batch.rollout.logprob)))
+            loss = loss * jnp.minimum(importance, self.importance_cap)
+        return valid(loss)
+
+    def _advantage(self, student: TokenStats, batch: Batch, old: Array, valid) -> Array:
+        scores = stop_gradient(batch.scores)
+        advantage = valid(scores.teacher.logprob) - old
+        if self.extrapolation != 1:
+            if scores.base is None:
+                raise ValueError("extrapolation needs the base policy's scores")
+            of_base = valid(scores.teacher.logprob - scores.base.logprob)
+            advantage = advantage + (self.extrapolation - 1) * of_base
+        if self.baseline == "exact_kl":
+            if student.divergence is None:
+                raise ValueError("the exact baseline needs the divergence")
+            advantage = advantage + valid(stop_gradient(student.divergence))
+        if self.margin:
+            if scores.margin is None:
+                raise ValueError("the margin needs graded responses: method.score.margin")
+            advantage = advantage + valid(scores.margin.shift[:, None])
+        if self.floor is not None or self.ceiling is not None:
+            advantage = jnp.clip(advantage, self.floor, self.ceiling)
+        if self.gamma:
+            advantage = reward_to_go(valid(advantage), self.gamma)
+        return advantage
+
+
+@config
+class SampledSquare(TokenLoss):
+    """The k2 estimator as a loss: l = (log pi_theta - log pi_T)^2 / 2.
+
+    Its gradient (log pi_theta - log pi_T) grad log pi_theta is in expectation that of
+    KL(student || teacher); its value is not that divergence.
+    """
+
+    kind: Literal["sampled_square"] = "sampled_square"
+    """Name of this loss."""
+    importance_cap: Above0 | None = None
+    """Cap of the correction pi_old / pi_rollout for a sampler that differs from the scored policy;
+    null applies no correction."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher.logprob", "student.logprob"})
+
+    def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
+        """Return l on each response token, exactly 0 in value and gradient elsewhere."""
+        mask = batch.rollout.mask
+        scores = stop_gradient(batch.scores)
+        teacher = jnp.where(mask, scores.teacher.logprob, 0.0)
+        rho = jnp.where(mask, live(student.logprob, batch), 0.0) - teacher
+        loss = rho**2 / 2
+        if self.importance_cap is not None:
+            drift = jnp.where(mask, scores.student.logprob - batch.rollout.logprob, 0.0)
+            loss = loss * jnp.minimum(bounded_exp(drift), self.importance_cap)
+        return jnp.where(mask, loss, 0.0)
+
+
+def sampled_reverse_kl(
+    logprob: Float32[Array, "B T"],
+    old_logprob: Float32[Array, "B T"],
+    teacher_logprob: Float32[Array, "B T"],
+    clip: float = 0.2,
+) -> Float32[Array, "B T"]:
+    """Return max(-A r, -A clip(r, 1 - eps, 1 + eps)), A = log pi_T - log pi_old, r = pi / pi_old.
+
+    Only `logprob` carries a gradient.
+    """
+    return clipped_surrogate(teacher_logprob - old_logprob, logprob, old_logprob, clip)
+
+
+def clipped_surrogate(
+    advantage: Float32[Array, "B T"],
+    logprob: Float32[Array, "B T"],
+    old_logprob: Float32[Array, "B T"],
+    clip: float,
+) -> Float32[Array, "B T"]:
+    """Return max(-A r, -A clip(r, 1 - eps, 1 + eps)); only `logprob` carries a gradient."""
+    advantage, old_logprob = stop_gradient((advantage, old_logprob))
+    ratio = bounded_exp(logprob - old_logprob)
+    clipped = jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
+    return jnp.maximum(-advantage * ratio, -advantage * clipped)
+
+
+def reward_to_go(
+    reward: Float32[Array, "B T"], gamma: float | Float32[Array, ""]
+) -> Float32[Array, "B T"]:
+    """Return R_t = r_t + gamma R_t+1; the reward behind a row's last token must be 0."""
+
+    def step(later: Array, now: Array) -> tuple[Array, Array]:
+        total = now + gamma * later
+        return total, total
+
+    _, totals = jax.lax.scan(step, jnp.zeros_like(reward[:, 0]), reward.T, reverse=True)
+    return totals.T
+
+
+def mean_of_later(reward: Float32[Array, "B T"], mask: Bool[Array, "B T"]) -> Array:
+    """Return the mean reward of the row's tokens after each one, 0 after the last."""
+    reward, count = jnp.where(mask, reward, 0.0), jnp.asarray(mask).astype(jnp.float32)
+    later, number = (reward_to_go(each, 1.0) - each for each in (reward, count))
+    return jnp.where(number > 0, later / jnp.maximum(number, 1.0), 0.0)
+
+
+def live(value: Array, batch: Batch) -> Array:
+    """Let no gradient through where a token has no share of the loss.
+
+    `total_loss` gives such a token the cotangent 0, and 0 times a NaN advantage is NaN.
+    """
+    share = batch.coefficient != 0
+    share = share[..., None] if value.ndim > share.ndim else share
+    return jnp.where(share, value, stop_gradient(value))
+
+
+def bounded_exp(log_ratio: Array) -> Array:
+    """Return e^x, x held within +-20."""
+    return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO, LOG_RATIO))

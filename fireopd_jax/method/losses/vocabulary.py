@@ -1,0 +1,97 @@
+"""Losses over the whole vocabulary: the update computes the divergence from both heads.
+
+student hidden, head; teacher hidden, head -> ops/divergence -> student.divergence -> loss f32[B, T]
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Float32
+from pydantic import Field, PositiveFloat
+
+from fireopd_jax.config import config
+from fireopd_jax.method.losses.base import TokenLoss
+from fireopd_jax.method.losses.sampled_token import clipped_surrogate, live, mean_of_later
+from fireopd_jax.ops.formulas import (
+    AdaptiveKL,
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewedForwardKL,
+    SkewedReverseKL,
+)
+from fireopd_jax.types import Array, Batch, TokenStats
+
+Named = Annotated[
+    ReverseKL | ForwardKL | JensenShannon | SkewedForwardKL | SkewedReverseKL | AdaptiveKL,
+    Field(discriminator="kind"),
+]
+
+
+@config
+class VocabularyDivergence(TokenLoss):
+    """A divergence of student and teacher over all words at every position visited.
+
+    The positions are those of the rollout and carry no gradient of their own: there is no policy
+    gradient here.
+    """
+
+    kind: Literal["vocabulary_divergence"] = "vocabulary_divergence"
+    """Name of this loss."""
+    divergence: Named = JensenShannon()
+    """Which divergence."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher.hidden"})
+
+    @property
+    def divergence_from_teacher(self) -> Divergence:
+        """The divergence that the update must compute."""
+        return self.divergence
+
+    def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
+        """Return the divergence at each response token, exactly 0 elsewhere."""
+        return _divergence(student, batch)
+
+
+@config
+class MiniLLM(TokenLoss):
+    """The gradient of the sequence's reverse KL: the next token exactly, those after by reward.
+
+    l_t = KL(p_t || q_t) + max(-R r, -R clip(r, 1 - eps, 1 + eps)), R the mean of log q - log p over
+    the tokens after t: the length-normalised return. Tokens are the student's own: the paper's
+    sampling from a mixture with the teacher is not part of this.
+
+    References: arXiv 2306.08543.
+    """
+
+    kind: Literal["minillm"] = "minillm"
+    """Name of this loss."""
+    clip: PositiveFloat = 0.2
+    """How far the ratio r may leave 1 before its gradient stops."""
+
+    needs: ClassVar[frozenset[str]] = frozenset(
+        {"teacher.hidden", "teacher.logprob", "student.logprob"}
+    )
+
+    @property
+    def divergence_from_teacher(self) -> Divergence:
+        """The divergence that the update must compute."""
+        return ReverseKL()
+
+    def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
+        """Return l at each response token, exactly 0 elsewhere."""
+        mask = batch.rollout.mask
+        scores = stop_gradient(batch.scores)
+        later = mean_of_later(scores.teacher.logprob - scores.student.logprob, mask)
+        logprob = jnp.where(mask, live(student.logprob, batch), 0.0)
+        old = jnp.where(mask, scores.student.logprob, 0.0)
+        long = clipped_surrogate(later, logprob, old, self.clip)
+        return jnp.where(mask, _divergence(student, batch) + long, 0.0)
+
+
+def _divergence(student: TokenStats, batch: Batch) -> Array:
+    if student.divergence is None:
+        raise ValueError("student statistics lack the divergence from the teacher")
+    return jnp.where(batch.rollout.mask, live(student.divergence, batch), 0.0)

@@ -1,0 +1,84 @@
+"""The table and the learning curve of a finished run, and its README."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fireopd_jax.recipe.schema import Config
+from fireopd_jax.runs.folder import RunFolder, write_atomically
+from fireopd_jax.runs.tracking import Tracker, curve, table
+
+Figures = Mapping[str, Any]
+
+
+def models(config: Config, summary: Figures) -> Iterator[tuple[str, Figures]]:
+    """List the evaluated models of a summary, in the order of the run."""
+    if "teacher" in summary:
+        several = len(config.teachers) > 1
+        named = summary["teacher"] if several else {"": summary["teacher"]}
+        for name, figures in named.items():
+            yield f"teacher {name}".strip(), figures
+    for key in ("student_before", "student_after"):
+        if key in summary:
+            yield key.replace("_", " "), summary[key]
+    for name, figures in summary.get("controls", {}).items():
+        yield f"control {name}", figures
+
+
+def results_rows(config: Config, summary: Figures) -> list[tuple[str, ...]]:
+    """Lay the figures out, a row a model."""
+    key = f"avg@{config.eval.samples}"
+    return [
+        (
+            name,
+            f"{figures[key]:.3f} ± {figures['interval_95']:.3f}",
+            str(figures["problems"]),
+            f"{figures['mean_length']:.1f}",
+            f"{figures['finished']:.2f}",
+        )
+        for name, figures in models(config, summary)
+    ]
+
+
+def columns(config: Config) -> tuple[str, ...]:
+    """Head the table."""
+    key = f"avg@{config.eval.samples} (95 % interval)"
+    return ("model", key, "problems", "mean length", "finished")
+
+
+def print_results(folder: Path, config: Config, summary: Figures) -> None:
+    """Print the table."""
+    rows = results_rows(config, summary)
+    if rows:
+        table(rows, columns(config), title=f"{folder}: held-out problems")
+
+
+def print_curve(folder: Path, config: Config, log: Callable[[str], None]) -> None:
+    """Print the learning curves: grades where the run took them, else the KL to the teacher."""
+    homes = {"student": folder}
+    homes |= {n: folder / "controls" / n for n in config.run.compare}
+    key, title = "eval/held_out/avg@1", "avg@1 on held-out problems"
+    if not config.eval.every:
+        key, title = "distill/reverse_kl", "KL(student || teacher) on the student's tokens, nats"
+    series = {}
+    for name, home in homes.items():
+        with Tracker(home) as tracker:
+            series[name] = tracker.history(key)
+    log(curve(series, title))
+
+
+def write_card(folder: RunFolder, config: Config, summary: Figures) -> None:
+    """Write the run's README: what was trained, how, and what came out."""
+    rows = [columns(config), ("---",) * 5, *results_rows(config, summary)]
+    lines = [
+        f"# {folder.path.name}",
+        "",
+        f"A student distilled by {config.method.loss.kind} for "
+        f"{config.run.steps} steps; the whole recipe is in `config.yaml`, the "
+        "environment in `env.json`.",
+        "",
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+        "The model is in `models/student`; `fireopd generate` and `fireopd eval` read this folder.",
+    ]
+    write_atomically(folder.card, "\n".join(lines) + "\n")

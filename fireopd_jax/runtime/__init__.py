@@ -1,0 +1,1 @@
+"""Settings of the process: XLA flags and the compilation cache."""

@@ -1,6 +1,0 @@
-"""From rollouts to scores: whose log-probabilities, in which context."""
-
-from fireopd_jax.scoring.stages import SampledToken as SampledToken
-from fireopd_jax.scoring.stages import ScoreConfig as ScoreConfig
-from fireopd_jax.scoring.stages import TopK as TopK
-from fireopd_jax.scoring.stages import WholeVocabulary as WholeVocabulary

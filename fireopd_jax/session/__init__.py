@@ -1,0 +1,1 @@
+"""An open run: its data, tokenizers, models and teachers, ready to answer, grade and score."""

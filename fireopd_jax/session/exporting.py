@@ -1,0 +1,147 @@
+"""Hand a model of a run on: a finished one, or the student as a checkpoint has kept it.
+
+    runs/x/models/NAME, or runs/x/checkpoints/N -> parameters, tokenizer -> a Hugging Face folder
+
+The run is only read, so it may still be going on.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from fireopd_jax.config import UserError, nearest
+from fireopd_jax.models.decoder import parameter_count
+from fireopd_jax.models.hf_config import hf_config_json
+from fireopd_jax.models.hf_export import MAX_SHARD_BYTES, check_target, export_model
+from fireopd_jax.models.language_model import Params
+from fireopd_jax.models.lora import LoraConfig
+from fireopd_jax.recipe.schema import StudentConfig
+from fireopd_jax.runs.checkpoints import restore_params, restore_step_params, saved_steps
+from fireopd_jax.session.finished import open_model
+from fireopd_jax.session.setup import ModelSpec, load_spec
+
+
+def export_run(
+    run: Path,
+    to: Path,
+    *,
+    model: str = "student",
+    step: int | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Export a finished model of a run, or what it was after `step` steps."""
+    check_target(to)
+    spec, params = open_model(run, model) if step is None else at_step(run, model, step)
+    export(to, spec, params, run, step=step, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def check_exportable(spec: ModelSpec) -> None:
+    """Refuse, before a run begins, an architecture that it could not export at its end."""
+    hf_config_json(spec.model.config, spec.model.vocab_size)
+
+
+def export(
+    to: Path,
+    spec: ModelSpec,
+    params: Params,
+    run: Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model of a run as a folder, with a card that says where it comes from."""
+    export_model(
+        to,
+        params,
+        spec.model.config,
+        spec.tokenizer,
+        stop=spec.stop,
+        card=model_card(to.name, spec, params, run, step),
+        generation=spec.generation,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def at_step(run: Path, model: str, step: int) -> tuple[ModelSpec, Params]:
+    """Read the student, or a control, from its checkpoint."""
+    homes = {"student": run} | {home.name: home for home in sorted((run / "controls").glob("*"))}
+    if model not in homes:
+        raise UserError(
+            f"{run}: no checkpoints of {model!r}{nearest(model, homes)}; it has those of "
+            f"{', '.join(homes)}"
+        )
+    checkpoints = homes[model] / "checkpoints"
+    start = run / "models" / "student_start"
+    known = saved_steps(checkpoints)
+    if step not in known:
+        there = f"there are {', '.join(map(str, known))}" if known else "there is none"
+        raise UserError(f"{checkpoints}: no checkpoint of step {step}; {there}")
+    spec = load_spec(model, start, StudentConfig(path=str(start)))
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    like = _placed(jax.eval_shape(spec.model.init, jax.random.key(0)), sharding)
+    settings = recorded(run)[0].get("student", {}).get("lora")
+    if settings is None:
+        return spec, restore_step_params(checkpoints, step, like)
+    lora = LoraConfig(**settings)
+    adapters = jax.eval_shape(lora.init, jax.random.key(0), like)
+    learnt = restore_step_params(checkpoints, step, _placed(adapters, sharding))
+    return spec, jax.jit(lora.merge)(restore_params(start, like), learnt)
+
+
+def _placed(shapes: Params, sharding: Sharding) -> Params:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+    )
+
+
+def model_card(name: str, spec: ModelSpec, params: Params, run: Path, step: int | None) -> str:
+    """Say what the model is, how it was made, and how to load it."""
+    config, figures = recorded(run)
+    method = config.get("method", {})
+    stages = [method.get(key, {}).get("kind") for key in ("filter", "reweight", "loss")]
+    steps = config.get("run", {}).get("steps") if step is None else step
+    before = {"student": f"after {steps} steps", "student_start": "before any step"}
+    when = before.get(spec.name, f"after {steps} steps" if step is not None else "when it ended")
+    kept = [f"| {key} | {value} |" for key, value in figures.items()]
+    table = ["", "| on held-out problems | |", "| --- | --- |", *kept] if kept else []
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [on-policy-distillation, fireopd-jax]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"`{spec.name}` of the run `{run.name}` of fireopd-jax, {when}: "
+        f"{parameter_count(params):,} parameters, {spec.model.config.model_type}.",
+        "",
+        f"- method: {', '.join(filter(None, stages)) or 'unknown'}",
+        f"- teachers: {', '.join(config.get('teachers', {})) or 'none'}",
+        f"- data: {config.get('data', {}).get('path', 'unknown')}",
+        f"- seed: {config.get('run', {}).get('seed', 'unknown')}",
+        *(table if step is None and spec.name == "student" else []),
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def recorded(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a run's configuration, and its student's figures if it has come to its end."""
+    config, summary = run / "config.yaml", run / "summary.json"
+    tree = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    figures = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    return tree, figures.get("student_after", {})

@@ -1,0 +1,104 @@
+"""Whether a configuration fits the devices that are here; asked before any compute.
+
+Config, mesh -> nothing, or one line that names the key
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import Mesh
+
+from fireopd_jax.config import UserError
+from fireopd_jax.models.architecture import DecoderConfig
+from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
+from fireopd_jax.recipe.schema import Config
+from fireopd_jax.rollout.engine import Memory
+from fireopd_jax.rollout.kv_paged import Paged
+from fireopd_jax.rollout.state import Shape
+
+CACHES = {"dense_gpu": "gpu", "paged_tpu": "tpu", "paged_gpu": "gpu"}
+"""Platforms of the caches that a kernel reads."""
+
+
+def check_training_batches(
+    config: Config, mesh: Mesh, drawing: Mapping[str, DecoderConfig]
+) -> None:
+    """Refuse what the devices cannot do: share a batch evenly, run another platform's kernel.
+
+    `drawing` are the models that answer prompts, by name.
+    """
+    check_kernel(config.method.score.head)
+    check_cache(config, mesh, drawing)
+    sizes = {
+        "rollout.batch_size": config.rollout.batch_size,
+        "optim.micro_batch_size": config.optim.micro_batch_size,
+        "method.score.micro_batch_size": config.method.score.micro_batch_size,
+        "eval.batch_size": config.eval.batch_size,
+    }
+    teachers = {f"teachers.{name}": teacher for name, teacher in config.teachers.items()}
+    for key, model in {"student": config.student, **teachers}.items():
+        if model.sft is not None:
+            sizes[f"{key}.sft.batch_size"] = model.sft.batch_size
+            sizes[f"{key}.sft.optim.micro_batch_size"] = model.sft.optim.micro_batch_size
+    check_divisible(sizes, mesh)
+
+
+def check_cache(config: Config, mesh: Mesh, drawing: Mapping[str, DecoderConfig]) -> None:
+    """Refuse a cache of another platform, for another model, or too small for one response."""
+    rollout = config.rollout
+    here = jax.default_backend()
+    if CACHES.get(rollout.cache.kind, here) != here:
+        raise UserError(
+            f"rollout.cache.kind={rollout.cache.kind} runs on "
+            f"{CACHES[rollout.cache.kind].upper()} only, this machine has {here.upper()}; "
+            "here run: dense, paged"
+        )
+    if rollout.cache.kind in CACHES and mesh.shape["tensor"] > 1:
+        raise UserError(
+            f"rollout.cache.kind={rollout.cache.kind}: the mesh.tensor={mesh.shape['tensor']} "
+            "devices of a replica cannot share its kernel's work; expected dense or paged"
+        )
+    for name, model in drawing.items():
+        check_model(rollout.cache, model, name)
+    if isinstance(rollout.cache, Paged):
+        shape = Shape.of(
+            max(1, rollout.batch_size // mesh.shape["data"]),
+            config.data.max_prompt_tokens,
+            rollout.max_tokens,
+            rollout.slots,
+            rollout.cache.align,
+        )
+        rollout.cache.pages(shape.slots, shape.entries, shape.capacity)
+
+
+def check_model(cache: Memory, model: DecoderConfig, name: str) -> None:
+    """Refuse a model whose keys and values this kind of cache cannot hold."""
+    # As many pages as are needed: how many there are is another question.
+    enough = dataclasses.replace(cache, tokens=None) if isinstance(cache, Paged) else cache
+    try:
+        jax.eval_shape(lambda: enough.init(model, 2, 2, cache.align))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def check_kernel(name: str | None) -> None:
+    """Refuse a kernel of another platform."""
+    here = jax.default_backend()
+    if name is None or PLATFORMS.get(name, here) == here:
+        return
+    able = [each for each in IMPLEMENTATIONS if PLATFORMS.get(each, here) == here]
+    raise UserError(
+        f"method.score.head={name} runs on {PLATFORMS[name].upper()} only, this machine has "
+        f"{here.upper()}; here run: {', '.join(able)}"
+    )
+
+
+def check_divisible(sizes: Mapping[str, int | None], mesh: Mesh) -> None:
+    """Refuse sizes, by key, that the devices cannot share evenly."""
+    for key, size in sizes.items():
+        if size is not None and size % mesh.size:
+            raise UserError(
+                f"{key}={size} is not divisible by the {mesh.size} devices of the mesh (mesh.data, "
+                "mesh.tensor)"
+            )

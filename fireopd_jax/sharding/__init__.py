@@ -1,0 +1,1 @@
+"""The device mesh, and how arrays are laid out over its axes."""

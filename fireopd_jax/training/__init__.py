@@ -1,0 +1,1 @@
+"""Train a student: the state, one update, the jitted programs, the loop."""

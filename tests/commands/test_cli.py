@@ -1,0 +1,152 @@
+"""The command line: quick help, one line for a mistake, exit statuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from fireopd_jax import cli
+from fireopd_jax.config import keys
+from fireopd_jax.recipe.schema import Config, as_tree, load_config
+from tests.cases import one_device
+
+COMMAND = "from fireopd_jax.cli import main; main()"
+HEAVY = "{'jax', 'flax', 'transformers', 'datasets', 'numpy'}"
+
+
+def process(*arguments, code=COMMAND, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=one_device(),
+        **kwargs,
+    )
+
+
+def call(monkeypatch, *arguments):
+    """Run the command line in this process; return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["fireopd", *arguments])
+    try:
+        cli.main()
+    except SystemExit as done:
+        return done.code or 0
+    return 0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = (
+        "import sys, atexit\n"
+        f"atexit.register(lambda: print('HEAVY', sorted({HEAVY} & set(sys.modules))))\n{COMMAND}"
+    )
+    done = process(*arguments, code=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("HEAVY []")
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_help_lists_every_key(monkeypatch, capsys, command):
+    assert call(monkeypatch, command, "--help") == 0
+    text = capsys.readouterr().out
+    lines = {line.strip().partition(":")[0] for line in text.splitlines()}
+    known = list(keys(Config))
+    leaves = [key for key in known if not any(k.startswith(f"{key}.") for k in known)]
+    missing = [key for key in leaves if key not in lines]
+    assert not missing
+    assert "Peak learning rate." in text
+
+
+def test_help_names_the_commands(monkeypatch, capsys):
+    assert call(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("train", "sft", "eval", "generate", "export", "env"))
+    assert "schema" not in text
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_a_dry_run_prints_what_loads_to_the_same(monkeypatch, capsys, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    settings = ["quickstart.yaml", "optim.learning_rate=1e-6", "eval.problems=0"]
+    assert call(monkeypatch, command, "--dry-run", *settings) == 0
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert load_config([str(file)]) == load_config(settings)
+    assert yaml.safe_load(file.read_text()) == json.loads(
+        json.dumps(as_tree(load_config(settings)))
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["printed.yaml"]
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path):
+    done = process("train", "quickstart.yaml", "optim.learning_rte=1", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "fireopd: command line: unknown key 'optim.learning_rte' "
+        "(did you mean 'optim.learning_rate'?)\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train"], "teachers: none is given"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
+        (["train", "smoke", "data.path=nowhere.jsonl"], "no file 'nowhere.jsonl'"),
+        (["train", "smoke", "data.path=builtin:adition-2"], "builtin:addition-2"),
+        (["train", "smoke", "rollout.group_size=3"], "rollout.group_size=3 does not divide"),
+        (["train", "smoke", "run.compare=[fire_odp]"], "fire_opd"),
+        (["train", "smoke", "run.name=a/b"], "run.name"),
+        (["sft", "smoke", "optim.beta1=2"], "optim.beta1"),
+        (["eval", "nowhere"], "nowhere: no finished model"),
+        (["eval", "nowhere", "run.seed=3"], "only eval.*"),
+        (["export", "nowhere", "--to", "out"], "no finished model"),
+        (["export", "nowhere", "--to", "out", "--dtype", "bf16"], "--dtype bf16: expected float32"),
+        (["generate", "nowhere", "--prompts", "p.jsonl", "--out", "o.jsonl"], "no such folder"),
+    ],
+)
+def test_mistakes_name_what_is_wrong(monkeypatch, capsys, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *arguments) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err and printed.err.count("\n") == 1
+    assert printed.err.startswith("fireopd: ")
+
+
+def test_an_unknown_option_or_command_is_refused(monkeypatch, capsys):
+    assert call(monkeypatch, "trian") == 2
+    assert call(monkeypatch, "train", "--dryrun") == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("fireopd_jax.recipe.schema.load_config", lambda settings: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(monkeypatch, "train", "smoke")
+
+
+def test_an_interrupt_is_status_130(monkeypatch, capsys):
+    from fireopd_jax.training.loop import Interrupted
+
+    def stop(settings):
+        raise Interrupted("distil student: stopped after step 2 of 5")
+
+    monkeypatch.setattr("fireopd_jax.recipe.schema.load_config", stop)
+    assert call(monkeypatch, "train", "smoke") == 130
+    assert capsys.readouterr().err == "fireopd: distil student: stopped after step 2 of 5\n"
+
+
+def test_the_environment_is_json(monkeypatch, capsys):
+    assert call(monkeypatch, "env") == 0
+    described = json.loads(capsys.readouterr().out)
+    assert len(described["devices"]) == 8 and described["packages"]["jax"]
+
+
+def test_the_schema_is_written_for_every_section(monkeypatch, tmp_path):
+    assert call(monkeypatch, "schema", str(tmp_path / "schema.json")) == 0
+    schema = json.loads((tmp_path / "schema.json").read_text())
+    assert set(schema["properties"]) == set(as_tree(load_config(["smoke"])))

@@ -1,0 +1,148 @@
+"""What is saved comes back bit for bit, and only whole."""
+
+import json
+import shutil
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fireopd_jax.runs.checkpoints import Checkpoints, restore_params, save_model
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, place_whole
+from fireopd_jax.types import pytree
+
+POSITION = {"position": 3, "data": "abc", "seed": 7}
+
+
+@pytree
+class State:
+    params: dict[str, jax.Array]
+    count: jax.Array
+
+
+def make_state(seed):
+    key = jax.random.key(seed)
+    params = {"a": jax.random.normal(key, (4, 8)), "b": jnp.float32(seed)}
+    return State(params=params, count=jnp.int32(seed))
+
+
+def assert_same_bits(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+    mesh = make_mesh(MeshConfig())
+    state = place_whole(mesh, make_state(5))
+    first = Checkpoints(tmp_path, keep=2)
+    assert first.latest() is None
+    first.save(5, state, POSITION)
+    first.close()
+    again = Checkpoints(tmp_path, keep=2)
+    step, restored, position = again.restore(place_whole(mesh, make_state(0)))
+    again.close()
+    assert (step, position) == (5, POSITION)
+    assert_same_bits(restored, state)
+    assert restored.params["a"].sharding == state.params["a"].sharding
+    assert isinstance(restored, State)
+
+
+def test_the_newest_and_the_best_stay(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_best=1)
+    scores = {1: 0.1, 2: 0.9, 3: None, 4: 0.2, 5: None, 6: 0.3}
+    for step, score in scores.items():
+        metrics = None if score is None else {"score": score}
+        checkpoints.save(step, make_state(step), POSITION, metrics)
+    checkpoints.close()
+    again = Checkpoints(tmp_path, keep=2, keep_best=1)
+    assert again.steps() == [2, 5, 6] and again.latest() == 6
+    assert int(again.restore(make_state(0), 2)[1].count) == 2
+    again.close()
+
+
+def test_only_the_newest_stay_without_a_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (1, 2, 3):
+        checkpoints.save(step, make_state(step), POSITION)
+    checkpoints.close()
+    again = Checkpoints(tmp_path, keep=1)
+    assert again.steps() == [3]
+    again.close()
+
+
+def test_an_interrupted_write_leaves_the_one_before(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, make_state(1), POSITION)
+    checkpoints.close()
+    # What a kill leaves: the folder under the name it is written as.
+    shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
+    shutil.rmtree(tmp_path / "2.orbax-checkpoint-tmp" / "state")
+    again = Checkpoints(tmp_path, keep=2)
+    step, restored, _ = again.restore(make_state(0))
+    assert step == 1
+    assert_same_bits(restored, make_state(1))
+    again.save(2, make_state(2), POSITION)
+    again.close()
+    last = Checkpoints(tmp_path, keep=2)
+    assert last.restore(make_state(0))[0] == 2
+    last.close()
+
+
+def test_nothing_saved_cannot_be_restored(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    with pytest.raises(FileNotFoundError):
+        checkpoints.restore(make_state(0))
+    checkpoints.close()
+
+
+def test_a_donated_update_right_after_a_save_does_not_reach_the_file(tmp_path):
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    copy = jax.jit(lambda s: jax.tree.map(jnp.copy, s))
+    state = State(params={"a": jnp.zeros((512, 512))}, count=jnp.int32(0))
+    checkpoints = Checkpoints(tmp_path, keep=10)
+    for number in range(1, 4):
+        state = step(state)
+        checkpoints.save(number, copy(state), POSITION)
+        for _ in range(3):
+            state = step(state)
+    like = copy(state)
+    checkpoints.close()
+    again = Checkpoints(tmp_path, keep=10)
+    for number in range(1, 4):
+        _, restored, _ = again.restore(like, number)
+        assert np.unique(np.asarray(restored.params["a"])).tolist() == [4 * number - 3]
+    again.close()
+
+
+def test_a_model_comes_back_with_its_description(tmp_path):
+    params = make_state(3).params
+    save_model(tmp_path / "m", params, {"vocab_size": 7})
+    assert json.loads((tmp_path / "m" / "model.json").read_text()) == {"vocab_size": 7}
+    assert_same_bits(restore_params(tmp_path / "m", make_state(0).params), params)
+    # Written again over what an interrupted write has left.
+    other = make_state(4).params
+    save_model(tmp_path / "m", other, {"vocab_size": 8})
+    assert_same_bits(restore_params(tmp_path / "m", make_state(0).params), other)
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["model.json", "params"]
+
+
+def test_the_description_appears_last(tmp_path):
+    class Unwritable:
+        pass
+
+    with pytest.raises(TypeError):
+        save_model(tmp_path / "m", make_state(1).params, {"x": Unwritable()})
+    assert not (tmp_path / "m" / "model.json").exists()
+
+
+def test_closing_leaves_no_thread_that_writes(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, make_state(1), POSITION)
+    checkpoints.close()
+    checkpoints.close()  # a signal in the last step closes, and so does the end of the run
+    assert (tmp_path / "1").is_dir()
+    assert not [t for t in threading.enumerate() if "save_finalize" in t.name]
