@@ -96,12 +96,13 @@ def generate_to_file(
         if requests:
             compile_cache()
             engine = Engine(
-                spec.on(mesh).model,
+                spec.model,
                 width=-(-max(map(len, ids)) // ALIGN) * ALIGN,
                 room=settings.max_tokens,
                 seed=stream(settings.seed, "generate"),
                 slots=slots,
                 text=lambda tokens: decode(spec.tokenizer, tokens),
+                mesh=mesh,
             )
             engine.load(params)
             with progress("generate", len(requests)) as bar:

@@ -42,8 +42,6 @@ class LanguageModel:
     """Rows of the embedding and of the head."""
     valid: int | None = None
     """Rows that are tokens, where the others only pad the head: they have no probability."""
-    mesh: Mesh | None = None
-    """Devices that share the rows, and the parameters laid out for decoding, if several."""
     quantize: Quantize | None = None
     """What the kernels are kept in, of a model that does not learn; null: the parameters' type."""
     exchange: tuple[int, int] | None = None
@@ -54,13 +52,6 @@ class LanguageModel:
     def size(self) -> int:
         """Count the ids that the model may say."""
         return self.vocab_size if self.valid is None else self.valid
-
-    @property
-    def head_sharding(self) -> HeadSharding | None:
-        """Tell the head's statistics where the tokens lie."""
-        if self.mesh is None or self.mesh.size == 1:
-            return None
-        return HeadSharding(self.mesh, AXES)
 
     def _module(self, rngs: nnx.Rngs) -> Decoder:
         return Decoder(self.config, self.vocab_size, rngs=rngs)
@@ -85,15 +76,15 @@ class LanguageModel:
         graph, _ = nnx.split(nnx.eval_shape(lambda: self._module(nnx.Rngs(0))))
         return nnx.merge(graph, params)
 
-    def relay(self, params: Params) -> Params:
+    def relay(self, params: Params, mesh: Mesh | None = None) -> Params:
         """Lay parameters out for decoding: a tree a layer, matrices in the type of the computation.
 
-        They are split over the mesh's tensor axis. On a CPU, where nothing is split, kernels lie
+        They are split over the tensor axis of `mesh`. On a CPU, where nothing is split, kernels lie
         transposed (`Turned`). A loop over layers that are stacked would make XLA hoist a second
         copy of all of them.
         """
         dtype = jnp.dtype(self.config.dtype)
-        alone = self.mesh is None or tensor_devices(self.mesh) == 1
+        alone = mesh is None or tensor_devices(mesh) == 1
         turns = alone and jax.default_backend() == "cpu"
 
         def cast(x: Any) -> Any:
@@ -113,9 +104,9 @@ class LanguageModel:
         rest = {name: cast(leaf) for name, leaf in params.items() if name not in ("layers", "norm")}
         layers = tuple(layer(index) for index in range(self.config.num_hidden_layers))
         relaid = rest | {"norm": params["norm"], "layers": layers}
-        if self.mesh is None or alone:
+        if mesh is None or alone:
             return relaid
-        return place_relaid(relaid, self.config, self.mesh)
+        return place_relaid(relaid, self.config, mesh)
 
     def bind_relaid(self, relaid: Params) -> tuple[Decoder, list[Layer]]:
         """Put what `relay` gives into the module and its layers."""
@@ -146,15 +137,19 @@ class LanguageModel:
         temperature: Float[Array, ""] | float = 1.0,
         implementation: str | None = None,
         chunk: int | None = None,
+        mesh: Mesh | None = None,
     ) -> HeadOptions:
-        """Say how the head's statistics are to be read."""
+        """Return the options of `ops.head` for this model; rows are split over all of `mesh`."""
+        sharding = None
+        if mesh is not None and mesh.size > 1 and implementation != PLAIN:
+            sharding = HeadSharding(mesh, AXES)
         return {
             "logit_scale": 1.0 / temperature,
             "softcap": self.config.final_logit_softcapping,
             "valid": self.valid,
             "implementation": implementation,
             "chunk": chunk,
-            "sharding": None if implementation == PLAIN else self.head_sharding,
+            "sharding": sharding,
         }
 
     def response_hidden(

@@ -2,7 +2,7 @@
 
     prompts -> table of requests -> `Loop.run` to its end -> Rollout
 
-The rows are shared out over the `data` axis of the model's mesh, one loop a replica: a replica
+The rows are shared out over the `data` axis of the mesh, one loop a replica: a replica
 whose responses are short does not wait at every step for the others. The devices of a replica, on
 the `tensor` axis, share its model, its cache and the columns of its vocabulary. For requests that
 come and go, budgets and streams there is `serving.Engine`, around the same loop.
@@ -13,14 +13,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Int32
 
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.loop import Loop
-from fireopd_jax.rollout.meshes import over_data, split_cache
+from fireopd_jax.rollout.meshes import over_data, replica_count, split_cache
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.state import STOP, Requests, Shape, empty_requests, enqueue, initial
 from fireopd_jax.types import Prompts, Rollout
@@ -42,6 +42,7 @@ def generate(
     max_tokens: int,
     slots: int | None = None,
     memory: Memory = DENSE,
+    mesh: Mesh | None = None,
 ) -> Rollout:
     """Draw one response to each prompt.
 
@@ -50,7 +51,7 @@ def generate(
     limit, or before a token for which the logits are not finite. At most `slots` rows are decoded
     at a time, on each replica; rows that follow one another with the same prompt share its prefill.
     """
-    replicas = 1 if model.mesh is None else model.mesh.shape["data"]
+    replicas = replica_count(mesh)
     rows, width = prompts.tokens.shape
     shape = Shape.of(rows // replicas, width, max_tokens, slots, memory.align)
 
@@ -58,19 +59,19 @@ def generate(
         requests = table(prompts, sampling, max_tokens)
         count = requests.length.shape[0]
         cache = memory.init(model.config, shape.slots, shape.entries, shape.capacity)
-        cache = split_cache(cache, memory, model)
+        cache = split_cache(cache, memory, model, mesh)
         state = initial(requests, shape.slots, shape.entries, cache)
         real = jnp.where(requests.length > 0, jnp.arange(count, dtype=jnp.int32), count)
         state = dataclasses.replace(state, ring=enqueue(state.ring, requests, real))
-        loop = Loop(model, memory, shape.piece)
+        loop = Loop(model, memory, shape.piece, mesh)
         end = loop.run(params, state, jnp.int32(UNBOUNDED), version).requests
         return end.tokens, end.count, end.logprob, end.model_logprob, end.finish, end.version
 
     whole, split = PartitionSpec(), PartitionSpec("data")
     knobs = jax.tree.map(lambda knob: whole if knob.ndim == 0 else split, sampling.rows(rows))
-    draw = over_data(draw, model.mesh, (whole, split, knobs, whole), split)
+    draw = over_data(draw, mesh, (whole, split, knobs, whole), split)
     tokens, count, logprob, model_logprob, finish, versions = draw(
-        model.relay(params), prompts, sampling.rows(rows), version
+        model.relay(params, mesh), prompts, sampling.rows(rows), version
     )
     return Rollout(
         prompts=prompts,

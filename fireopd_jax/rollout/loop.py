@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Int32
 
@@ -45,6 +46,8 @@ class Loop:
     """How keys and values are kept: `Dense`, `Paged`."""
     piece: int
     """Prompt tokens of a row that are computed at a time."""
+    mesh: Mesh | None = None
+    """Devices, if several: the loop is one replica's, which its `tensor` axis shares."""
 
     def run(
         self, params: Params, state: State, steps: Int32[Array, ""], version: Int32[Array, ""]
@@ -205,7 +208,7 @@ class Loop:
         at = requests.count[row]
         sampling = requests.sampling.at_rows(row)
         keys = row_keys(sampling.seed, requests.sample_id[row], at)
-        drawn = draw_over(self.model.mesh, logits, keys, sampling, at)
+        drawn = draw_over(self.mesh, logits, keys, sampling, at)
         valid = going & ~drawn.bad
         count = at + valid
         stopped = valid & (drawn.token[:, None] == sampling.stop).any(axis=1)

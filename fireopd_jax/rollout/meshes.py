@@ -18,6 +18,11 @@ from fireopd_jax.rollout.sampling import Draw, Sampling, draw
 from fireopd_jax.types import Array
 
 
+def replica_count(mesh: Mesh | None) -> int:
+    """Return the number of replicas, the size of the `data` axis; 1 without a mesh."""
+    return 1 if mesh is None else mesh.shape["data"]
+
+
 def over_data(
     function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
@@ -61,33 +66,34 @@ def draw_over(
     )(logits, keys, sampling, position)
 
 
-def cache_spec(ndim: int, memory: Any, model: LanguageModel) -> PartitionSpec:
+def cache_spec(ndim: int, memory: Any, model: LanguageModel, mesh: Mesh | None) -> PartitionSpec:
     """Tell where an array of a cache lies: its key heads are shared, if there are enough."""
     if ndim < 4:  # tables of pages
         return PartitionSpec()
-    heads, devices = model.config.num_key_value_heads, tensor_devices(model.mesh)
+    heads, devices = model.config.num_key_value_heads, tensor_devices(mesh)
     return over_tensor(ndim, memory.heads_axis, heads, devices)
 
 
-def split_cache(cache: Any, memory: Any, model: LanguageModel) -> Any:
+def split_cache(cache: Any, memory: Any, model: LanguageModel, mesh: Mesh | None) -> Any:
     """Split a new cache over the devices of its replica."""
-    if tensor_devices(model.mesh) == 1:
+    if tensor_devices(mesh) == 1:
         return cache
 
     def split(leaf: Array) -> Array:
-        return jax.lax.with_sharding_constraint(leaf, cache_spec(leaf.ndim, memory, model))
+        spec = cache_spec(leaf.ndim, memory, model, mesh)
+        return jax.lax.with_sharding_constraint(leaf, spec)
 
     return jax.tree.map(split, cache)
 
 
-def state_shardings(state: Any, memory: Any, model: LanguageModel) -> Any:
+def state_shardings(state: Any, memory: Any, model: LanguageModel, mesh: Mesh | None) -> Any:
     """Tell where the arrays of a state lie, stacked over the replicas; None on one device."""
-    mesh = model.mesh
     if mesh is None or mesh.size == 1:
         return None
     places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec("data")), state)
 
     def place(leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec("data", *cache_spec(leaf.ndim - 1, memory, model)))
+        spec = cache_spec(leaf.ndim - 1, memory, model, mesh)
+        return NamedSharding(mesh, PartitionSpec("data", *spec))
 
     return dataclasses.replace(places, cache=jax.tree.map(place, state.cache))

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from fireopd_jax.config import UserError
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.rollout.engine import DENSE, Memory
 from fireopd_jax.rollout.loop import Loop
-from fireopd_jax.rollout.meshes import over_data, state_shardings
+from fireopd_jax.rollout.meshes import over_data, replica_count, state_shardings
 from fireopd_jax.rollout.requests import (
     Budget,
     Completion,
@@ -90,18 +90,19 @@ class Engine:
         memory: Memory = DENSE,
         chunk_steps: int = 64,
         text: Callable[[Sequence[int]], str] | None = None,
+        mesh: Mesh | None = None,
     ):
         """Prepare for prompts of up to `width` and responses of up to `room` tokens.
 
         `rows` requests may be on the device at a time, `slots` of them decoded, on each replica.
         `text` turns tokens into text, for stop strings.
         """
-        self.model, self.memory, self.text = model, memory, text
+        self.model, self.memory, self.text, self.mesh = model, memory, text, mesh
         self.width, self.room, self.chunk_steps = width, room, chunk_steps
         limit = rows if rows is not None else 2**30
         self.shape = Shape.of(limit, width, room, slots, memory.align)
         self.rows = rows if rows is not None else 4 * self.shape.slots
-        self.replicas = 1 if model.mesh is None else model.mesh.shape["data"]
+        self.replicas = replica_count(mesh)
         self.block = min(BLOCK, self.rows)
         self.seed = jnp.uint32(seed)
         self.statistics = Statistics()
@@ -364,9 +365,8 @@ class Engine:
 
     def _jit(self) -> None:
         """Wrap what runs on the devices; only `_run` is compiled more than once."""
-        mesh = self.model.mesh
         split, whole = PartitionSpec("data"), PartitionSpec()
-        loop = Loop(self.model, self.memory, self.shape.piece)
+        loop = Loop(self.model, self.memory, self.shape.piece, self.mesh)
 
         def on_replicas(function: Callable[..., Any], *stacked: bool) -> Callable[..., Any]:
             """Apply to each replica's part: the leading axis of what is stacked."""
@@ -379,7 +379,7 @@ class Engine:
                 return jax.tree.map(lambda x: x[None], function(*own))
 
             specs = tuple(split if own else whole for own in stacked)
-            return over_data(one, mesh, specs, split)
+            return over_data(one, self.mesh, specs, split)
 
         def run(params: Params, state: State, steps: Array, version: Array) -> State:
             return loop.run(params, _counting_anew(state), steps, version)
@@ -397,8 +397,8 @@ class Engine:
             return on_replicas(one, True)(state)
 
         shapes = jax.eval_shape(functools.partial(make, self.capacity), self.seed)
-        places = state_shardings(shapes, self.memory, self.model)
-        self._relay = jax.jit(self.model.relay)
+        places = state_shardings(shapes, self.memory, self.model, self.mesh)
+        self._relay = jax.jit(lambda params: self.model.relay(params, self.mesh))
         self._run = jax.jit(
             on_replicas(run, False, True, False, False), donate_argnums=1, out_shardings=places
         )
@@ -412,7 +412,7 @@ class Engine:
     def _shape_of(self, capacity: int) -> State:
         """Describe a state, as its program will be given it."""
         state = jax.eval_shape(functools.partial(self._make, capacity), self.seed)
-        places = state_shardings(state, self.memory, self.model)
+        places = state_shardings(state, self.memory, self.model, self.mesh)
         if places is None:
             return state
         return jax.tree.map(

@@ -115,6 +115,7 @@ def make_generate(setup: Setup, spec: ModelSpec) -> Callable[..., Rollout]:
             max_tokens=config.max_tokens,
             slots=config.slots,
             memory=config.cache,
+            mesh=setup.mesh,
         )
 
     return jax.jit(run, out_shardings=by_rows(setup.mesh))

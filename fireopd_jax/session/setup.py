@@ -81,10 +81,6 @@ class ModelSpec:
         """The name as a file name."""
         return self.name.replace(" ", "_")
 
-    def on(self, mesh: Mesh) -> "ModelSpec":
-        """Let the model run on a mesh."""
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, mesh=mesh))
-
     def description(self) -> dict[str, Any]:
         """Say all that is needed to load the parameters again."""
         return {
@@ -222,12 +218,12 @@ def _typed(
 def set_up(config: Config) -> Setup:
     """Read the data and describe the models."""
     mesh = make_mesh(config.mesh)
-    student = make_spec("student", config.student).on(mesh)
+    student = make_spec("student", config.student)
     teachers = tuple(
-        make_spec(f"teacher {name}", teacher).quantized(teacher.quantize).on(mesh)
+        make_spec(f"teacher {name}", teacher).quantized(teacher.quantize)
         for name, teacher in config.teachers.items()
     )
-    base = None if config.base is None else make_spec("base", config.base).on(mesh)
+    base = None if config.base is None else make_spec("base", config.base)
     others = teachers if base is None else (*teachers, base)
     for other in others:
         check_teacher(student.speaker, other.speaker, config.checks.allow, aliased(student, other))

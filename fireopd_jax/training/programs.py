@@ -114,6 +114,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
         remat=optim.remat,
         lora=lora,
         teacher=teachers[0],
+        mesh=setup.mesh,
     )
     room, names = config.rollout.max_tokens, list(config.teachers)
     describe = functools.partial(diagnostics.of_batch, room=room, teachers=names)

@@ -83,6 +83,7 @@ def supervise(
         optimizer,
         micro_batch_size=config.optim.micro_batch_size,
         remat=config.optim.remat,
+        mesh=mesh,
     )
     whole = replicated(mesh)
     update = jax.jit(

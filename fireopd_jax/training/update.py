@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Float, Float32, Int32
 
 from fireopd_jax.method.batch import total_loss
@@ -158,13 +159,14 @@ def gradients(
     lora: LoraConfig | None = None,
     base: Params | None = None,
     teacher: tuple[LanguageModel, Params] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Params, Metrics]:
     """Give the gradient of the batch's loss in float32, and metrics, summed over micro-batches.
 
     With `lora`, `params` are adapters of `base`. `teacher` lends its head to a loss that has a
     `divergence_from_teacher`. `metrics["loss"].total` is the loss itself.
     """
-    options = model.head_options(temperature, head, head_chunk)
+    options = model.head_options(temperature, head, head_chunk, mesh)
 
     def loss_of(params: Params, part: Batch) -> tuple[Array, Metrics]:
         rollout = part.rollout
@@ -290,6 +292,7 @@ def make_update(
     remat: Remat = "none",
     lora: LoraConfig | None = None,
     teacher: LanguageModel | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Close over what is static; the result is pure and ready to be jitted.
 
@@ -308,7 +311,7 @@ def make_update(
         grads, metrics = gradients(
             model, loss, state.params, batch, temperature,
             micro_batch_size=micro_batch_size, head=head, head_chunk=head_chunk,
-            remat=remat, lora=lora, base=base, teacher=lent,
+            remat=remat, lora=lora, base=base, teacher=lent, mesh=mesh,
         )  # fmt: skip
         norm = optax.tree.norm(grads)
         if (each := metrics.pop("grad_square", None)) is not None:

@@ -44,11 +44,12 @@ class Models:
     student: Params
     teacher: Params
     base: Params
+    mesh: Mesh | None = dataclasses.field(default=None, kw_only=True)
 
     def on(self, mesh: Mesh) -> "Models":
         """Lay the models whole on each device."""
         params = (place_whole(mesh, each) for each in (self.student, self.teacher, self.base))
-        return Models(dataclasses.replace(self.model, mesh=mesh), *params)
+        return Models(self.model, *params, mesh=mesh)
 
 
 def shipped_methods() -> list[str]:
@@ -96,9 +97,9 @@ class Programs:
     """The three steps, compiled once for all methods that share a stage."""
 
     def __init__(self):
-        self._score = compiled(score, 0, 1)
+        self._score = compiled(score, 0, 1, 2)
         self._assemble = compiled(of_one_teacher, 2, 3, 4)
-        self._gradients = compiled(gradient, 0, 1, 2)
+        self._gradients = compiled(gradient, 0, 1, 2, 3)
         self._margin = compiled(lambda stage, *inputs: stage(*inputs), 0)
         self.states = compiled(lambda model, *x: model.response_hidden(*x), 0)
 
@@ -112,19 +113,25 @@ class Programs:
         """Return the batch, and loss and gradient of the student's parameters."""
         stage = dataclasses.replace(method.score, micro_batch_size=micro_batch_size)
         params = models.student, models.teacher, models.base
-        scores = self._score(stage, models.model, params, rollout)
+        scores = self._score(stage, models.model, models.mesh, params, rollout)
         if method.score.margin is not None:
             scores = self._margin(method.score.margin, scores, rollout, graded(rollout))
         batch, _ = self._assemble(rollout, scores, method.filter, method.reweight, method.aggregate)
         return batch, self._gradients(
-            method.loss, models.model, micro_batch_size, *params[:2], batch
+            method.loss, models.model, models.mesh, micro_batch_size, *params[:2], batch
         )
 
 
-def score(stage: Any, model: LanguageModel, params: tuple[Params, ...], rollout: Rollout) -> Scores:
+def score(
+    stage: Any,
+    model: LanguageModel,
+    mesh: Mesh | None,
+    params: tuple[Params, ...],
+    rollout: Rollout,
+) -> Scores:
     """Let student, teacher and base policy speak of a rollout."""
     student, teacher, base = ((model, each) for each in params)
-    return stage(student, [teacher], rollout, 1.0, model.mesh, base)
+    return stage(student, [teacher], rollout, 1.0, mesh, base)
 
 
 def graded(rollout: Rollout) -> np.ndarray:
@@ -142,6 +149,7 @@ def of_one_teacher(
 def gradient(
     loss: Any,
     model: LanguageModel,
+    mesh: Mesh | None,
     micro_batch_size: int | None,
     student: Params,
     teacher: Params,
@@ -149,7 +157,13 @@ def gradient(
 ) -> dict[str, Any]:
     """Return the loss and its gradient to the student's parameters."""
     grads, metrics = gradients(
-        model, loss, student, batch, micro_batch_size=micro_batch_size, teacher=(model, teacher)
+        model,
+        loss,
+        student,
+        batch,
+        micro_batch_size=micro_batch_size,
+        teacher=(model, teacher),
+        mesh=mesh,
     )
     return {"loss": metrics["loss"].total, "gradient": grads}
 

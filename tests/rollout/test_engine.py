@@ -216,10 +216,9 @@ def test_eight_devices_draw_what_one_draws():
     mesh = make_mesh(MeshConfig(data=8))
     stop = (int(unstopped().tokens[0, 2]),)
     prompts, params = place_rows(mesh, PROMPTS), place_whole(mesh, PARAMS)
-    model = dataclasses.replace(MODEL, mesh=mesh)
-    rollout = jax.jit(lambda p, x, s: generate(model, p, x, s, jnp.int32(4), max_tokens=ROOM))(
-        params, prompts, Sampling.of(stop, ROOM, 3, top_p=0.95)
-    )
+    rollout = jax.jit(
+        lambda p, x, s: generate(MODEL, p, x, s, jnp.int32(4), max_tokens=ROOM, mesh=mesh)
+    )(params, prompts, Sampling.of(stop, ROOM, 3, top_p=0.95))
     wanted = respond(stop=stop, top_p=0.95)
     assert not rollout.tokens.sharding.is_fully_replicated
     np.testing.assert_array_equal(rollout.tokens, wanted.tokens)

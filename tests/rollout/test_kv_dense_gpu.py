@@ -1,6 +1,5 @@
 """A dense cache as cuDNN wants it: its meaning is that of the plain one, and it compiles."""
 
-import dataclasses
 import importlib
 
 import jax
@@ -94,13 +93,19 @@ def test_the_whole_loop_compiles_for_a_gpu():
 @pytest.mark.skipif(aot_gpu.missing() is not None, reason=aot_gpu.missing() or "")
 def test_it_compiles_for_a_replica_on_each_of_two_gpus():
     model = tiny_model(dtype="bfloat16", head_dim=64)
-    model = dataclasses.replace(model, mesh=aot_gpu.mesh(2))
     prompts = make_prompts([3, 5, 1, 4], 5)
 
     def respond(params):
         sampling = Sampling.of((), 8, 0)
         return generate(
-            model, params, prompts, sampling, jnp.int32(0), max_tokens=8, memory=DenseGPU()
+            model,
+            params,
+            prompts,
+            sampling,
+            jnp.int32(0),
+            max_tokens=8,
+            memory=DenseGPU(),
+            mesh=aot_gpu.mesh(2),
         ).tokens
 
     shapes = jax.eval_shape(model.init, jax.random.key(0))

@@ -34,14 +34,13 @@ STOP = tuple(range(3, 70, 9))
 def drawn(data, tensor, memory=DENSE):
     """Return what a mesh draws, on the host."""
     mesh = make_mesh(MeshConfig(data=data, tensor=tensor))
-    model = dataclasses.replace(MODEL, mesh=mesh)
     run = jax.jit(
         lambda params, prompts: generate(
-            model, params, prompts, Sampling.of(STOP, ROOM, 3, **KNOBS), jnp.int32(4),
-            max_tokens=ROOM, slots=3, memory=memory,
+            MODEL, params, prompts, Sampling.of(STOP, ROOM, 3, **KNOBS), jnp.int32(4),
+            max_tokens=ROOM, slots=3, memory=memory, mesh=mesh,
         )
     )  # fmt: skip
-    rollout = run(place_whole(mesh, random_params(model)), place_rows(mesh, PROMPTS))
+    rollout = run(place_whole(mesh, random_params(MODEL)), place_rows(mesh, PROMPTS))
     return jax.device_get(rollout)
 
 
@@ -67,8 +66,7 @@ def test_any_mesh_draws_what_one_device_draws(data, tensor, memory):
 
 def engine(data, tensor, model=MODEL):
     mesh = make_mesh(MeshConfig(data=data, tensor=tensor))
-    model = dataclasses.replace(model, mesh=mesh)
-    made = Engine(model, width=WIDTH, room=ROOM, seed=3, slots=2, rows=4, chunk_steps=5)
+    made = Engine(model, width=WIDTH, room=ROOM, seed=3, slots=2, rows=4, chunk_steps=5, mesh=mesh)
     made.load(place_whole(mesh, random_params(model)), version=4)
     return made
 

@@ -112,7 +112,7 @@ def test_slots_chunks_and_layout_change_nothing(settings, evicts):
 
 def test_eight_replicas_draw_what_one_draws():
     mesh = make_mesh(MeshConfig(data=8))
-    made = engine(dataclasses.replace(MODEL, mesh=mesh), place_whole(mesh, PARAMS), slots=2, rows=2)
+    made = engine(params=place_whole(mesh, PARAMS), slots=2, rows=2, mesh=mesh)
     check(made.generate(requests()))
 
 

@@ -52,11 +52,17 @@ Rows = tuple[tuple[Array, Array], Int32[Array, "B T"], Bool[Array, "B T"], Array
 """Prompts and their lengths, responses, masks, and words i32[B, T, N] to ask about, if any."""
 
 
-def ask(model: Model, rows: Rows, temperature: Array | float, question: Question) -> Answer:
+def ask(
+    model: Model,
+    rows: Rows,
+    temperature: Array | float,
+    question: Question,
+    mesh: Mesh | None = None,
+) -> Answer:
     """Run a model over some rows."""
     prompts, tokens, mask, words = rows
     network, params = model
-    options = network.head_options(temperature, question.implementation, question.chunk)
+    options = network.head_options(temperature, question.implementation, question.chunk, mesh)
     hidden, head = network.response_hidden(params, *prompts, tokens, mask)
     top_ids = top_logprob = at = None
     if question.k:
@@ -77,13 +83,14 @@ def ask_student(
     temperature: Array | float,
     question: Question,
     micro_batch_size: int | None,
+    mesh: Mesh | None = None,
 ) -> Answer:
     """Ask about every row, in the student's own prompt."""
     prompts = rollout.prompts
     inputs = ((prompts.tokens, prompts.length), rollout.tokens, rollout.mask, None)
     rows = rollout.tokens.shape[0]
     return _in_micro_batches(
-        lambda x: ask(model, x, temperature, question),
+        lambda x: ask(model, x, temperature, question, mesh),
         inputs,
         rows // (micro_batch_size or rows),
     )
@@ -96,14 +103,16 @@ def ask_teachers(
     temperature: Array | float,
     question: Question,
     micro_batch_size: int | None,
-    mesh: Mesh | None,
+    mesh: Mesh | None = None,
 ) -> Answer:
     """Ask each teacher about its own rows, in its own prompt."""
     prompts = rollout.prompts
     inputs = ((prompts.teacher_tokens, prompts.teacher_length), rollout.tokens, rollout.mask, words)
     rows = rollout.tokens.shape[0]
     size = micro_batch_size or (rows if len(models) == 1 else _block(rows, mesh))
-    scorers = [lambda x, model=model: ask(model, x, temperature, question) for model in models]
+    scorers = [
+        lambda x, model=model: ask(model, x, temperature, question, mesh) for model in models
+    ]
     return _routed(scorers, inputs, prompts.teacher, size, mesh)
 
 

@@ -60,21 +60,27 @@ class ScoreConfig:
         """Score a batch of rollouts, its rows split over the mesh where one is given."""
         plain = self._question()
         size = self.micro_batch_size
-        own = ask_student(student, rollout, temperature, plain, size)
+        own = ask_student(student, rollout, temperature, plain, size, mesh)
         theirs = ask_teachers(teachers, rollout, None, temperature, plain, size, mesh)
-        scores = Scores(own.stats, theirs.stats, self._of_base(base, rollout, temperature))
+        scores = Scores(own.stats, theirs.stats, self._of_base(base, rollout, temperature, mesh))
         return jax.lax.stop_gradient(scores)
 
     def _question(self, k: int = 0, hidden: bool = False) -> Question:
         return Question(k, hidden, self.head, self.head_chunk)
 
-    def _of_base(self, base: Model | None, rollout: Rollout, temperature: Array | float):
+    def _of_base(
+        self,
+        base: Model | None,
+        rollout: Rollout,
+        temperature: Array | float,
+        mesh: Mesh | None,
+    ):
         if not self.base:
             return None
         if base is None:
             raise ValueError("method.score.base is set, and no base policy is given")
-        question = self._question()
-        return ask_student(base, rollout, temperature, question, self.micro_batch_size).stats
+        question, size = self._question(), self.micro_batch_size
+        return ask_student(base, rollout, temperature, question, size, mesh).stats
 
 
 @config
@@ -115,7 +121,7 @@ class TopK(ScoreConfig):
     ) -> Scores:
         """Score a batch of rollouts, its rows split over the mesh where one is given."""
         question, size = self._question(k=self.k), self.micro_batch_size
-        own = ask_student(student, rollout, temperature, question, size)
+        own = ask_student(student, rollout, temperature, question, size, mesh)
         words = own.top_ids if self.support in ("student", "union") else None
         theirs = ask_teachers(teachers, rollout, words, temperature, question, size, mesh)
         assert own.top_ids is not None and own.top_logprob is not None
@@ -131,7 +137,7 @@ class TopK(ScoreConfig):
         scores = Scores(
             own.stats,
             theirs.stats,
-            base=self._of_base(base, rollout, temperature),
+            base=self._of_base(base, rollout, temperature, mesh),
             support=support,
             overlap=overlap(*lists),
         )
@@ -167,13 +173,13 @@ class WholeVocabulary(ScoreConfig):
         """Score a batch of rollouts, its rows split over the mesh where one is given."""
         size = self.micro_batch_size
         question = self._question(hidden=self.reverse_kl)
-        own = ask_student(student, rollout, temperature, question, size)
+        own = ask_student(student, rollout, temperature, question, size, mesh)
         asked = self._question(hidden=True)
         theirs = ask_teachers(teachers, rollout, None, temperature, asked, size, mesh)
         exact = None
         if self.reverse_kl:
             network, params = student
-            options = network.head_options(temperature, self.head, self.head_chunk)
+            options = network.head_options(temperature, self.head, self.head_chunk, mesh)
             head = network.bind(params).head
             assert own.hidden is not None and theirs.hidden is not None
             pair = own.hidden, head, options
@@ -181,7 +187,7 @@ class WholeVocabulary(ScoreConfig):
         scores = Scores(
             own.stats,
             theirs.stats,
-            base=self._of_base(base, rollout, temperature),
+            base=self._of_base(base, rollout, temperature, mesh),
             teacher_hidden=theirs.hidden,
             reverse_kl=exact,
         )
