@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fireopd_jax.models.decoder import DecoderConfig
     from fireopd_jax.models.language_model import LanguageModel
     from fireopd_jax.ops.blocks import Blocks
-    from fireopd_jax.ops.head import head_gather, head_loss, head_stats, head_topk
+    from fireopd_jax.ops.head import head_gather, head_stats, head_topk
     from fireopd_jax.ops.logits import HeadSharding
     from fireopd_jax.recipe.schema import Config, load_config
     from fireopd_jax.rollout.engine import generate
@@ -35,7 +35,7 @@ _HOME = {
     "models.decoder": ("DecoderConfig",),
     "models.language_model": ("LanguageModel",),
     "ops.blocks": ("Blocks",),
-    "ops.head": ("head_gather", "head_loss", "head_stats", "head_topk"),
+    "ops.head": ("head_gather", "head_stats", "head_topk"),
     "ops.logits": ("HeadSharding",),
     "recipe.schema": ("Config", "load_config"),
     "method.reweighting": ("ConfidenceConfusion", "Uniform"),
@@ -70,7 +70,6 @@ __all__ = [
     "fire_weights",
     "generate",
     "head_gather",
-    "head_loss",
     "head_stats",
     "head_topk",
     "load_config",

@@ -4,9 +4,6 @@
 
 The naive version is "reference": full logits and `lax.top_k`, compiled like the others, on the same
 inputs. Rounds are interleaved, so that a slow spell of the machine meets every case alike.
-
-"fused_loss" is no implementation of the statistics but `head_loss`: the same loss as the student's,
-its gradients computed in the forward pass.
 """
 
 import dataclasses
@@ -27,12 +24,11 @@ from rich.table import Table
 from fireopd_jax.config import UserError, nearest
 from fireopd_jax.ops.blocks import Blocks
 from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, KERNELS, PLAIN, PLATFORMS
-from fireopd_jax.ops.head import LARGEST_K, HeadGather, head_gather, head_loss, head_topk
+from fireopd_jax.ops.head import LARGEST_K, HeadGather, head_gather, head_topk
 from fireopd_jax.ops.logits import dot
 from fireopd_jax.types import Array
 
 NAIVE = PLAIN
-FUSED_LOSS = "fused_loss"
 DTYPES = ("bfloat16", "float32")
 CASES = (("teacher", "forward"), ("student", "forward"), ("student", "forward_backward"))
 MIB = 2**20
@@ -85,8 +81,6 @@ def bench_head(
         for name in names
         for role, way in CASES
     }
-    fused = (FUSED_LOSS, "student", "forward_backward")
-    cases[fused] = compile_case(program(shape, *fused), inputs)
     measure([matmul, *cases.values()], rounds)
     matmul_s = statistics.median(matmul.wall_s)
     result = {
@@ -201,11 +195,6 @@ def program(
     def loss(hidden, head, ids, support):
         return of_token(student(hidden, head, ids, support)).mean()
 
-    def fused_loss(hidden, head, ids, support):
-        return head_loss(of_token, hidden, head, ids, support) / shape.tokens
-
-    if name == FUSED_LOSS:
-        return jax.value_and_grad(fused_loss, argnums=(0, 1))
     if role == "teacher":
         return teacher
     return student if way == "forward" else jax.value_and_grad(loss, argnums=(0, 1))

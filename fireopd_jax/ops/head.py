@@ -12,8 +12,6 @@ A NaN or infinite state spoils its own row and no other: statistics there are Na
 sums over rows, so a spoilt row must have zero cotangents, as a masked token does.
 """
 
-import dataclasses
-from collections.abc import Callable
 from typing import Literal, TypedDict, Unpack
 
 import jax.numpy as jnp
@@ -30,7 +28,6 @@ from fireopd_jax.ops.checks import (
     check_valid,
 )
 from fireopd_jax.ops.dispatch import FORWARDS, IMPLEMENTATIONS, PLAIN, refuse
-from fireopd_jax.ops.fused_loss import default_token_block, total_loss
 from fireopd_jax.ops.logits import HeadSharding, Settings
 from fireopd_jax.ops.state import student_factor
 from fireopd_jax.types import Array, pytree
@@ -171,49 +168,6 @@ def head_topk(
     logprob, entropy, logsumexp, top_ids, top_logprob = (_restored(each, ids) for each in values)
     weight = None if weight is None else _restored(weight, ids)
     return HeadTopK(logprob, entropy, logsumexp, top_ids, top_logprob, weight)
-
-
-def head_loss(
-    loss: Callable[..., Array],
-    hidden: Float[Array, "*N D"],
-    head: Float[Array, "V D"] | Float[Array, "D V"],
-    ids: Int32[Array, "*N"],
-    support_ids: Int32[Array, "*N K"] | None = None,
-    *arguments: Array,
-    token_block: int | None = None,
-    **options: Unpack[HeadOptions],
-) -> Float32[Array, ""]:
-    """Sum `loss(HeadGather, *arguments)` over all tokens, its gradients computed on the way.
-
-    The loss is told the statistics and arguments of n tokens and returns f32[n], each from its own
-    token. Its gradients to `hidden` and `head` cost three matrix products where those of the
-    statistics cost four, and a block of logits, `token_block` x V, exists: by default 2^24
-    elements, but at least 512 tokens. `arguments`, arrays with the leading axes of `ids`, have no
-    gradient; the loss must not close over traced values. `implementation`, `chunk` and `blocks`
-    mean nothing here.
-    """
-    for name in ("implementation", "chunk", "blocks", "interpret"):
-        if options.get(name):
-            raise ValueError(f"head_loss has one implementation: {name} has no effect")
-    if support_ids is None:
-        support_ids = jnp.zeros((*ids.shape, 0), jnp.int32)
-    inputs, settings = _prepare(hidden, head, ids, support_ids, options, k=0)
-    sharding = settings.sharding
-    columns = settings.vocabulary // (sharding.vocabulary_shards if sharding else 1)
-    block = default_token_block(columns) if token_block is None else token_block
-    if block < 1:
-        raise ValueError(f"token_block must be at least 1, got {block}")
-    filled = inputs[2].shape[0]
-    size = max(min(block, filled // (sharding.token_shards if sharding else 1)), 1)
-    settings = dataclasses.replace(settings, token_block=size)
-    flat = tuple(_flat(each, ids, settings) for each in arguments)
-    exist = jnp.arange(filled) < ids.size
-
-    def of_tokens(logprob, entropy, logsumexp, support_logprob, exist, *arguments):
-        value = loss(HeadGather(logprob, entropy, logsumexp, support_logprob), *arguments)
-        return jnp.where(exist, value, 0.0)
-
-    return total_loss(of_tokens, *inputs, (exist, *flat), settings)
 
 
 def _statistics(

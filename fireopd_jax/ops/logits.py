@@ -57,8 +57,6 @@ class Settings:
     sharding: HeadSharding | None = None
     implementation: str | None = None
     """As it was asked for."""
-    token_block: int = 128
-    """Tokens at a time, where all columns are computed at once."""
     blocks: Blocks | None = None
     """Of a kernel, where its own formula shall not choose."""
     interpret: bool = False

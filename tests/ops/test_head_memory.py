@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fireopd_jax.ops.head import head_gather, head_loss, head_stats, head_topk
+from fireopd_jax.ops.head import head_gather, head_stats, head_topk
 
 MIB = 2**20
 
@@ -53,16 +53,3 @@ def test_a_long_response_of_a_large_vocabulary_needs_under_60_mib(width):
     gradients = jax.value_and_grad(loss, (0, 1))
     assert 0 < scratch_mib(gradients, 512, width, 151936) < 60
     assert 0 < scratch_mib(student(None), 512, width, 151936) < 60
-
-
-def test_the_fused_loss_holds_its_block_of_tokens():
-    def loss(hidden, head, ids, support):
-        def of_token(stats):
-            return stats.logprob + 0.1 * stats.entropy
-
-        return head_loss(of_token, hidden, head, ids, token_block=128)
-
-    gradients = jax.value_and_grad(loss, (0, 1))
-    # A block of logits and of their gradient, d head in float32 and its share of the block.
-    logits, head = 128 * 32768 * 4 / MIB, 32768 * 256 * 4 / MIB
-    assert scratch_mib(gradients, 2048, 256, 32768) < 3 * logits + 2 * head
