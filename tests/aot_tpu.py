@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fireopd_jax.ops import pallas_tpu
-from fireopd_jax.ops.logits import Settings
+from fireopd_jax.ops.logits import HeadSettings
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 INSTALLED = importlib.util.find_spec("libtpu") is not None
@@ -44,11 +44,11 @@ def compile_head(
     generation, tokens, width, vocabulary, dtype=jnp.bfloat16, support=0, weigh=False, **options
 ):
     """Compile the head's kernel."""
-    config = Settings(vocabulary=vocabulary, chunk=1, **options)
+    config = HeadSettings(vocabulary=vocabulary, chunk=1, **options)
 
     def forward(hidden, head, ids, support_ids, scale, *weigh):
         arguments = (hidden, head, ids, support_ids, scale, None, config)
-        return pallas_tpu.forward(*arguments, weigh=weigh or None)
+        return pallas_tpu.forward(*arguments, weight_inputs=weigh or None)
 
     array = jax.ShapeDtypeStruct
     shapes = [

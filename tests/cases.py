@@ -11,7 +11,7 @@ import pytest
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.ops import pallas_gpu_tile
-from fireopd_jax.ops.dispatch import one_hopper
+from fireopd_jax.ops.dispatch import has_one_hopper_gpu
 from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.state import Shape, empty_requests, initial
@@ -219,5 +219,5 @@ def shapes_of(jaxpr):
 def skip_unless_hopper_kernels_run():
     """Skip a test of the kernels for H100 and H200 on other GPUs, and on JAX of before."""
     oldest = pallas_gpu_tile.OLDEST_JAX
-    if jax.__version_info__ < oldest or not one_hopper():
+    if jax.__version_info__ < oldest or not has_one_hopper_gpu():
         pytest.skip(f"needs one H100 or H200 and JAX {'.'.join(map(str, oldest))}")

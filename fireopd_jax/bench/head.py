@@ -115,7 +115,7 @@ def choose(shape: Shape, implementations: list[str] | None) -> list[str]:
     platform = jax.default_backend()
     here = [name for name in IMPLEMENTATIONS if PLATFORMS.get(name, platform) == platform]
     if implementations is None:
-        reasons = {name: refusal(shape, name) for name in here}
+        reasons = {name: unsupported_reason(shape, name) for name in here}
         for name, reason in reasons.items():
             if reason:
                 print(f"{name} is left out: {reason}")
@@ -132,18 +132,21 @@ def choose(shape: Shape, implementations: list[str] | None) -> list[str]:
                 f"--implementations: {name} runs on {PLATFORMS[name].upper()} only, this machine "
                 f"has {platform.upper()}; here run: {', '.join(here)}"
             )
-        if reason := refusal(shape, name):
+        if reason := unsupported_reason(shape, name):
             raise UserError(f"--implementations: {name} cannot do this: {reason}")
     return list(implementations)
 
 
-def refusal(shape: Shape, name: str) -> str | None:
+def unsupported_reason(shape: Shape, name: str) -> str | None:
     """Say why a kernel cannot do the shape, as teacher or as student."""
     if name not in KERNELS:
         return None
-    refuse, sizes = KERNELS[name].refusal, (shape.tokens, shape.width, shape.vocabulary)
-    of_teacher = refuse(*sizes, 0, shape.k, shape.dtype)
-    return of_teacher or refuse(*sizes, shape.k, 0, shape.dtype)
+    reason_for, sizes = (
+        KERNELS[name].unsupported_reason,
+        (shape.tokens, shape.width, shape.vocabulary),
+    )
+    of_teacher = reason_for(*sizes, 0, shape.k, shape.dtype)
+    return of_teacher or reason_for(*sizes, shape.k, 0, shape.dtype)
 
 
 def check(shape: Shape, rounds: int) -> None:

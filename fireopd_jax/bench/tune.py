@@ -122,7 +122,7 @@ def trials_of(shape: Shape, name: str) -> list[Trial]:
 def candidates(shape: Shape, name: str, role: str) -> Sequence[int | Blocks]:
     """List sizes to try, the formula's own first."""
     if name not in KERNELS:
-        chunks = (default_chunk(shape.tokens, shape.width, costly=True), *CHUNKS)
+        chunks = (default_chunk(shape.tokens, shape.width, larger=True), *CHUNKS)
         return list(dict.fromkeys(min(chunk, shape.vocabulary) for chunk in chunks))
     k = shape.k if role == "teacher" else 0
     own = KERNELS[name].default_blocks(shape.tokens, shape.width, shape.vocabulary, k, shape.dtype)

@@ -36,7 +36,9 @@ def check_options(
         raise ValueError(f"softcap must be above 0, got {softcap}")
 
 
-def check_arrays(hidden: Array, head: Array, ids: Array, support_ids: Array, turned: bool) -> None:
+def check_arrays(
+    hidden: Array, head: Array, ids: Array, support_ids: Array, transposed: bool
+) -> None:
     """Refuse arrays that do not fit."""
     for name, array in (("hidden", hidden), ("head", head)):
         if array.dtype.name not in DTYPES:
@@ -44,18 +46,18 @@ def check_arrays(hidden: Array, head: Array, ids: Array, support_ids: Array, tur
     for name, array in (("ids", ids), ("support_ids", support_ids)):
         if array.dtype != jnp.int32:
             raise TypeError(f"{name} must be int32, got {array.dtype.name}")
-    of_hidden = f"hidden of shape {tuple(hidden.shape)}"
+    hidden_shape = f"hidden of shape {tuple(hidden.shape)}"
     if hidden.ndim < 1 or ids.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"ids of shape {tuple(ids.shape)} must have the leading axes of {of_hidden}"
+            f"ids of shape {tuple(ids.shape)} must have the leading axes of {hidden_shape}"
         )
-    across = 0 if turned else 1
-    if head.ndim != 2 or head.shape[across] != hidden.shape[-1]:
-        fits = head.ndim == 2 and head.shape[1 - across] == hidden.shape[-1]
-        hint = f"; pass head_layout={LAYOUTS[1 - int(turned)]!r}" if fits else ""
+    width_axis = 0 if transposed else 1
+    if head.ndim != 2 or head.shape[width_axis] != hidden.shape[-1]:
+        fits = head.ndim == 2 and head.shape[1 - width_axis] == hidden.shape[-1]
+        hint = f"; pass head_layout={LAYOUTS[1 - int(transposed)]!r}" if fits else ""
         raise ValueError(
-            f"head of shape {tuple(head.shape)} must be {'[D, V]' if turned else '[V, D]'}, "
-            f"D the last axis of {of_hidden}{hint}"
+            f"head of shape {tuple(head.shape)} must be {'[D, V]' if transposed else '[V, D]'}, "
+            f"D the last axis of {hidden_shape}{hint}"
         )
     if support_ids.ndim != ids.ndim + 1 or support_ids.shape[:-1] != ids.shape:
         raise ValueError(
@@ -75,10 +77,10 @@ def check_pair(
             f"teacher_hidden of shape {tuple(teacher_hidden.shape)} must have the leading axes of "
             f"hidden of shape {tuple(hidden.shape)}"
         )
-    nowhere = jnp.zeros((*hidden.shape[:-1], 0), jnp.int32)
+    no_support = jnp.zeros((*hidden.shape[:-1], 0), jnp.int32)
     ids = jnp.zeros(hidden.shape[:-1], jnp.int32)
     for states, matrix in ((hidden, head), (teacher_hidden, teacher_head)):
-        check_arrays(states, matrix, ids, nowhere, layout == "dv")
+        check_arrays(states, matrix, ids, no_support, layout == "dv")
 
 
 def check_entropy(student_entropy: Array, ids: Array) -> None:

@@ -1,6 +1,6 @@
 """Head statistics by a scan over vocabulary chunks, on any platform; and everyone's gradient.
 
-    forward   each chunk of logits [N, C] folds into the State of its tokens
+    forward   each chunk of logits [N, C] folds into the HeadPartials of its tokens
     backward  each chunk is computed again and gives its share of d hidden, and its rows of d head
 
 No array of size [N, V] exists, forward or backward. A vocabulary of 151936 = 2^7 * 1187 has no good
@@ -16,8 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int32
 
 from fireopd_jax.ops import topk
-from fireopd_jax.ops.logits import Settings, dot, logits, rows_of
-from fireopd_jax.ops.state import LOWEST, State, with_weight
+from fireopd_jax.ops.logits import HeadSettings, dot, head_rows, logits
+from fireopd_jax.ops.partials import LOWEST, HeadPartials, with_weight
 from fireopd_jax.types import Array
 
 
@@ -28,15 +28,15 @@ def forward(
     support_ids: Int32[Array, "N S"],
     scale: Float32[Array, ""],
     limit: Int32[Array, ""] | None,
-    settings: Settings,
-    weigh: tuple[Array, Array] | None = None,
-) -> State:
-    """Fold all chunks into one state; see `state.Forward`."""
+    settings: HeadSettings,
+    weight_inputs: tuple[Array, Array] | None = None,
+) -> HeadPartials:
+    """Fold all chunks into one state; see `partials.Forward`."""
     wanted = jnp.concatenate([ids[:, None], support_ids], axis=1)
 
     def step(carry, first, width):
-        rows = rows_of(head, first, width, settings)
-        z, _ = existing(hidden, rows, first, scale, limit, settings)
+        rows = head_rows(head, first, width, settings)
+        z, _ = chunk_logits(hidden, rows, first, scale, limit, settings)
         sums, picked, best = carry
         at = jnp.clip(wanted - first, 0, width - 1)
         inside = (wanted >= first) & (wanted < first + width)
@@ -47,10 +47,10 @@ def forward(
 
     nothing = jnp.full(wanted.shape, -jnp.inf, jnp.float32)
     start = (empty(ids.shape[0]), nothing, topk.empty(ids.shape[0], settings.k))
-    (m, s, t), picked, (values, found) = over_columns(step, start, settings, settings.chunk)
+    (m, s, t), picked, (values, found) = scan_chunks(step, start, settings, settings.chunk)
     found = jnp.where(values == -jnp.inf, -1, found)
-    state = State(m, s, t, picked[:, 0], picked[:, 1:], values, found)
-    return with_weight(state, weigh, settings.vocabulary)
+    partials = HeadPartials(m, s, t, picked[:, 0], picked[:, 1:], values, found)
+    return with_weight(partials, weight_inputs, settings.vocabulary)
 
 
 def backward(
@@ -60,7 +60,7 @@ def backward(
     support_ids: Int32[Array, "N S"],
     scale: Float32[Array, ""],
     limit: Int32[Array, ""] | None,
-    settings: Settings,
+    settings: HeadSettings,
     statistics: tuple[Array, Array, Array],
     cotangents: tuple[Array, Array, Array, Array],
     dtype: DTypeLike,
@@ -72,25 +72,25 @@ def backward(
     """
     to_d_z = gradient_of_logits(ids, support_ids, statistics, cotangents)
     # A token nobody asks about must not turn the whole of d head into NaN by its 0 * NaN.
-    asked = is_asked(cotangents)[:, None]
-    state = jnp.where(asked, hidden, 0)
+    used = has_cotangent(cotangents)[:, None]
+    used_hidden = jnp.where(used, hidden, 0)
     operand = jnp.promote_types(hidden.dtype, head.dtype)
 
     def step(carry, first, width):
         d_hidden, d_head = carry
-        rows = rows_of(head, first, width, settings)
-        z, slope = existing(hidden, rows, first, scale, limit, settings)
-        d_x = jnp.where(asked, to_d_z(z, first) * slope, 0.0).astype(operand)
+        rows = head_rows(head, first, width, settings)
+        z, slope = chunk_logits(hidden, rows, first, scale, limit, settings)
+        d_x = jnp.where(used, to_d_z(z, first) * slope, 0.0).astype(operand)
         d_hidden = d_hidden + dot(d_x, rows, (1, 0))
-        d_rows = rows_gradient(state, d_x, settings)
+        d_rows = rows_gradient(used_hidden, d_x, settings)
         # Each row of d head is complete in one product: written in place, rounded once.
         d_head = lax.dynamic_update_slice_in_dim(
-            d_head, d_rows.astype(dtype), first, axis=int(settings.turned)
+            d_head, d_rows.astype(dtype), first, axis=int(settings.transposed)
         )
         return d_hidden, d_head
 
     start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, dtype))
-    return over_columns(step, start, settings, settings.backward_chunk or settings.chunk)
+    return scan_chunks(step, start, settings, settings.backward_chunk or settings.chunk)
 
 
 def empty(tokens: int) -> tuple[Array, Array, Array]:
@@ -111,11 +111,11 @@ def fold(sums: Sequence[Array], z: Float32[Array, "N C"]) -> tuple[Array, Array,
     return top, decay * s + p.sum(axis=1), decay * (t + gap * s) + (p * u).sum(axis=1)
 
 
-def is_asked(cotangents: Sequence[Array]) -> Bool[Array, " N"]:
+def has_cotangent(cotangents: Sequence[Array]) -> Bool[Array, " N"]:
     """Mark the tokens that have any cotangent."""
     to_logprob, to_entropy, to_logsumexp, to_support = cotangents
-    asked = (to_logprob != 0) | (to_entropy != 0) | (to_logsumexp != 0)
-    return asked | (to_support != 0).any(axis=1)
+    used = (to_logprob != 0) | (to_entropy != 0) | (to_logsumexp != 0)
+    return used | (to_support != 0).any(axis=1)
 
 
 def gradient_of_logits(
@@ -151,23 +151,23 @@ def gradient_of_logits(
     return d_logits
 
 
-def rows_gradient(state: Array, d_x: Array, settings: Settings) -> Array:
+def rows_gradient(hidden: Array, d_x: Array, settings: HeadSettings) -> Array:
     """Multiply d x^T by the states: the gradient of the chunk's rows, as the head is laid."""
-    if settings.turned:
-        return dot(state, d_x, (0, 0))
+    if settings.transposed:
+        return dot(hidden, d_x, (0, 0))
 
-    def turned(state: Array, d_x: Array) -> Array:
+    def transposed(hidden: Array, d_x: Array) -> Array:
         # [C, D] straight away takes XLA:CPU half as long again as [D, C] and its transpose; the
         # barrier keeps it from undoing this.
-        return lax.optimization_barrier(dot(state, d_x, (0, 0))).T
+        return lax.optimization_barrier(dot(hidden, d_x, (0, 0))).T
 
-    def straight(state: Array, d_x: Array) -> Array:
-        return dot(d_x, state, (0, 0))
+    def straight(hidden: Array, d_x: Array) -> Array:
+        return dot(d_x, hidden, (0, 0))
 
-    return lax.platform_dependent(state, d_x, cpu=turned, default=straight)
+    return lax.platform_dependent(hidden, d_x, cpu=transposed, default=straight)
 
 
-def over_columns(step: Callable[..., Any], carry: Any, settings: Settings, chunk: int) -> Any:
+def scan_chunks(step: Callable[..., Any], carry: Any, settings: HeadSettings, chunk: int) -> Any:
     """Apply `step(carry, first, width)` to all columns that exist, in order."""
     width = min(chunk, settings.vocabulary)
     full, rest = divmod(settings.vocabulary, width)
@@ -179,13 +179,13 @@ def over_columns(step: Callable[..., Any], carry: Any, settings: Settings, chunk
     return step(carry, full * width, rest) if rest else carry
 
 
-def existing(
+def chunk_logits(
     hidden: Array,
     rows: Array,
     first: Array | int,
     scale: Array,
     limit: Array | None,
-    settings: Settings,
+    settings: HeadSettings,
 ) -> tuple[Array, Array]:
     """Return the logits of a chunk, -inf from column `limit` on, and their slope."""
     z, slope = logits(hidden, rows, scale, settings.softcap)

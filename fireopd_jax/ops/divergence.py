@@ -25,21 +25,21 @@ from fireopd_jax.ops.blocks import default_chunk
 from fireopd_jax.ops.checks import check_pair, check_sharding, check_valid
 from fireopd_jax.ops.dispatch import PLAIN
 from fireopd_jax.ops.formulas import AdaptiveKL, Divergence
-from fireopd_jax.ops.logits import HeadSharding, Settings, dot, rows_of
+from fireopd_jax.ops.logits import HeadSettings, HeadSharding, dot, head_rows
+from fireopd_jax.ops.partials import LOWEST
 from fireopd_jax.ops.reference import all_logits
-from fireopd_jax.ops.state import LOWEST
 from fireopd_jax.types import Array
 
 IMPLEMENTATIONS = (PLAIN, "chunked")
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class PairSettings:
     """What one compilation is fixed to."""
 
     divergence: Divergence
-    student: Settings
-    teacher: Settings
+    student: HeadSettings
+    teacher: HeadSettings
 
 
 Operands = tuple[Array, Array, Array, Array, Array]
@@ -75,8 +75,8 @@ def head_divergence(
         hint = nearest(implementation, IMPLEMENTATIONS)
         raise ValueError(f"head_divergence has no implementation {implementation!r}{hint}: {known}")
     check_pair(hidden, head, teacher_hidden, teacher_head, head_layout)
-    turned = head_layout == "dv"
-    rows = head.shape[int(turned)], teacher_head.shape[int(turned)]
+    transposed = head_layout == "dv"
+    rows = head.shape[int(transposed)], teacher_head.shape[int(transposed)]
     shape = hidden.shape[:-1]
     for each in rows:
         check_sharding(sharding, each)
@@ -85,7 +85,7 @@ def head_divergence(
             raise ValueError(f"implementation {PLAIN!r} holds full logits and takes no sharding")
         if sharding.vocabulary and (rows[0] != rows[1] or divergence.adaptive):
             raise ValueError(
-                "a sharded vocabulary wants heads of one size, and no adaptive_kl: its border is "
+                "a sharded vocabulary wants heads of one size, and no adaptive_kl: its threshold is "
                 "found in whole rows"
             )
     count = math.prod(shape)
@@ -93,53 +93,60 @@ def head_divergence(
     # Two logits, two log-probabilities, mixture, terms and slopes share the scratch of one logit.
     width = max(hidden.shape[-1], teacher_hidden.shape[-1])
     size = chunk or max(default_chunk(tokens, width) // 4, 256)
-    common = Settings(
+    common = HeadSettings(
         vocabulary=check_valid(valid, min(rows)),
         chunk=size,
         softcap=softcap,
-        turned=turned,
+        transposed=transposed,
         sharding=sharding,
     )
-    pair = Pair(divergence, common, dataclasses.replace(common, softcap=teacher_softcap))
+    pair = PairSettings(divergence, common, dataclasses.replace(common, softcap=teacher_softcap))
     scale = jnp.asarray(logit_scale, jnp.float32)
-    flat, of_teacher = _filled(hidden, sharding), _filled(teacher_hidden, sharding)
+    flat, of_teacher = _flat_padded(hidden, sharding), _flat_padded(teacher_hidden, sharding)
     operands = (flat, head, of_teacher, teacher_head, scale)
-    values: Any = (_plain if implementation == PLAIN else _chunked)(*operands, pair)
+    values: Any = (_reference if implementation == PLAIN else _chunked)(*operands, pair)
     return values[:count].reshape(shape)
 
 
-def _filled(states: Array, sharding: HeadSharding | None) -> Array:
+def _flat_padded(states: Array, sharding: HeadSharding | None) -> Array:
     flat = jnp.reshape(states, (-1, states.shape[-1]))
     missing = -flat.shape[0] % (sharding.token_shards if sharding else 1)
     return jnp.pad(flat, ((0, missing), (0, 0))) if missing else flat
 
 
-def _plain(hidden, head, teacher_hidden, teacher_head, scale, pair: Pair) -> Float32[Array, " N"]:
+def _reference(
+    hidden, head, teacher_hidden, teacher_head, scale, pair: PairSettings
+) -> Float32[Array, " N"]:
     fixed = lax.stop_gradient((teacher_hidden, teacher_head))
     z, z_q = all_logits(hidden, head, scale, pair.student), all_logits(*fixed, scale, pair.teacher)
     log_p, log_q = jax.nn.log_softmax(z, axis=1), jax.nn.log_softmax(z_q, axis=1)
     share = None
     if isinstance(pair.divergence, AdaptiveKL):
         gap = jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
-        inside = z_q >= pair.divergence.border(z_q)[:, None]
+        inside = z_q >= pair.divergence.head_threshold(z_q)[:, None]
         share = _ratio((gap * inside).sum(axis=1), gap.sum(axis=1))[:, None]
     return pair.divergence(log_p, log_q, share).sum(axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _chunked(
-    hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, scale: Array, pair: Pair
+    hidden: Array,
+    head: Array,
+    teacher_hidden: Array,
+    teacher_head: Array,
+    scale: Array,
+    pair: PairSettings,
 ) -> Float32[Array, " N"]:
     return _values(hidden, head, teacher_hidden, teacher_head, scale, pair)[0]
 
 
-def _values(hidden, head, teacher_hidden, teacher_head, scale, pair: Pair):
+def _values(hidden, head, teacher_hidden, teacher_head, scale, pair: PairSettings):
     operands = (hidden, head, teacher_hidden, teacher_head, scale)
-    value, saved = _on_shards(_sums, operands, (), pair)
+    value, saved = _on_shards(_forward, operands, (), pair)
     return value, (operands, saved)
 
 
-def _gradients(pair: Pair, residuals, cotangent: Array):
+def _gradients(pair: PairSettings, residuals, cotangent: Array):
     operands, saved = residuals
     d_hidden, d_head = _on_shards(_backward, operands, (saved, cotangent), pair)
     hidden, head, *_ = operands
@@ -149,62 +156,64 @@ def _gradients(pair: Pair, residuals, cotangent: Array):
 _chunked.defvjp(_values, _gradients)
 
 
-def _on_shards(run, operands: Operands, rest: tuple, pair: Pair):
+def _on_shards(run, operands: Operands, rest: tuple, pair: PairSettings):
     """Run over each device's own tokens and columns."""
     sharding = pair.student.sharding
 
     def local(hidden, head, teacher_hidden, teacher_head, scale, *rest):
-        nowhere = jnp.zeros((0,), jnp.int32)
-        *_, limit, here = fused.own(head, nowhere, nowhere, pair.student)
-        teacher = dataclasses.replace(here, softcap=pair.teacher.softcap)
-        own = Pair(pair.divergence, here, teacher)
+        no_ids = jnp.zeros((0,), jnp.int32)
+        *_, limit, local_settings = fused.local_inputs(head, no_ids, no_ids, pair.student)
+        teacher = dataclasses.replace(local_settings, softcap=pair.teacher.softcap)
+        own = PairSettings(pair.divergence, local_settings, teacher)
         axis = sharding.vocabulary if sharding else None
         operands = (hidden, head, teacher_hidden, teacher_head, scale)
         return run(operands, limit, own, axis, *rest, tokens=sharding.tokens if sharding else ())
 
     if sharding is None:
         return local(*operands, *rest)
-    by_token, by_column = fused.specs(pair.student)
+    by_token, by_column = fused.partition_specs(pair.student)
     inputs = (by_token, by_column, by_token, by_column, P(), *(by_token for _ in rest))
     outputs = (by_token, by_column) if run is _backward else by_token
-    spread = jax.shard_map(
+    sharded = jax.shard_map(
         local, mesh=sharding.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
     )
-    return spread(*operands, *rest)
+    return sharded(*operands, *rest)
 
 
-def _sums(operands: Operands, limit, pair: Pair, axis: str | None, *, tokens: Sequence[str]):
+def _forward(
+    operands: Operands, limit, pair: PairSettings, axis: str | None, *, tokens: Sequence[str]
+):
     """Return the divergence, and what the backward pass wants: log-sum-exps, sum a, w."""
     zero = jnp.zeros(operands[0].shape[0], jnp.float32)
 
     def statistics(sums, first, width):
-        (z, _, _), z_q = _both(operands, first, width, limit, pair)
+        (z, _, _), z_q = _chunk_logits(operands, first, width, limit, pair)
         return chunked.fold(sums[0], z), chunked.fold(sums[1], z_q)
 
     start = (chunked.empty(zero.size), chunked.empty(zero.size))
-    both = chunked.over_columns(statistics, start, pair.student, pair.student.chunk)
-    normaliser = tuple(_merged(m, s, axis) for m, s, _ in both)
-    share = _share(operands, normaliser, limit, pair) if pair.divergence.adaptive else zero
+    both = chunked.scan_chunks(statistics, start, pair.student, pair.student.chunk)
+    normaliser = tuple(_merge_logsumexp(m, s, axis) for m, s, _ in both)
+    share = _adaptive_share(operands, normaliser, limit, pair) if pair.divergence.adaptive else zero
 
     def terms(sums, first, width):
-        (z, _, _), z_q = _both(operands, first, width, limit, pair)
+        (z, _, _), z_q = _chunk_logits(operands, first, width, limit, pair)
         each = _terms(z, z_q, normaliser, share, pair)
         return tuple(total + part.sum(axis=1) for total, part in zip(sums, each, strict=True))
 
-    value, slopes = chunked.over_columns(terms, (zero, zero), pair.student, pair.student.chunk)
+    value, slopes = chunked.scan_chunks(terms, (zero, zero), pair.student, pair.student.chunk)
     if axis:
         value, slopes = lax.psum((value, slopes), axis)
     return value, (normaliser, slopes, share)
 
 
 def _backward(
-    operands: Operands, limit, pair: Pair, axis: str | None, saved, cotangent, *, tokens
+    operands: Operands, limit, pair: PairSettings, axis: str | None, saved, cotangent, *, tokens
 ) -> tuple[Array, Array]:
     """Return d hidden and d head, summed over the shards, in float32 or the type of the head."""
     hidden, head, *_ = operands
     normaliser, slopes, share = saved
-    asked = (cotangent != 0)[:, None]
-    state = jnp.where(asked, hidden, 0)
+    used = (cotangent != 0)[:, None]
+    used_hidden = jnp.where(used, hidden, 0)
     operand = jnp.promote_types(hidden.dtype, head.dtype)
     # Rounded once: before the sum over devices the shares of d head stay in float32.
     dtype = jnp.float32 if tokens else head.dtype
@@ -212,36 +221,36 @@ def _backward(
 
     def step(carry, first, width):
         d_hidden, d_head = carry
-        (z, slope, rows), z_q = _both(operands, first, width, limit, pair)
+        (z, slope, rows), z_q = _chunk_logits(operands, first, width, limit, pair)
         _, a = _terms(z, z_q, normaliser, share, pair)
         p = jnp.exp(_log_softmax(z, normaliser[0]))
         d_z = cotangent[:, None] * (a - p * slopes[:, None])
-        d_x = jnp.where(asked, d_z * slope, 0.0).astype(operand)
+        d_x = jnp.where(used, d_z * slope, 0.0).astype(operand)
         d_hidden = d_hidden + dot(d_x, rows, (1, 0))
-        d_rows = chunked.rows_gradient(state, d_x, settings)
+        d_rows = chunked.rows_gradient(used_hidden, d_x, settings)
         d_head = lax.dynamic_update_slice_in_dim(
-            d_head, d_rows.astype(dtype), first, axis=int(settings.turned)
+            d_head, d_rows.astype(dtype), first, axis=int(settings.transposed)
         )
         return d_hidden, d_head
 
     start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, dtype))
-    d_hidden, d_head = chunked.over_columns(step, start, settings, settings.chunk)
+    d_hidden, d_head = chunked.scan_chunks(step, start, settings, settings.chunk)
     if axis:
         d_hidden = lax.psum(d_hidden, axis)
     return d_hidden, lax.psum(d_head, tuple(tokens)) if tokens else d_head
 
 
-def _both(operands: Operands, first, width: int, limit, pair: Pair):
+def _chunk_logits(operands: Operands, first, width: int, limit, pair: PairSettings):
     """Return the student's logits, slope and rows of a chunk, and the teacher's logits."""
     hidden, head, teacher_hidden, teacher_head, scale = operands
-    rows = rows_of(head, first, width, pair.student)
-    z, slope = chunked.existing(hidden, rows, first, scale, limit, pair.student)
-    of_teacher = rows_of(teacher_head, first, width, pair.teacher)
-    z_q, _ = chunked.existing(teacher_hidden, of_teacher, first, scale, limit, pair.teacher)
+    rows = head_rows(head, first, width, pair.student)
+    z, slope = chunked.chunk_logits(hidden, rows, first, scale, limit, pair.student)
+    of_teacher = head_rows(teacher_head, first, width, pair.teacher)
+    z_q, _ = chunked.chunk_logits(teacher_hidden, of_teacher, first, scale, limit, pair.teacher)
     return (z, slope, rows), z_q
 
 
-def _merged(m: Array, s: Array, axis: str | None) -> tuple[Array, Array]:
+def _merge_logsumexp(m: Array, s: Array, axis: str | None) -> tuple[Array, Array]:
     """Return the maximum and the logarithm of the sum, over the devices of `axis`, too."""
     if axis:
         top = lax.pmax(m, axis)
@@ -254,7 +263,9 @@ def _log_softmax(z: Array, normaliser: tuple[Array, Array]) -> Array:
     return jnp.maximum((z - m[:, None]) - log_s[:, None], LOWEST)
 
 
-def _terms(z: Array, z_q: Array, normaliser, share: Array, pair: Pair) -> tuple[Array, Array]:
+def _terms(
+    z: Array, z_q: Array, normaliser, share: Array, pair: PairSettings
+) -> tuple[Array, Array]:
     """Return the terms of a chunk and their derivatives a to log p."""
     log_p, log_q = _log_softmax(z, normaliser[0]), _log_softmax(z_q, normaliser[1])
 
@@ -264,8 +275,10 @@ def _terms(z: Array, z_q: Array, normaliser, share: Array, pair: Pair) -> tuple[
     return jax.jvp(of, (log_p,), (jnp.ones_like(log_p),))
 
 
-def _share(operands: Operands, normaliser, limit, pair: Pair) -> Float32[Array, " N"]:
-    """Return w = sum_H |q - p| / sum_V |q - p|, the border of H found in blocks of whole rows."""
+def _adaptive_share(
+    operands: Operands, normaliser, limit, pair: PairSettings
+) -> Float32[Array, " N"]:
+    """Return w = sum_H |q - p| / sum_V |q - p|, the threshold of H found in blocks of whole rows."""
     divergence, settings = pair.divergence, pair.teacher
     assert isinstance(divergence, AdaptiveKL)
     _, _, teacher_hidden, teacher_head, scale = operands
@@ -274,20 +287,21 @@ def _share(operands: Operands, normaliser, limit, pair: Pair) -> Float32[Array, 
     size = max(1, count * settings.chunk // settings.vocabulary)
     missing = -count % size
     blocks = jnp.pad(teacher_hidden, ((0, missing), (0, 0))).reshape(-1, size, operands[2].shape[1])
-    border = lax.map(
-        lambda block: divergence.border(all_logits(block, teacher_head, scale, settings)), blocks
+    threshold = lax.map(
+        lambda block: divergence.head_threshold(all_logits(block, teacher_head, scale, settings)),
+        blocks,
     ).reshape(-1)[:count]
 
     def gaps(sums, first, width):
-        (z, _, _), z_q = _both(operands, first, width, limit, pair)
+        (z, _, _), z_q = _chunk_logits(operands, first, width, limit, pair)
         gap = jnp.abs(
             jnp.exp(_log_softmax(z, normaliser[0])) - jnp.exp(_log_softmax(z_q, normaliser[1]))
         )
-        inside = jnp.where(z_q >= border[:, None], gap, 0.0)
+        inside = jnp.where(z_q >= threshold[:, None], gap, 0.0)
         return sums[0] + inside.sum(axis=1), sums[1] + gap.sum(axis=1)
 
     zero = jnp.zeros(count, jnp.float32)
-    return _ratio(*chunked.over_columns(gaps, (zero, zero), pair.student, pair.student.chunk))
+    return _ratio(*chunked.scan_chunks(gaps, (zero, zero), pair.student, pair.student.chunk))
 
 
 def _ratio(part: Array, whole: Array) -> Array:

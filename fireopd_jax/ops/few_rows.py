@@ -3,7 +3,7 @@
     rows [M, I], matrix [O, I]  ->  rows matrix^T [M, O]
 
 XLA on a CPU rearranges the right operand of every product. Where that is the matrix, it takes up to
-twice as long as the product itself with 16 rows; so few rows go right, and the result is turned. A
+twice as long as the product itself with 16 rows; so few rows go right, and the result is transposed. A
 barrier keeps the compiler from turning the product back.
 """
 
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from fireopd_jax.ops.precision import precision_of
 from fireopd_jax.types import Array
 
-FEW = 64
+MAX_ROWS = 64
 """Rows up to which a CPU is faster with the matrix on the left; with 96 it is not."""
 
 
@@ -33,9 +33,9 @@ def few_rows_product(
             preferred_element_type=dtype,
         )
 
-    def turned(rows: Array, matrix: Array) -> jax.Array:
+    def transposed(rows: Array, matrix: Array) -> jax.Array:
         return lax.optimization_barrier(product(matrix, rows)).T
 
-    if rows.shape[0] > FEW:
+    if rows.shape[0] > MAX_ROWS:
         return product(rows, matrix)
-    return lax.platform_dependent(rows, matrix, cpu=turned, default=product)
+    return lax.platform_dependent(rows, matrix, cpu=transposed, default=product)

@@ -130,7 +130,7 @@ class AdaptiveKL:
 
     w = sum_H |q - p| / sum_V |q - p|, which has no gradient. H: the teacher's most probable words,
     as many as hold no more than mu together, and the first in any case; words of equal probability
-    at the border stand on one side together.
+    at the head_threshold stand on one side together.
 
     References: arXiv 2404.02657.
     """
@@ -148,7 +148,7 @@ class AdaptiveKL:
         w = jax.lax.stop_gradient(share)
         return w * kl_terms(log_q, log_p) + (1 - w) * kl_terms(log_p, log_q)
 
-    def border(self, z: Float[Array, "N V"]) -> Float[Array, " N"]:
+    def head_threshold(self, z: Float[Array, "N V"]) -> Float[Array, " N"]:
         """Return the logit that parts H from the rest, half-way between two, of whole rows."""
         ordered = -jnp.sort(-z, axis=1)
         held = jnp.cumsum(jax.nn.softmax(ordered, axis=1), axis=1)

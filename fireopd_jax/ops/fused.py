@@ -1,6 +1,6 @@
 """What stands between `head.py` and an implementation: finishing, gradients, shards.
 
-    forward of an implementation -> State -> (merged over the shards) -> log-probabilities, ...
+    forward of an implementation -> HeadPartials -> (merged over the shards) -> log-probabilities, ...
     cotangents -> the chunked backward pass, whatever the forward was -> (summed over the shards)
 
 The custom VJP stands outside `shard_map`: what is differentiated are whole arrays, and each sum
@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float32, Int32
 
 from fireopd_jax.ops import chunked
-from fireopd_jax.ops.logits import Settings, exists
-from fireopd_jax.ops.state import Forward, State, merge_over, with_weight
+from fireopd_jax.ops.logits import HeadSettings, exists
+from fireopd_jax.ops.partials import Forward, HeadPartials, merge_over, with_weight
 from fireopd_jax.types import Array
 
 Stats = Float32[Array, " N"]
@@ -35,7 +35,7 @@ def statistics(
     ids: Array,
     support_ids: Array,
     scale: Array,
-    settings: Settings,
+    settings: HeadSettings,
 ) -> tuple[Stats, Stats, Stats, Float32[Array, "N S"]]:
     """Return log-probability, entropy, log-sum-exp and the log-probabilities at `support_ids`.
 
@@ -50,40 +50,47 @@ def top_k(
     head: Array,
     ids: Array,
     scale: Array,
-    settings: Settings,
-    weigh: tuple[Array, Array] | None = None,
+    settings: HeadSettings,
+    weight_inputs: tuple[Array, Array] | None = None,
 ) -> tuple[Stats, Stats, Stats, Int32[Array, "N K"], Float32[Array, "N K"], Stats | None]:
     """Return log-probability, entropy, log-sum-exp, the K most probable ids with theirs, weight."""
-    nowhere = jnp.zeros((ids.shape[0], 0), jnp.int32)
-    state = _state(forward, (hidden, head, ids, nowhere, scale), settings, weigh)
-    logprob, entropy, logsumexp, log_s = _finish(state)
-    listed = (state.top_values - state.peak[:, None]) - log_s[:, None]
-    return logprob, entropy, logsumexp, state.top_ids, listed, state.weight
+    no_support = jnp.zeros((ids.shape[0], 0), jnp.int32)
+    partials = _run_forward(
+        forward, (hidden, head, ids, no_support, scale), settings, weight_inputs
+    )
+    logprob, entropy, logsumexp, log_s = _finish(partials)
+    top_logprob = (partials.top_logits - partials.max_logit[:, None]) - log_s[:, None]
+    return logprob, entropy, logsumexp, partials.top_ids, top_logprob, partials.weight
 
 
-def _finish(state: State) -> tuple[Array, Array, Array, Array]:
-    log_s = jnp.log(state.mass)
-    # picked <= m and log s >= 0 hold exactly, hence logprob <= 0.
-    logprob = (state.picked - state.peak) - log_s
-    return logprob, log_s - state.tilt / state.mass, state.peak + log_s, log_s
+def _finish(partials: HeadPartials) -> tuple[Array, Array, Array, Array]:
+    log_s = jnp.log(partials.sum_exp)
+    # id_logit <= m and log s >= 0 hold exactly, hence logprob <= 0.
+    logprob = (partials.id_logit - partials.max_logit) - log_s
+    return (
+        logprob,
+        log_s - partials.sum_exp_logit / partials.sum_exp,
+        partials.max_logit + log_s,
+        log_s,
+    )
 
 
 def _with_residuals(forward, hidden, head, ids, support_ids, scale, settings):
     inputs = (hidden, head, ids, support_ids, scale)
-    values, saved = values_of(_state(forward, inputs, settings), support_ids, settings)
+    values, saved = values_of(_run_forward(forward, inputs, settings), support_ids, settings)
     return values, (inputs, saved)
 
 
 def values_of(
-    state: State, support_ids: Array, settings: Settings
+    partials: HeadPartials, support_ids: Array, settings: HeadSettings
 ) -> tuple[tuple[Stats, Stats, Stats, Array], tuple[Stats, Stats, Stats]]:
     """Return the four statistics of a whole state, and (m, log s, H) for the gradient."""
-    logprob, entropy, logsumexp, log_s = _finish(state)
+    logprob, entropy, logsumexp, log_s = _finish(partials)
     # A padded id is impossible even in a row of NaN.
     known = exists(support_ids, settings.vocabulary)
-    support = (state.support - state.peak[:, None]) - log_s[:, None]
+    support = (partials.support_logits - partials.max_logit[:, None]) - log_s[:, None]
     values = (logprob, entropy, logsumexp, jnp.where(known, support, -jnp.inf))
-    return values, (state.peak, log_s, entropy)
+    return values, (partials.max_logit, log_s, entropy)
 
 
 def _gradients(forward, settings, residuals, cotangents):
@@ -93,11 +100,11 @@ def _gradients(forward, settings, residuals, cotangents):
     sharding = settings.sharding
 
     def local(hidden, head, ids, support_ids, scale, saved, cotangents):
-        ids, support_ids, limit, here = own(head, ids, support_ids, settings)
+        ids, support_ids, limit, local_settings = local_inputs(head, ids, support_ids, settings)
         # Rounded once: before the sum over devices the shares of d head stay in float32.
         dtype = jnp.float32 if sharding and sharding.tokens else head.dtype
         d_hidden, d_head = chunked.backward(
-            hidden, head, ids, support_ids, scale, limit, here, saved, cotangents, dtype
+            hidden, head, ids, support_ids, scale, limit, local_settings, saved, cotangents, dtype
         )
         if sharding and sharding.vocabulary:
             d_hidden = lax.psum(d_hidden, sharding.vocabulary)
@@ -106,7 +113,7 @@ def _gradients(forward, settings, residuals, cotangents):
         return d_hidden, d_head
 
     if sharding:
-        by_token, by_column = specs(settings)
+        by_token, by_column = partition_specs(settings)
         inputs = (by_token, by_column, by_token, by_token, P(), by_token, by_token)
         local = jax.shard_map(
             local,
@@ -122,48 +129,53 @@ def _gradients(forward, settings, residuals, cotangents):
 statistics.defvjp(_with_residuals, _gradients)
 
 
-def _state(forward: Forward, inputs: Inputs, settings: Settings, weigh: Any = None) -> State:
-    """Run the implementation, on each device over its own tokens and columns."""
+def _run_forward(
+    forward: Forward, inputs: Inputs, settings: HeadSettings, weight_inputs: Any = None
+) -> HeadPartials:
+    """Run the implementation, on each device over its local_inputs tokens and columns."""
     sharding = settings.sharding
     if sharding is None:
-        return forward(*inputs, None, settings, weigh)
+        return forward(*inputs, None, settings, weight_inputs)
 
-    def local(hidden, head, ids, support_ids, scale, weigh) -> State:
-        ids, support_ids, limit, here = own(head, ids, support_ids, settings)
+    def local(hidden, head, ids, support_ids, scale, weight_inputs) -> HeadPartials:
+        ids, support_ids, limit, local_settings = local_inputs(head, ids, support_ids, settings)
         axis = sharding.vocabulary
         if axis is None:
-            return forward(hidden, head, ids, support_ids, scale, limit, here, weigh)
-        state = forward(hidden, head, ids, support_ids, scale, limit, here)
-        first = lax.axis_index(axis) * here.vocabulary
-        listed = jnp.where(state.top_ids < 0, -1, state.top_ids + first)
-        state = merge_over(axis, dataclasses.replace(state, top_ids=listed), settings.k)
-        return with_weight(state, weigh, settings.vocabulary)
+            return forward(
+                hidden, head, ids, support_ids, scale, limit, local_settings, weight_inputs
+            )
+        partials = forward(hidden, head, ids, support_ids, scale, limit, local_settings)
+        first = lax.axis_index(axis) * local_settings.vocabulary
+        top_ids = jnp.where(partials.top_ids < 0, -1, partials.top_ids + first)
+        partials = dataclasses.replace(partials, top_ids=top_ids)
+        partials = merge_over(axis, partials, settings.k)
+        return with_weight(partials, weight_inputs, settings.vocabulary)
 
-    by_token, by_column = specs(settings)
-    of_weigh = (by_token, P()) if weigh else P()
-    spread = jax.shard_map(
+    by_token, by_column = partition_specs(settings)
+    weight_specs = (by_token, P()) if weight_inputs else P()
+    sharded = jax.shard_map(
         local,
         mesh=sharding.mesh,
-        in_specs=(by_token, by_column, by_token, by_token, P(), of_weigh),
+        in_specs=(by_token, by_column, by_token, by_token, P(), weight_specs),
         out_specs=by_token,
         check_vma=False,
     )
-    return spread(*inputs, weigh)
+    return sharded(*inputs, weight_inputs)
 
 
-def specs(settings: Settings) -> tuple[P, P]:
+def partition_specs(settings: HeadSettings) -> tuple[P, P]:
     """Give the shardings of what lies by token, and of the head."""
     assert settings.sharding is not None
     columns = settings.sharding.vocabulary
-    return P(settings.sharding.tokens), P(None, columns) if settings.turned else P(columns)
+    return P(settings.sharding.tokens), P(None, columns) if settings.transposed else P(columns)
 
 
-def own(head: Array, ids: Array, support_ids: Array, settings: Settings):
+def local_inputs(head: Array, ids: Array, support_ids: Array, settings: HeadSettings):
     """Give ids, the limit and the settings as this device's columns see them."""
-    here = dataclasses.replace(settings, sharding=None)
+    local_settings = dataclasses.replace(settings, sharding=None)
     if settings.sharding is None or settings.sharding.vocabulary is None:
-        return ids, support_ids, None, here
-    columns = head.shape[int(settings.turned)]
+        return ids, support_ids, None, local_settings
+    columns = head.shape[int(settings.transposed)]
     first = lax.axis_index(settings.sharding.vocabulary) * columns
     ids, support_ids = (
         jnp.where(exists(each, settings.vocabulary), each - first, -1)
@@ -171,4 +183,4 @@ def own(head: Array, ids: Array, support_ids: Array, settings: Settings):
     )
     whole = settings.vocabulary == columns * settings.sharding.vocabulary_shards
     limit = None if whole else jnp.clip(settings.vocabulary - first, 0, columns)
-    return ids, support_ids, limit, dataclasses.replace(here, vocabulary=columns)
+    return ids, support_ids, limit, dataclasses.replace(local_settings, vocabulary=columns)

@@ -27,9 +27,9 @@ from fireopd_jax.ops.checks import (
     check_sharding,
     check_valid,
 )
-from fireopd_jax.ops.dispatch import FORWARDS, IMPLEMENTATIONS, PLAIN, refuse
-from fireopd_jax.ops.logits import HeadSharding, Settings
-from fireopd_jax.ops.state import student_factor
+from fireopd_jax.ops.dispatch import FORWARDS, IMPLEMENTATIONS, PLAIN, check_supported
+from fireopd_jax.ops.logits import HeadSettings, HeadSharding
+from fireopd_jax.ops.partials import student_factor
 from fireopd_jax.types import Array, pytree
 
 LARGEST_K = 128
@@ -108,8 +108,8 @@ def head_stats(
     has log-probability -inf. Options: `HeadOptions`; those that are no arrays are fixed in a
     compilation.
     """
-    nowhere = jnp.zeros((*ids.shape, 0), jnp.int32)
-    values = _statistics(hidden, head, ids, nowhere, options)
+    no_support = jnp.zeros((*ids.shape, 0), jnp.int32)
+    values = _statistics(hidden, head, ids, no_support, options)
     return HeadStats(*values[:3])
 
 
@@ -152,19 +152,23 @@ def head_topk(
     """
     if not 1 <= k <= LARGEST_K:
         raise ValueError(f"k must be 1 to {LARGEST_K}, got {k}")
-    nowhere = jnp.zeros((*ids.shape, 0), jnp.int32)
-    (hidden, head, flat_ids, _, scale), settings = _prepare(hidden, head, ids, nowhere, options, k)
-    weigh = None
+    no_support = jnp.zeros((*ids.shape, 0), jnp.int32)
+    (hidden, head, flat_ids, _, scale), settings = _prepare(
+        hidden, head, ids, no_support, options, k
+    )
+    weight_inputs = None
     if student_entropy is not None:
         check_entropy(student_entropy, ids)
-        confusion = student_factor(_flat(student_entropy, ids, settings), beta, settings.vocabulary)
-        weigh = lax.stop_gradient((confusion, jnp.asarray(alpha, jnp.float32)))
+        factor = student_factor(_flat(student_entropy, ids, settings), beta, settings.vocabulary)
+        weight_inputs = lax.stop_gradient((factor, jnp.asarray(alpha, jnp.float32)))
     hidden, head, scale = lax.stop_gradient((hidden, head, scale))
     if settings.implementation == PLAIN:
-        *values, weight = reference.top_k(hidden, head, flat_ids, scale, settings, weigh)
+        *values, weight = reference.top_k(hidden, head, flat_ids, scale, settings, weight_inputs)
     else:
         forward = FORWARDS[settings.implementation]
-        *values, weight = fused.top_k(forward, hidden, head, flat_ids, scale, settings, weigh)
+        *values, weight = fused.top_k(
+            forward, hidden, head, flat_ids, scale, settings, weight_inputs
+        )
     logprob, entropy, logsumexp, top_ids, top_logprob = (_restored(each, ids) for each in values)
     weight = None if weight is None else _restored(weight, ids)
     return HeadTopK(logprob, entropy, logsumexp, top_ids, top_logprob, weight)
@@ -185,23 +189,23 @@ def _statistics(
 
 def _prepare(
     hidden: Array, head: Array, ids: Array, support_ids: Array, options: HeadOptions, k: int
-) -> tuple[tuple[Array, Array, Array, Array, Array], Settings]:
+) -> tuple[tuple[Array, Array, Array, Array, Array], HeadSettings]:
     """Check everything, flatten the leading axes, and gather what a compilation is fixed to."""
     check_options(options, IMPLEMENTATIONS, HeadOptions.__optional_keys__)
-    turned = options.get("head_layout", "vd") == "dv"
-    check_arrays(hidden, head, ids, support_ids, turned)
+    transposed = options.get("head_layout", "vd") == "dv"
+    check_arrays(hidden, head, ids, support_ids, transposed)
     sharding = options.get("sharding")
-    vocabulary = head.shape[int(turned)]
+    vocabulary = head.shape[int(transposed)]
     check_sharding(sharding, vocabulary)
     tokens = -(-ids.size // (sharding.token_shards if sharding else 1))
     width = hidden.shape[-1]
-    settings = Settings(
+    settings = HeadSettings(
         vocabulary=check_valid(options.get("valid"), vocabulary),
-        chunk=options.get("chunk") or default_chunk(tokens, width, costly=k > 0),
-        backward_chunk=options.get("chunk") or default_chunk(tokens, width, costly=True),
+        chunk=options.get("chunk") or default_chunk(tokens, width, larger=k > 0),
+        backward_chunk=options.get("chunk") or default_chunk(tokens, width, larger=True),
         softcap=options.get("softcap"),
         k=k,
-        turned=turned,
+        transposed=transposed,
         sharding=sharding,
         implementation=options.get("implementation"),
         blocks=options.get("blocks"),
@@ -210,11 +214,11 @@ def _prepare(
     scale = jnp.asarray(options.get("logit_scale", 1.0), jnp.float32)
     flat = (_flat(hidden, ids, settings), jnp.asarray(head), _flat(ids, ids, settings))
     inputs = (*flat, _flat(support_ids, ids, settings), scale)
-    refuse(settings, *flat[:2], support_ids.shape[-1])
+    check_supported(settings, *flat[:2], support_ids.shape[-1])
     return inputs, settings
 
 
-def _flat(array: Array, ids: Array, settings: Settings) -> Array:
+def _flat(array: Array, ids: Array, settings: HeadSettings) -> Array:
     """Flatten the leading axes, and fill up to a share for each device."""
     flat = jnp.reshape(array, (ids.size, *array.shape[ids.ndim :]))
     shards = settings.sharding.token_shards if settings.sharding else 1

@@ -40,7 +40,7 @@ class HeadSharding:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class HeadSettings:
     """What one compilation is fixed to."""
 
     vocabulary: int
@@ -52,7 +52,7 @@ class Settings:
     softcap: float | None = None
     k: int = 0
     """Length of the top-K list; 0 where none is asked for."""
-    turned: bool = False
+    transposed: bool = False
     """The head is [D, V]."""
     sharding: HeadSharding | None = None
     implementation: str | None = None
@@ -63,15 +63,17 @@ class Settings:
     """Run a kernel in the interpreter of its platform, on a CPU: for tests."""
 
 
-def upright(head: Array, settings: Settings) -> Float[Array, "V D"]:
+def as_vd(head: Array, settings: HeadSettings) -> Float[Array, "V D"]:
     """Give the head one row a word, for implementations that want no other."""
-    return head.T if settings.turned else head
+    return head.T if settings.transposed else head
 
 
-def rows_of(head: Array, first: Array | int, width: int, settings: Settings) -> Float[Array, "C D"]:
+def head_rows(
+    head: Array, first: Array | int, width: int, settings: HeadSettings
+) -> Float[Array, "C D"]:
     """Read the rows of the columns [first, first + width)."""
-    part = lax.dynamic_slice_in_dim(head, first, width, axis=int(settings.turned))
-    return upright(part, settings)
+    part = lax.dynamic_slice_in_dim(head, first, width, axis=int(settings.transposed))
+    return as_vd(part, settings)
 
 
 def dot(left: Array, right: Array, contract: tuple[int, int]) -> Array:
@@ -99,8 +101,8 @@ def logits(
     x = dot(hidden, rows, (1, 1))
     if softcap is None:
         return x * scale, scale
-    bent = jnp.tanh(x / softcap)
-    return softcap * bent * scale, scale * (1.0 - bent * bent)
+    capped = jnp.tanh(x / softcap)
+    return softcap * capped * scale, scale * (1.0 - capped * capped)
 
 
 def exists(ids: Int32[Array, "*N"], vocabulary: int | Array) -> Bool[Array, "*N"]:

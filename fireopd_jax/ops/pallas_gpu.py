@@ -3,7 +3,7 @@
     grid (ranges of the vocabulary, blocks of 128 tokens), each three warpgroups:
       one   copies tiles of hidden and head to shared memory, ahead of the others
       two   multiply 64 tokens each, and fold [64, C] logits into their tokens' state
-    states of the ranges -> `state.merge` -> State
+    states of the ranges -> `partials.merge` -> HeadPartials
 
 No logit leaves the registers. Two neighbours of a cluster share what they read of the head: alone,
 a block would read from the L2 cache faster than it delivers.
@@ -24,10 +24,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int32
 
 from fireopd_jax.ops import pallas_gpu_tile as tile
-from fireopd_jax.ops import state as states
+from fireopd_jax.ops import partials
 from fireopd_jax.ops.blocks import Blocks
-from fireopd_jax.ops.logits import Settings, exists, upright
-from fireopd_jax.ops.state import State
+from fireopd_jax.ops.logits import HeadSettings, as_vd, exists
+from fireopd_jax.ops.partials import HeadPartials
 from fireopd_jax.types import Array
 
 COMPUTING = 2
@@ -52,13 +52,13 @@ def default_blocks(tokens: int, width: int, vocabulary: int, k: int, dtype: DTyp
     return Blocks(tokens=TOKENS, vocabulary=256 if k <= 64 else 128, width=DEPTH)
 
 
-def refusal(
+def unsupported_reason(
     tokens: int, width: int, vocabulary: int, support: int, k: int, dtype: DTypeLike
 ) -> str | None:
     """Say why this shape is not for this kernel; None: it is."""
     if not width or width % DEPTH:
         return f"width must be a multiple of {DEPTH}, got {width}"
-    return tile.refusal(k, dtype, (jnp.bfloat16, jnp.float16))
+    return tile.unsupported_reason(k, dtype, (jnp.bfloat16, jnp.float16))
 
 
 def forward(
@@ -68,11 +68,11 @@ def forward(
     support_ids: Int32[Array, "N S"],
     scale: Float32[Array, ""],
     limit: Int32[Array, ""] | None,
-    settings: Settings,
-    weigh: tuple[Array, Array] | None = None,
-) -> State:
-    """Run the kernel and merge its ranges; see `state.Forward`."""
-    head = upright(head, settings)
+    settings: HeadSettings,
+    weight_inputs: tuple[Array, Array] | None = None,
+) -> HeadPartials:
+    """Run the kernel and merge its ranges; see `partials.Forward`."""
+    head = as_vd(head, settings)
     dtype = jnp.promote_types(hidden.dtype, head.dtype)
     hidden, head = hidden.astype(dtype), head.astype(dtype)
     given = jnp.concatenate([ids[:, None], support_ids], axis=1)
@@ -80,34 +80,38 @@ def forward(
     given = jnp.where(known, _logits_at(hidden, head, given, scale, settings), -jnp.inf)
     # Shared memory is laid out in eights of rows.
     head = tile.pad(head, 8)
-    found, weight = _run(tile.pad(hidden, TOKENS), head, scale, limit, settings, weigh)
-    state = tile.assemble(found, given, settings)
+    found, weight = _run(tile.pad(hidden, TOKENS), head, scale, limit, settings, weight_inputs)
+    merged = tile.assemble(found, given, settings)
     if weight is None:
-        return states.with_weight(state, weigh, settings.vocabulary)
-    return dataclasses.replace(state, weight=weight[: ids.shape[0]])
+        return partials.with_weight(merged, weight_inputs, settings.vocabulary)
+    return dataclasses.replace(merged, weight=weight[: ids.shape[0]])
 
 
-def _logits_at(hidden: Array, head: Array, ids: Array, scale: Array, settings: Settings) -> Array:
+def _logits_at(
+    hidden: Array, head: Array, ids: Array, scale: Array, settings: HeadSettings
+) -> Array:
     """Return the logits at ids [N, S]; some tokens at a time, for S rows each are many."""
     if not ids.size:
         return jnp.zeros(ids.shape, jnp.float32)
 
     def of_token(pair):
-        state, ids = pair
+        hidden, ids = pair
         rows = head[jnp.clip(ids, 0, settings.vocabulary - 1)]
-        return jnp.einsum("d,sd->s", state, rows, preferred_element_type=jnp.float32)
+        return jnp.einsum("d,sd->s", hidden, rows, preferred_element_type=jnp.float32)
 
     some = max(1, GATHERED // (ids.shape[1] * head.shape[1]))
     # A power of two divides most numbers of tokens.
     some = min(1 << (some.bit_length() - 1), ids.shape[0])
-    return tile.bend(lax.map(of_token, (hidden, ids), batch_size=some), scale, settings.softcap)
+    return tile.scale_and_cap(
+        lax.map(of_token, (hidden, ids), batch_size=some), scale, settings.softcap
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """One launch."""
 
-    settings: Settings
+    settings: HeadSettings
     columns: int
     """Of a tile."""
     depth: int
@@ -117,7 +121,7 @@ class _Plan:
     """Blocks of tokens come in clusters of two."""
     end: int | None
     """Columns that exist, if the last tile has more."""
-    weighs: bool
+    computes_weight: bool
     """In the last step, which needs the whole vocabulary in one range."""
 
     @property
@@ -125,13 +129,13 @@ class _Plan:
         return -(-self.settings.vocabulary // self.columns)
 
 
-def _plan(hidden: Array, settings: Settings, weighs: bool) -> _Plan:
+def _plan(hidden: Array, settings: HeadSettings, computes_weight: bool) -> _Plan:
     tokens, width = hidden.shape
     vocabulary = settings.vocabulary
-    own = default_blocks(tokens, width, vocabulary, settings.k, hidden.dtype)
-    blocks = tile.chosen(settings, own)
+    default = default_blocks(tokens, width, vocabulary, settings.k, hidden.dtype)
+    blocks = tile.resolve_blocks(settings, default)
     assert blocks.vocabulary is not None and blocks.width is not None
-    ranges = tile.ranges(tokens // TOKENS, -(-vocabulary // blocks.vocabulary))
+    ranges = tile.num_ranges(tokens // TOKENS, -(-vocabulary // blocks.vocabulary))
     return _Plan(
         settings=settings,
         columns=blocks.vocabulary,
@@ -139,7 +143,7 @@ def _plan(hidden: Array, settings: Settings, weighs: bool) -> _Plan:
         ranges=ranges,
         pair=tokens // TOKENS % 2 == 0,
         end=vocabulary if vocabulary % blocks.vocabulary else None,
-        weighs=weighs and ranges == 1,
+        computes_weight=computes_weight and ranges == 1,
     )
 
 
@@ -148,18 +152,18 @@ def _run(
     head: Array,
     scale: Array,
     limit: Array | None,
-    settings: Settings,
-    weigh: tuple[Array, Array] | None,
+    settings: HeadSettings,
+    weight_inputs: tuple[Array, Array] | None,
 ) -> tuple[tuple[Array, ...], Array | None]:
     """Return the state of each range, as `tile.empty` has it, and the weights if it is one."""
     gpu = tile.plgpu()
     tokens = hidden.shape[0]
-    plan = _plan(hidden, settings, weigh is not None)
+    plan = _plan(hidden, settings, weight_inputs is not None)
     start = tile.empty(plan.ranges, tokens, settings.k)
     bound = None if limit is None else jnp.reshape(limit, 1)
-    weighing = weight = None
-    if weigh is not None and plan.weighs:
-        weighing = tile.pad(weigh[0], TOKENS), jnp.reshape(weigh[1], 1)
+    padded_inputs = weight = None
+    if weight_inputs is not None and plan.computes_weight:
+        padded_inputs = tile.pad(weight_inputs[0], TOKENS), jnp.reshape(weight_inputs[1], 1)
         weight = jax.ShapeDtypeStruct((tokens,), jnp.float32)
     cluster = {"cluster": (2,), "cluster_names": ("pair",)} if plan.pair else {}
     return gpu.kernel(
@@ -173,7 +177,7 @@ def _run(
         kernel_name="head_statistics",
         **cluster,
         **tile.launch(settings),
-    )(hidden, head, start, jnp.reshape(scale, 1), bound, weighing)
+    )(hidden, head, start, jnp.reshape(scale, 1), bound, padded_inputs)
 
 
 def _kernel(
@@ -183,7 +187,7 @@ def _kernel(
     start: Any,
     scale: Any,
     bound: Any,
-    weighing: Any,
+    weight_refs: Any,
     found: Any,
     weight: Any,
     running: Any,
@@ -206,18 +210,18 @@ def _kernel(
 
     @pl.when(group < COMPUTING)
     def begin():
-        tile.begin([each.at[at] for each in start], running, lists)
+        tile.copy_in([each.at[at] for each in start], running, lists)
 
     _multiply(plan, hidden.at[pl.ds(block * TOKENS, TOKENS)], head, fold)
 
     @pl.when(group < COMPUTING)
     def finish():
-        _, s, t = tile.end(running, [each.at[at] for each in found[:3]])
-        if weighing is not None:
-            confusion, alpha = weighing
-            weigh = tile.row_of(confusion.at[mine]), alpha[0]
+        _, s, t = tile.copy_out(running, [each.at[at] for each in found[:3]])
+        if weight_refs is not None:
+            factor, alpha = weight_refs
+            inputs = tile.load_row(factor.at[mine]), alpha[0]
             entropy = jnp.log(s) - t / s
-            weight[mine] = states.weight(entropy, weigh, plan.settings.vocabulary)
+            weight[mine] = partials.weight(entropy, inputs, plan.settings.vocabulary)
 
 
 def _multiply(plan: _Plan, hidden: Any, head: Any, fold: Any) -> None:

@@ -3,11 +3,11 @@
     rows of the head -> products [N, C], float32, by XLA's GEMM
       -> those at given ids
       -> kernel, grid (ranges of the columns, blocks of 64 tokens): state in, state out
-    states of the ranges -> `state.merge` -> State
+    states of the ranges -> `partials.merge` -> HeadPartials
 
 Where `chunked` reads a chunk for its maxima, its sums and its top-K, this reads it once. Scale and
 soft cap are the kernel's, too: a GEMM writes bare products. A range is the same share of every
-chunk, with a state of its own. Weights follow the merged state.
+chunk, with a state of its default. Weights follow the merged state.
 """
 
 import functools
@@ -19,10 +19,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int32
 
 from fireopd_jax.ops import pallas_gpu_tile as tile
-from fireopd_jax.ops import state as states
 from fireopd_jax.ops.blocks import Blocks
-from fireopd_jax.ops.logits import Settings, dot, exists, rows_of
-from fireopd_jax.ops.state import State
+from fireopd_jax.ops.logits import HeadSettings, dot, exists, head_rows
+from fireopd_jax.ops.partials import HeadPartials, with_weight
 from fireopd_jax.types import Array
 
 STAGES = 2
@@ -37,11 +36,11 @@ def default_blocks(tokens: int, width: int, vocabulary: int, k: int, dtype: DTyp
     return Blocks(tokens=tile.ROWS, vocabulary=128)
 
 
-def refusal(
+def unsupported_reason(
     tokens: int, width: int, vocabulary: int, support: int, k: int, dtype: DTypeLike
 ) -> str | None:
     """Say why this shape is not for this kernel; None: it is."""
-    return tile.refusal(k, dtype, (jnp.bfloat16, jnp.float16, jnp.float32))
+    return tile.unsupported_reason(k, dtype, (jnp.bfloat16, jnp.float16, jnp.float32))
 
 
 def forward(
@@ -51,14 +50,14 @@ def forward(
     support_ids: Int32[Array, "N S"],
     scale: Float32[Array, ""],
     limit: Int32[Array, ""] | None,
-    settings: Settings,
-    weigh: tuple[Array, Array] | None = None,
-) -> State:
-    """Fold all chunks and merge the ranges; see `state.Forward`."""
+    settings: HeadSettings,
+    weight_inputs: tuple[Array, Array] | None = None,
+) -> HeadPartials:
+    """Fold all chunks and merge the ranges; see `partials.Forward`."""
     tokens = ids.shape[0]
     vocabulary = settings.vocabulary
-    own = default_blocks(tokens, hidden.shape[1], vocabulary, settings.k, hidden.dtype)
-    columns = tile.chosen(settings, own).vocabulary
+    default = default_blocks(tokens, hidden.shape[1], vocabulary, settings.k, hidden.dtype)
+    columns = tile.resolve_blocks(settings, default).vocabulary
     assert columns is not None
     hidden = tile.pad(hidden, tile.ROWS)
     ids = tile.pad(jnp.concatenate([ids[:, None], support_ids], axis=1), tile.ROWS)
@@ -67,18 +66,18 @@ def forward(
     def step(carry, first, width):
         found, given = carry
         # Whole tiles, and rows of logits that TMA can read.
-        rows = jnp.pad(rows_of(head, first, width, settings), ((0, -width % columns), (0, 0)))
+        rows = jnp.pad(head_rows(head, first, width, settings), ((0, -width % columns), (0, 0)))
         products = dot(hidden, rows, (1, 1))
         here = (ids >= first) & (ids < first + width)
         x = jnp.take_along_axis(products, jnp.clip(ids - first, 0, width - 1), axis=1)
-        given = jnp.where(here, tile.bend(x, scale, settings.softcap), given)
+        given = jnp.where(here, tile.scale_and_cap(x, scale, settings.softcap), given)
         end = None
         if limit is not None or width % columns:
             end = jnp.minimum(first + width, vocabulary if limit is None else limit)
         return _fold(products, first, end, scale, found, columns, settings), given
 
     blocks = hidden.shape[0] // tile.ROWS
-    start = tile.empty(tile.ranges(blocks, -(-width // columns)), hidden.shape[0], settings.k)
+    start = tile.empty(tile.num_ranges(blocks, -(-width // columns)), hidden.shape[0], settings.k)
     carry = start, jnp.full(ids.shape, -jnp.inf, jnp.float32)
     full, rest = divmod(vocabulary, width)
     carry, _ = lax.scan(
@@ -89,8 +88,8 @@ def forward(
     found, given = step(carry, full * width, rest) if rest else carry
     if limit is not None:
         given = jnp.where(exists(ids, limit), given, -jnp.inf)
-    state = tile.assemble(found, given[:tokens], settings)
-    return states.with_weight(state, weigh, vocabulary)
+    merged = tile.assemble(found, given[:tokens], settings)
+    return with_weight(merged, weight_inputs, vocabulary)
 
 
 def _fold(
@@ -100,7 +99,7 @@ def _fold(
     scale: Array,
     found: tuple[Array, ...],
     columns: int,
-    settings: Settings,
+    settings: HeadSettings,
 ) -> tuple[Array, ...]:
     """Run the kernel over one chunk, whose first column is `first` of the vocabulary."""
     gpu = tile.plgpu()
@@ -120,7 +119,7 @@ def _fold(
 
 def _kernel(
     columns: int,
-    settings: Settings,
+    settings: HeadSettings,
     products: Any,
     start: Any,
     first: Any,
@@ -137,7 +136,7 @@ def _kernel(
     at = lax.axis_index("range"), block
     end = None if bound is None else bound[0]
     lists = [each.at[at] for each in found[3:]]
-    tile.begin([each.at[at] for each in start], running, lists)
+    tile.copy_in([each.at[at] for each in start], running, lists)
     tiles = products.shape[1] // columns
     share = -(-tiles // lax.axis_size("range"))
     before = lax.axis_index("range") * share
@@ -154,4 +153,4 @@ def _kernel(
         in_specs=[gpu.BlockSpec((tile.ROWS, columns), lambda i: (0, before + i), transforms=tiled)],
         max_concurrent_steps=STAGES,
     )(products.at[block])
-    tile.end(running, [each.at[at] for each in found[:3]])
+    tile.copy_out(running, [each.at[at] for each in found[:3]])

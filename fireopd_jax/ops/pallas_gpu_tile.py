@@ -6,7 +6,7 @@
 
 A list is touched only where a tile holds something above its smallest entry, which is rare after
 the first tiles. So it lies in global memory, that is in the L2 cache, and leaves shared memory to
-the operands. Sorting is left to `state.merge`, outside.
+the operands. Sorting is left to `partials.merge`, outside.
 
 Only what Mosaic GPU lowers is used: reductions over one axis, `where`, compares, `exp`, `log`, and
 `while` on a scalar. Mosaic GPU is imported when a kernel is built: older JAX has none that serves.
@@ -22,10 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from fireopd_jax.ops import state as states
 from fireopd_jax.ops.blocks import Blocks
-from fireopd_jax.ops.logits import Settings
-from fireopd_jax.ops.state import LOWEST, State
+from fireopd_jax.ops.logits import HeadSettings
+from fireopd_jax.ops.partials import LOWEST, HeadPartials, merge
 from fireopd_jax.types import Array
 
 OLDEST_JAX = (0, 11)
@@ -41,7 +40,7 @@ PROCESSORS = 132
 MASKED = -3e38
 """A column that does not exist: far below `LOWEST`, yet finite, for p u must be 0 where p is."""
 
-PEAK, MASS, TILT, THRESHOLD, FLAG = range(5)
+MAX_LOGIT, SUM_EXP, SUM_EXP_LOGIT, THRESHOLD, FLAG = range(5)
 RUNNING = 5
 """Rows of a warpgroup's shared memory, float32[64] each."""
 
@@ -51,7 +50,7 @@ def plgpu() -> Any:
     return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 
 
-def refusal(k: int, dtype: DTypeLike, dtypes: Sequence[DTypeLike]) -> str | None:
+def unsupported_reason(k: int, dtype: DTypeLike, dtypes: Sequence[DTypeLike]) -> str | None:
     """Say what stands against either kernel."""
     if jax.__version_info__ < OLDEST_JAX:
         oldest = ".".join(map(str, OLDEST_JAX))
@@ -64,22 +63,22 @@ def refusal(k: int, dtype: DTypeLike, dtypes: Sequence[DTypeLike]) -> str | None
     return None
 
 
-def chosen(settings: Settings, own: Blocks) -> Blocks:
-    """Replace `own` blocks by those asked for, where the kernel can have them."""
+def resolve_blocks(settings: HeadSettings, default: Blocks) -> Blocks:
+    """Replace `default` blocks by those asked for, where the kernel can have them."""
     asked = settings.blocks or Blocks()
     for name in ("tokens", "width"):
-        if getattr(asked, name) not in (None, getattr(own, name)):
+        if getattr(asked, name) not in (None, getattr(default, name)):
             raise ValueError(
-                f"blocks.{name} must be {getattr(own, name)} here, got {getattr(asked, name)}"
+                f"blocks.{name} must be {getattr(default, name)} here, got {getattr(asked, name)}"
             )
-    columns = asked.vocabulary or own.vocabulary
+    columns = asked.vocabulary or default.vocabulary
     assert columns is not None
     if columns % SLICE or not 0 < columns <= 256:
         raise ValueError(f"blocks.vocabulary must be 64, 128, 192 or 256, got {columns}")
-    return dataclasses.replace(own, vocabulary=columns)
+    return dataclasses.replace(default, vocabulary=columns)
 
 
-def ranges(blocks: int, tiles: int) -> int:
+def num_ranges(blocks: int, tiles: int) -> int:
     """Choose into how many ranges to split the vocabulary, for the sake of few blocks of tokens.
 
     Blocks times ranges go round the processors. Each takes its share of the tiles, and as long as
@@ -111,28 +110,30 @@ def empty(count: int, tokens: int, k: int) -> tuple[Array, ...]:
     return zero + LOWEST, zero, zero, jnp.where(slot < k, MASKED, jnp.inf), -1 - slot
 
 
-def assemble(found: Sequence[Array], given: Array, settings: Settings) -> State:
+def assemble(found: Sequence[Array], given: Array, settings: HeadSettings) -> HeadPartials:
     """Merge the states of the ranges; `given` are the logits of a token's id and of its support.
 
     Tokens beyond those of `given` are dropped. A logit that was summed in another order may exceed
     the maximum by its rounding: it is held to it.
     """
 
-    def of_range(peak, mass, tilt, *lists):
-        shape = peak.shape[0], 0
+    def of_range(max_logit, sum_exp, sum_exp_logit, *lists):
+        shape = max_logit.shape[0], 0
         values, ids = lists or (jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32))
         values, ids = values[:, : settings.k], ids[:, : settings.k]
         known = values > MASKED
         values, ids = jnp.where(known, values, -jnp.inf), jnp.where(known, ids, -1)
-        return State(peak, mass, tilt, peak, values[:, :0], values, ids)
+        return HeadPartials(
+            max_logit, sum_exp, sum_exp_logit, max_logit, values[:, :0], values, ids
+        )
 
-    state = states.merge(jax.vmap(of_range)(*found), settings.k)
-    state = jax.tree.map(lambda each: each[: given.shape[0]], state)
-    given = jnp.minimum(given, state.peak[:, None])
-    return dataclasses.replace(state, picked=given[:, 0], support=given[:, 1:])
+    merged = merge(jax.vmap(of_range)(*found), settings.k)
+    merged = jax.tree.map(lambda each: each[: given.shape[0]], merged)
+    given = jnp.minimum(given, merged.max_logit[:, None])
+    return dataclasses.replace(merged, id_logit=given[:, 0], support_logits=given[:, 1:])
 
 
-def bend(x: Array, scale: Array, softcap: float | None) -> Array:
+def scale_and_cap(x: Array, scale: Array, softcap: float | None) -> Array:
     """Return z = scale * c tanh(x / c)."""
     if softcap is None:
         return x * scale
@@ -140,7 +141,7 @@ def bend(x: Array, scale: Array, softcap: float | None) -> Array:
     return (1.0 - 2.0 / (jnp.exp(x * (2.0 / softcap)) + 1.0)) * (softcap * scale)
 
 
-def launch(settings: Settings) -> dict[str, Any]:
+def launch(settings: HeadSettings) -> dict[str, Any]:
     """Give the options that all kernels are launched with: fast exp and log, errors below 2^-21."""
     gpu = plgpu()
     return {
@@ -161,31 +162,31 @@ def swizzled(width: int, dtype: DTypeLike) -> tuple[Any, Any]:
     return plgpu().TilingTransform((8, swizzle // size)), plgpu().SwizzleTransform(swizzle)
 
 
-def row_of(ref: Any) -> Array:
+def load_row(ref: Any) -> Array:
     """Load one value a token, laid out as a reduction of a tile is."""
     gpu = plgpu()
     return gpu.load(ref, layout=gpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
-def rows_of(ref: Any) -> Array:
+def load_tile(ref: Any) -> Array:
     """Load several values a token, laid out as a tile is."""
     gpu = plgpu()
     return gpu.load(ref, layout=gpu.Layout.WGMMA, optimized=False)
 
 
-def begin(start: Sequence[Any], running: Any, lists: Sequence[Any]) -> None:
+def copy_in(start: Sequence[Any], running: Any, lists: Sequence[Any]) -> None:
     """Copy the state of a block of tokens to where it is worked on."""
-    for name, source in zip((PEAK, MASS, TILT), start[:3], strict=True):
-        running[name] = row_of(source)
+    for name, source in zip((MAX_LOGIT, SUM_EXP, SUM_EXP_LOGIT), start[:3], strict=True):
+        running[name] = load_row(source)
     if lists:
-        values, ids = (rows_of(source) for source in start[3:])
+        values, ids = (load_tile(source) for source in start[3:])
         lists[0][...], lists[1][...] = values, ids
         running[THRESHOLD] = jnp.min(values, axis=1)
 
 
-def end(running: Any, results: Sequence[Any]) -> list[Array]:
+def copy_out(running: Any, results: Sequence[Any]) -> list[Array]:
     """Return m, s and t, and copy them out; the lists lie there already."""
-    values = [row_of(running.at[name]) for name in (PEAK, MASS, TILT)]
+    values = [load_row(running.at[name]) for name in (MAX_LOGIT, SUM_EXP, SUM_EXP_LOGIT)]
     for value, result in zip(values, results, strict=True):
         result[...] = value
     return values
@@ -198,25 +199,25 @@ def fold(
     scale: Array,
     running: Any,
     lists: Sequence[Any],
-    settings: Settings,
+    settings: HeadSettings,
 ) -> None:
     """Fold the products of the columns from `first` on into a block's state.
 
     Columns from `end` on do not exist; None: all do. `lists` are the block's values and ids.
     """
-    z = bend(x, scale, settings.softcap)
+    z = scale_and_cap(x, scale, settings.softcap)
     if end is not None:
         # In this order, and not against end - first: it saves registers.
-        z = jnp.where(_columns(z.shape) + first < end, z, MASKED)
-    m, s, t = (row_of(running.at[name]) for name in (PEAK, MASS, TILT))
+        z = jnp.where(_column_index(z.shape) + first < end, z, MASKED)
+    m, s, t = (load_row(running.at[name]) for name in (MAX_LOGIT, SUM_EXP, SUM_EXP_LOGIT))
     top = jnp.maximum(m, jnp.max(z, axis=1))
-    u = z - _across(top, z.shape)
+    u = z - _broadcast(top, z.shape)
     p = jnp.exp(u)
     d = m - top
     decay = jnp.exp(d)
-    running[TILT] = decay * (t + d * s) + jnp.sum(p * u, axis=1)
-    running[MASS] = decay * s + jnp.sum(p, axis=1)
-    running[PEAK] = top
+    running[SUM_EXP_LOGIT] = decay * (t + d * s) + jnp.sum(p * u, axis=1)
+    running[SUM_EXP] = decay * s + jnp.sum(p, axis=1)
+    running[MAX_LOGIT] = top
     if lists:
         for at in range(0, z.shape[1], SLICE):
             _insert(z[:, at : at + SLICE], first + at, running, lists)
@@ -237,16 +238,16 @@ def _insert(z: Array, first: Array | int, running: Any, lists: Sequence[Any]) ->
     def take(carry):
         passes, _, z, largest, values, ids = carry
         column = jnp.min(
-            jnp.where(z == _across(largest, z.shape), _columns(z.shape), columns), axis=1
+            jnp.where(z == _broadcast(largest, z.shape), _column_index(z.shape), columns), axis=1
         )
-        worst = _across(jnp.min(values, axis=1), values.shape)
-        last = _across(jnp.max(jnp.where(values == worst, ids, -(2**31)), axis=1), ids.shape)
+        worst = _broadcast(jnp.min(values, axis=1), values.shape)
+        last = _broadcast(jnp.max(jnp.where(values == worst, ids, -(2**31)), axis=1), ids.shape)
         # Only the worst slot, and only if strictly larger: an equal in the list has a lower id.
-        entry = jnp.where(ids == last, _across(largest, values.shape), MASKED)
+        entry = jnp.where(ids == last, _broadcast(largest, values.shape), MASKED)
         better = entry > values
-        ids = jnp.where(better, _across(column + first, ids.shape), ids)
+        ids = jnp.where(better, _broadcast(column + first, ids.shape), ids)
         values = jnp.where(better, entry, values)
-        z = jnp.where(_columns(z.shape) == _across(column, z.shape), MASKED, z)
+        z = jnp.where(_column_index(z.shape) == _broadcast(column, z.shape), MASKED, z)
         largest = jnp.max(z, axis=1)
         more = _any(largest > jnp.min(values, axis=1), running)
         return passes + 1, more, z, largest, values, ids
@@ -255,9 +256,9 @@ def _insert(z: Array, first: Array | int, running: Any, lists: Sequence[Any]) ->
         passes, more, *_ = carry
         return more & (passes < min(columns, length))
 
-    @pl.when(_any(largest > row_of(running.at[THRESHOLD]), running))
+    @pl.when(_any(largest > load_row(running.at[THRESHOLD]), running))
     def update():
-        values, ids = (rows_of(each) for each in lists)
+        values, ids = (load_tile(each) for each in lists)
         start = (jnp.int32(0), jnp.bool_(True), z, largest, values, ids)
         *_, values, ids = lax.while_loop(unfinished, take, start)
         lists[0][...], lists[1][...] = values, ids
@@ -279,10 +280,10 @@ def _any(row: Array, running: Any) -> Array:
     return jnp.max(gpu.load(running.at[FLAG], layout=layout, optimized=False)) > 0.0
 
 
-def _columns(shape: tuple[int, ...]) -> Array:
+def _column_index(shape: tuple[int, ...]) -> Array:
     gpu = plgpu()
     return gpu.broadcasted_iota(jnp.int32, shape, 1, layout=gpu.Layout.WGMMA)
 
 
-def _across(row: Array, shape: tuple[int, ...]) -> Array:
+def _broadcast(row: Array, shape: tuple[int, ...]) -> Array:
     return lax.broadcast_in_dim(row, shape, (0,))

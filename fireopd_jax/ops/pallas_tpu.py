@@ -25,8 +25,8 @@ from jaxtyping import Float, Float32, Int32
 
 from fireopd_jax.ops import pallas_tpu_tile as tile
 from fireopd_jax.ops.blocks import Blocks
-from fireopd_jax.ops.logits import Settings, exists, upright
-from fireopd_jax.ops.state import State, best_of, with_weight
+from fireopd_jax.ops.logits import HeadSettings, as_vd, exists
+from fireopd_jax.ops.partials import HeadPartials, best_of, with_weight
 from fireopd_jax.types import Array
 
 DTYPES = ("bfloat16", "float32")
@@ -51,27 +51,27 @@ def forward(
     support_ids: Int32[Array, "N S"],
     scale: Float32[Array, ""],
     limit: Int32[Array, ""] | None,
-    settings: Settings,
-    weigh: tuple[Array, Array] | None = None,
-) -> State:
-    """Compute the state; see `state.Forward`.
+    settings: HeadSettings,
+    weight_inputs: tuple[Array, Array] | None = None,
+) -> HeadPartials:
+    """Compute the state; see `partials.Forward`.
 
     A NaN or an infinity, negative ones included, among a token's logits makes all its statistics
     NaN.
     """
-    head = upright(head, settings)
+    head = as_vd(head, settings)
     columns = jnp.asarray(settings.vocabulary if limit is None else limit, jnp.int32)
     if support_ids.shape[1] == 0:
-        return _statistics(hidden, head, ids, scale, columns, settings, weigh)
-    state = _picks(hidden, head, ids, support_ids, scale, columns, settings)
+        return _statistics(hidden, head, ids, scale, columns, settings, weight_inputs)
+    partials = _picks(hidden, head, ids, support_ids, scale, columns, settings)
     if settings.k:
         best = _statistics(hidden, head, ids, scale, columns, settings, None)
-        best = {"top_values": best.top_values, "top_ids": best.top_ids}
-        state = dataclasses.replace(state, **best)
-    return with_weight(state, weigh, settings.vocabulary)
+        best = {"top_logits": best.top_logits, "top_ids": best.top_ids}
+        partials = dataclasses.replace(partials, **best)
+    return with_weight(partials, weight_inputs, settings.vocabulary)
 
 
-def refusal(
+def unsupported_reason(
     tokens: int, width: int, vocabulary: int, support: int, k: int, dtype: DTypeLike
 ) -> str | None:
     """Say why this shape is not for these kernels; None: it is."""
@@ -128,7 +128,7 @@ def _whole_lanes(size: int) -> int:
     return pl.cdiv(size, tile.LANES) * tile.LANES
 
 
-def _chosen(hidden: Array, head: Array, settings: Settings) -> _Sizes:
+def _resolve_blocks(hidden: Array, head: Array, settings: HeadSettings) -> _Sizes:
     """Return the formula's sizes, or those that the settings name."""
     width = hidden.shape[1]
     dtype = jnp.promote_types(hidden.dtype, head.dtype)
@@ -153,13 +153,13 @@ def _statistics(
     ids: Array,
     scale: Array,
     columns: Array,
-    settings: Settings,
-    weigh: tuple[Array, Array] | None,
-) -> State:
+    settings: HeadSettings,
+    weight_inputs: tuple[Array, Array] | None,
+) -> HeadPartials:
     """Run the kernel `statistics`."""
-    blocks, k = _chosen(hidden, head, settings), settings.k
+    blocks, k = _resolve_blocks(hidden, head, settings), settings.k
     tokens, lanes = hidden.shape[0], max(hidden.shape[0], blocks.tokens)
-    confusion, alpha = weigh or (jnp.zeros(tokens, jnp.float32), 0.0)
+    factor, alpha = weight_inputs or (jnp.zeros(tokens, jnp.float32), 0.0)
     scratch = [(blocks.vocabulary, blocks.tokens)]
     if 0 < k <= tile.BINNED_K:
         bins = blocks.vocabulary // tile.FOLD
@@ -177,26 +177,28 @@ def _statistics(
         columns,
         hidden,
         head,
-        _at_least(lanes, confusion)[None],
+        _pad_to(lanes, factor)[None],
         [(1, lanes)] * 4 + [(k, lanes)] * 2 * (k > 0),
         lambda shape: pl.BlockSpec((shape[0], blocks.tokens), lambda i, v: (0, i)),
         scratch,
         blocks,
         settings,
     )
-    peak, mass, tilt, weight, *best = (each[:, :tokens] for each in outputs)
+    max_logit, sum_exp, sum_exp_logit, weight, *best = (each[:, :tokens] for each in outputs)
     values, found = best or jnp.zeros((2, 0, tokens), jnp.float32)
     values = jnp.where(found < 0, -jnp.inf, values).T
     values, found = best_of(values, jnp.maximum(found, -1.0).T.astype(jnp.int32), k)
     # Another sum than the kernel's: rounding must not lift it above the highest logit.
-    picked = jnp.minimum(_logit_at(ids, hidden, head, scale, columns, settings), peak[0])
-    nowhere = jnp.zeros((tokens, 0), jnp.float32)
-    weight = weight[0] if weigh else None
-    return State(peak[0], mass[0], tilt[0], picked, nowhere, values, found, weight)
+    id_logit = jnp.minimum(_logit_at(ids, hidden, head, scale, columns, settings), max_logit[0])
+    no_support = jnp.zeros((tokens, 0), jnp.float32)
+    weight = weight[0] if weight_inputs else None
+    return HeadPartials(
+        max_logit[0], sum_exp[0], sum_exp_logit[0], id_logit, no_support, values, found, weight
+    )
 
 
 def _logit_at(
-    ids: Array, hidden: Array, head: Array, scale: Array, columns: Array, settings: Settings
+    ids: Array, hidden: Array, head: Array, scale: Array, columns: Array, settings: HeadSettings
 ) -> Float32[Array, " N"]:
     rows = head[jnp.clip(ids, 0, settings.vocabulary - 1)]
     x = jnp.einsum(
@@ -218,10 +220,10 @@ def _picks(
     support_ids: Array,
     scale: Array,
     columns: Array,
-    settings: Settings,
-) -> State:
+    settings: HeadSettings,
+) -> HeadPartials:
     """Run the kernel `picks`."""
-    blocks = _chosen(hidden, head, settings)
+    blocks = _resolve_blocks(hidden, head, settings)
     (tokens, support), rows = support_ids.shape, max(hidden.shape[0], blocks.tokens)
     wanted = jnp.concatenate([support_ids, ids[:, None]], axis=1)
     rest = ((0, rows - tokens), (0, tile.LANES - support - 1))
@@ -239,15 +241,15 @@ def _picks(
         blocks,
         settings,
     )
-    peak, mass, tilt, found = (each[:tokens] for each in outputs)
-    mass, tilt = mass.sum(axis=1), tilt.sum(axis=1)
-    return State(
-        peak=peak[:, 0],
-        mass=jnp.where(jnp.isnan(tilt), jnp.nan, mass),
-        tilt=tilt,
-        picked=found[:, support],
-        support=found[:, :support],
-        top_values=jnp.zeros((tokens, 0), jnp.float32),
+    max_logit, sum_exp, sum_exp_logit, found = (each[:tokens] for each in outputs)
+    sum_exp, sum_exp_logit = sum_exp.sum(axis=1), sum_exp_logit.sum(axis=1)
+    return HeadPartials(
+        max_logit=max_logit[:, 0],
+        sum_exp=jnp.where(jnp.isnan(sum_exp_logit), jnp.nan, sum_exp),
+        sum_exp_logit=sum_exp_logit,
+        id_logit=found[:, support],
+        support_logits=found[:, :support],
+        top_logits=jnp.zeros((tokens, 0), jnp.float32),
         top_ids=jnp.zeros((tokens, 0), jnp.int32),
     )
 
@@ -263,7 +265,7 @@ def _sweep(
     spec: Callable[[tuple[int, ...]], pl.BlockSpec],
     scratch: list[tuple[int, int]],
     blocks: _Sizes,
-    settings: Settings,
+    settings: HeadSettings,
 ) -> Sequence[Array]:
     """Call a kernel on every block of tokens and, in order, every tile of the vocabulary.
 
@@ -271,7 +273,7 @@ def _sweep(
     """
     width = hidden.shape[1]
     dtype = jnp.promote_types(hidden.dtype, head.dtype)
-    hidden, head = _at_least(blocks.tokens, hidden), _at_least(blocks.vocabulary, head)
+    hidden, head = _pad_to(blocks.tokens, hidden), _pad_to(blocks.vocabulary, head)
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
     # The hidden states change once a sweep: one buffer.
     resident = pl.BlockSpec(
@@ -297,6 +299,6 @@ def _sweep(
     )(numbers, columns[None], hidden, head, of_tokens)
 
 
-def _at_least(rows: int, x: Array) -> Array:
+def _pad_to(rows: int, x: Array) -> Array:
     """Pad the first axis to one block. A later block may end beyond it: that is the kernel's."""
     return jnp.pad(x, ((0, max(rows - x.shape[0], 0)), *((0, 0),) * (x.ndim - 1)))

@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from fireopd_jax.ops.logits import dot
-from fireopd_jax.ops.state import LOWEST, weight
+from fireopd_jax.ops.partials import LOWEST, weight
 from fireopd_jax.types import Array
 
 Ref = Any
@@ -45,10 +45,10 @@ def statistics(
     columns: Ref,
     hidden: Ref,
     head: Ref,
-    confusion: Ref,
-    peak: Ref,
-    mass: Ref,
-    tilt: Ref,
+    factor: Ref,
+    max_logit: Ref,
+    sum_exp: Ref,
+    sum_exp_logit: Ref,
     weights: Ref,
     *rest: Ref,
     tokens: int,
@@ -60,7 +60,7 @@ def statistics(
     """Fold one tile into the statistics and lists of its tokens.
 
     `numbers` are (scale, alpha), `columns` is how many exist. `rest` are the values and ids of the
-    lists, if k > 0, the tile of logits, and if k <= `BINNED_K` what `_take` needs besides.
+    lists, if k > 0, the tile of logits, and if k <= `BINNED_K` what `_update_lists` needs besides.
     """
     best, (logits, *bins) = rest[: 2 * (k > 0)], rest[2 * (k > 0) :]
     tile, tiles = pl.program_id(1), pl.num_programs(1)
@@ -69,30 +69,30 @@ def statistics(
 
     @pl.when(tile == 0)
     def _():
-        _start(peak, mass, tilt)
+        _init_statistics(max_logit, sum_exp, sum_exp_logit)
         if k:
-            _start_lists(left, *best)
+            _init_lists(left, *best)
 
     @pl.when(first < columns[0])
     def _():
         _multiply(logits, head, hidden, numbers[0], softcap, width)
-        _forget(logits, 0, columns[0] - first)
+        _mask_columns(logits, 0, columns[0] - first)
         if bins:
             seconds = _fold_into_bins(logits, *bins[:2])
             highest = bins[0][...].max(axis=0, keepdims=True)
         else:
             seconds, highest = None, _highest(logits)
-        _accumulate(logits, highest, peak, mass, tilt)
+        _accumulate(logits, highest, max_logit, sum_exp, sum_exp_logit)
         if k:
-            _take(logits, highest, first, seconds, bins, *best)
+            _update_lists(logits, highest, first, seconds, bins, *best)
 
     @pl.when(tile == tiles - 1)
     def _():
         # A logit of -inf leaves its NaN in t alone.
-        s = jnp.where(jnp.isnan(tilt[0, :]), jnp.nan, mass[0, :])
-        mass[0, :] = s
-        entropy = jnp.log(s) - tilt[0, :] / s
-        weights[0, :] = weight(entropy, (confusion[0, :], numbers[1]), vocabulary)
+        s = jnp.where(jnp.isnan(sum_exp_logit[0, :]), jnp.nan, sum_exp[0, :])
+        sum_exp[0, :] = s
+        entropy = jnp.log(s) - sum_exp_logit[0, :] / s
+        weights[0, :] = weight(entropy, (factor[0, :], numbers[1]), vocabulary)
 
 
 def picks(
@@ -101,9 +101,9 @@ def picks(
     hidden: Ref,
     head: Ref,
     wanted: Ref,
-    peak: Ref,
-    mass: Ref,
-    tilt: Ref,
+    max_logit: Ref,
+    sum_exp: Ref,
+    sum_exp_logit: Ref,
     found: Ref,
     logits: Ref,
     *,
@@ -120,27 +120,27 @@ def picks(
 
     @pl.when(tile == 0)
     def _():
-        _start(peak, mass, tilt)
+        _init_statistics(max_logit, sum_exp, sum_exp_logit)
         found[...] = jnp.full(found.shape, -jnp.inf, jnp.float32)
 
     @pl.when(first < columns[0])
     def _():
         _multiply(logits, hidden, head, numbers[0], softcap, width)
-        _forget(logits, 1, columns[0] - first)
+        _mask_columns(logits, 1, columns[0] - first)
         size = math.gcd(logits.shape[0], SLAB // 2)
 
         def slab(index, _):
             at = pl.Slice(pl.multiple_of(index * size, size), size)
-            _read(logits, at, wanted[at, :] - first, peak, mass, tilt, found)
+            _pick(logits, at, wanted[at, :] - first, max_logit, sum_exp, sum_exp_logit, found)
             return 0
 
         lax.fori_loop(0, logits.shape[0] // size, slab, 0)
 
 
-def _start(peak: Ref, mass: Ref, tilt: Ref) -> None:
-    peak[...] = jnp.full(peak.shape, LOWEST, jnp.float32)
-    mass[...] = jnp.zeros(mass.shape, jnp.float32)
-    tilt[...] = jnp.zeros(tilt.shape, jnp.float32)
+def _init_statistics(max_logit: Ref, sum_exp: Ref, sum_exp_logit: Ref) -> None:
+    max_logit[...] = jnp.full(max_logit.shape, LOWEST, jnp.float32)
+    sum_exp[...] = jnp.zeros(sum_exp.shape, jnp.float32)
+    sum_exp_logit[...] = jnp.zeros(sum_exp_logit.shape, jnp.float32)
 
 
 def _multiply(
@@ -162,7 +162,7 @@ def _multiply(
         logits[...] = softcap * jnp.tanh(logits[...] / softcap) * scale
 
 
-def _forget(logits: Ref, axis: int, left: Array) -> None:
+def _mask_columns(logits: Ref, axis: int, left: Array) -> None:
     """Lower columns from `left` on: padding of the head, or beyond its end, where anything lies."""
 
     @pl.when(left < logits.shape[axis])
@@ -171,9 +171,11 @@ def _forget(logits: Ref, axis: int, left: Array) -> None:
         logits[...] = jnp.where(at < left, logits[...], LOWEST)
 
 
-def _accumulate(logits: Ref, highest: Array, peak: Ref, mass: Ref, tilt: Ref) -> None:
+def _accumulate(
+    logits: Ref, highest: Array, max_logit: Ref, sum_exp: Ref, sum_exp_logit: Ref
+) -> None:
     """Fold a tile and its highest logits into m, s, t."""
-    before, now = peak[...], jnp.maximum(peak[...], highest)
+    before, now = max_logit[...], jnp.maximum(max_logit[...], highest)
     s = jnp.zeros((SUBLANES, logits.shape[1]), jnp.float32)
     t = jnp.zeros((SUBLANES, logits.shape[1]), jnp.float32)
     for at in _slabs(logits.shape[0], SLAB):
@@ -183,9 +185,11 @@ def _accumulate(logits: Ref, highest: Array, peak: Ref, mass: Ref, tilt: Ref) ->
         t += _fold(p * u).sum(axis=0)
     gap = before - now
     decay = jnp.exp(gap)
-    tilt[...] = decay * (tilt[...] + gap * mass[...]) + t.sum(axis=0, keepdims=True)
-    mass[...] = decay * mass[...] + s.sum(axis=0, keepdims=True)
-    peak[...] = now
+    sum_exp_logit[...] = decay * (sum_exp_logit[...] + gap * sum_exp[...]) + t.sum(
+        axis=0, keepdims=True
+    )
+    sum_exp[...] = decay * sum_exp[...] + s.sum(axis=0, keepdims=True)
+    max_logit[...] = now
 
 
 def _highest(logits: Ref) -> Array:
@@ -205,7 +209,7 @@ def _fold(x: Array) -> Array:
     return x.reshape(-1, SUBLANES, x.shape[1])
 
 
-def _start_lists(left: Array, values: Ref, ids: Ref) -> None:
+def _init_lists(left: Array, values: Ref, ids: Ref) -> None:
     """Empty the lists; nothing beats that of a lane beyond the tokens left, which holds garbage."""
     lane = lax.broadcasted_iota(jnp.int32, values.shape, 1)
     values[...] = jnp.where(lane < left, LOWEST, jnp.inf)
@@ -213,7 +217,7 @@ def _start_lists(left: Array, values: Ref, ids: Ref) -> None:
     ids[...] = -1.0 - lax.broadcasted_iota(jnp.int32, ids.shape, 0).astype(jnp.float32)
 
 
-def _take(
+def _update_lists(
     logits: Ref,
     highest: Array,
     first: Array,
@@ -229,12 +233,12 @@ def _take(
     """
     first = first.astype(jnp.float32)
 
-    def take_all() -> None:
+    def use_whole_tile() -> None:
         row = lax.broadcasted_iota(jnp.int32, logits.shape, 0).astype(jnp.float32)
         _extract(logits, highest, row + first, values, ids)
 
     if seconds is None:
-        take_all()
+        use_whole_tile()
         return
     winners, rows, old_values, old_ids = bins
 
@@ -243,7 +247,7 @@ def _take(
         old_values[...] = values[...]
         old_ids[...] = ids[...]
         _extract(winners, highest, rows[...] + first, values, ids)
-        last, place = _last(values[...], ids[...])
+        last, place = _smallest(values[...], ids[...])
         # A second equal to the last comes before it only if that is of this tile, too.
         missed = (seconds > last) | ((seconds == last) & (place >= first))
 
@@ -251,7 +255,7 @@ def _take(
         def _():
             values[...] = old_values[...]
             ids[...] = old_ids[...]
-            take_all()
+            use_whole_tile()
 
 
 def _fold_into_bins(logits: Ref, winners: Ref, rows: Ref) -> Array:
@@ -295,7 +299,7 @@ def _extract(pool: Ref, highest: Array, columns: Array, values: Ref, ids: Ref) -
         column = jnp.where(z == highest, columns, jnp.inf).min(axis=0, keepdims=True)
         z = jnp.where(columns == column, LOWEST, z)
         pool[...] = z
-        last, place = _last(values[...], ids[...])
+        last, place = _smallest(values[...], ids[...])
         here = (ids[...] == place) & (highest > last)
         values[...] = jnp.where(here, highest, values[...])
         ids[...] = jnp.where(here, column, ids[...])
@@ -304,30 +308,30 @@ def _extract(pool: Ref, highest: Array, columns: Array, values: Ref, ids: Ref) -
     lax.while_loop(beats, move, (jnp.int32(0), highest))
 
 
-def _last(values: Array, ids: Array) -> tuple[Array, Array]:
+def _smallest(values: Array, ids: Array) -> tuple[Array, Array]:
     """Return value and id of the last of each list: the lowest, of equals the highest id."""
     last = values.min(axis=0, keepdims=True)
     return last, jnp.where(values == last, ids, -jnp.inf).max(axis=0, keepdims=True)
 
 
-def _read(
+def _pick(
     logits: Ref,
     at: pl.Slice,
     wanted: Array,
-    peak: Ref,
-    mass: Ref,
-    tilt: Ref,
+    max_logit: Ref,
+    sum_exp: Ref,
+    sum_exp_logit: Ref,
     found: Ref,
 ) -> None:
     """Fold some tokens of a tile; `wanted` are ids within it, or outside."""
     blocks = [logits[at, pl.ds(start, LANES)] for start in range(0, logits.shape[1], LANES)]
     highest = functools.reduce(jnp.maximum, blocks).max(axis=1, keepdims=True)
-    before = peak[at, :]
+    before = max_logit[at, :]
     now = jnp.maximum(before, jnp.broadcast_to(highest, before.shape))
     gap = before - now
     decay = jnp.exp(gap)
-    t = decay * (tilt[at, :] + gap * mass[at, :])
-    s = decay * mass[at, :]
+    t = decay * (sum_exp_logit[at, :] + gap * sum_exp[at, :])
+    s = decay * sum_exp[at, :]
     values = found[at, :]
     # Of a remainder the compiler would ask which TPU it is for.
     lane, block = wanted & (LANES - 1), wanted >> (LANES.bit_length() - 1)
@@ -337,7 +341,7 @@ def _read(
         s += p
         t += p * u
         values = jnp.where(block == index, jnp.take_along_axis(z, lane, axis=1), values)
-    peak[at, :] = now
-    mass[at, :] = s
-    tilt[at, :] = t
+    max_logit[at, :] = now
+    sum_exp[at, :] = s
+    sum_exp_logit[at, :] = t
     found[at, :] = values

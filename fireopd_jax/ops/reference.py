@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Float32, Int32
 
-from fireopd_jax.ops.logits import Settings, exists, logits, upright
-from fireopd_jax.ops.state import weight
+from fireopd_jax.ops.logits import HeadSettings, as_vd, exists, logits
+from fireopd_jax.ops.partials import weight
 from fireopd_jax.types import Array
 
 Stats = Float32[Array, " N"]
@@ -18,7 +18,7 @@ def statistics(
     ids: Int32[Array, " N"],
     support_ids: Int32[Array, "N K"],
     scale: Float32[Array, ""],
-    settings: Settings,
+    settings: HeadSettings,
 ) -> tuple[Stats, Stats, Stats, Float32[Array, "N K"]]:
     """Return log-probability, entropy, log-sum-exp and the log-probabilities at `support_ids`."""
     z = all_logits(hidden, head, scale, settings)
@@ -34,8 +34,8 @@ def top_k(
     head: Float[Array, "V D"] | Float[Array, "D V"],
     ids: Int32[Array, " N"],
     scale: Float32[Array, ""],
-    settings: Settings,
-    weigh: tuple[Array, Array] | None = None,
+    settings: HeadSettings,
+    weight_inputs: tuple[Array, Array] | None = None,
 ) -> tuple[Stats, Stats, Stats, Int32[Array, "N K"], Float32[Array, "N K"], Stats | None]:
     """Return log-probability, entropy, log-sum-exp, the K most probable ids with theirs, weight."""
     z = all_logits(hidden, head, scale, settings)
@@ -50,13 +50,13 @@ def top_k(
         logsumexp,
         jnp.where(values == -jnp.inf, -1, found),
         values - top[:, None] - (logsumexp - top)[:, None],
-        weigh and weight(entropy, weigh, settings.vocabulary),
+        weight_inputs and weight(entropy, weight_inputs, settings.vocabulary),
     )
 
 
-def all_logits(hidden: Array, head: Array, scale: Array, settings: Settings) -> Array:
+def all_logits(hidden: Array, head: Array, scale: Array, settings: HeadSettings) -> Array:
     """Return the logits of every word that exists, [N, V]."""
-    rows = upright(head, settings)[: settings.vocabulary]
+    rows = as_vd(head, settings)[: settings.vocabulary]
     return logits(hidden, rows, lax.stop_gradient(scale), settings.softcap)[0]
 
 

@@ -21,15 +21,15 @@ from fireopd_jax.types import Array
 WIDEST_GROUP = 128
 NARROWEST_GROUP = 8
 
-List = tuple[Float32[Array, "N K"], Int32[Array, "N K"]]
+TopKList = tuple[Float32[Array, "N K"], Int32[Array, "N K"]]
 
 
-def empty(tokens: int, k: int) -> List:
+def empty(tokens: int, k: int) -> TopKList:
     """Start a list: no column yet."""
     return jnp.full((tokens, k), -jnp.inf, jnp.float32), jnp.full((tokens, k), -1, jnp.int32)
 
 
-def update(best: List, values: Float32[Array, "N C"], first: Array | int) -> List:
+def update(best: TopKList, values: Float32[Array, "N C"], first: Array | int) -> TopKList:
     """Take the columns [first, first + C) into the list; they come after all that is in it."""
     tokens, width = values.shape
     k = best[0].shape[1]

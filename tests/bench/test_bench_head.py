@@ -88,7 +88,7 @@ def test_a_round_waits_for_the_end():
 
 
 def test_the_default_is_all_that_runs_here(monkeypatch, capsys):
-    def refusal(tokens, width, vocabulary, support, k, dtype):
+    def reason(tokens, width, vocabulary, support, k, dtype):
         return f"not this K, {k}" if k else None
 
     shape = Shape(8, 4, 64, 2, "float32")
@@ -96,7 +96,7 @@ def test_the_default_is_all_that_runs_here(monkeypatch, capsys):
     monkeypatch.setitem(bench.PLATFORMS, "pallas_tpu", "cpu")
     assert bench.choose(shape, None) == ["reference", "chunked", "pallas_tpu"]
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(pallas_tpu, "refusal", refusal)
+    monkeypatch.setattr(pallas_tpu, "unsupported_reason", reason)
     assert bench.choose(shape, None) == ["reference", "chunked"]
     assert capsys.readouterr().out == "pallas_tpu is left out: not this K, 2\n"
 

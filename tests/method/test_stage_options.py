@@ -72,7 +72,7 @@ def of_divergence(divergence):
         for z in np.random.default_rng(0).normal(size=(2, 7))
     )
     if divergence.adaptive:
-        return [log_q >= divergence.border(log_q[None])[0]]
+        return [log_q >= divergence.head_threshold(log_q[None])[0]]
     return [divergence(log_p, log_q)]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from fireopd_jax.ops import pallas_gpu, pallas_gpu_rows
-from fireopd_jax.ops.logits import Settings
+from fireopd_jax.ops.logits import HeadSettings
 from tests import aot_gpu
 
 reason = aot_gpu.missing()
@@ -22,13 +22,13 @@ KERNEL = r'custom_call_target="mosaic_gpu\w*"'
 def compiled(name, dump, k, tokens=TOKENS, width=WIDTH, vocabulary=VOCABULARY, **options):
     """Compile with ids, two support ids, a scale, and what `options` ask for."""
     dtype = options.pop("dtype", jnp.bfloat16)
-    limited, weighs = options.pop("limited", False), options.pop("weighs", False)
-    settings = Settings(vocabulary=vocabulary, chunk=8192, k=k, **options)
+    limited, computes_weight = options.pop("limited", False), options.pop("computes_weight", False)
+    settings = HeadSettings(vocabulary=vocabulary, chunk=8192, k=k, **options)
 
-    def run(hidden, head, ids, support_ids, scale, limit, confusion):
-        weigh = (confusion, scale) if weighs else None
+    def run(hidden, head, ids, support_ids, scale, limit, factor):
+        weight_inputs = (factor, scale) if computes_weight else None
         limit = limit if limited else None
-        return KERNELS[name](hidden, head, ids, support_ids, scale, limit, settings, weigh)
+        return KERNELS[name](hidden, head, ids, support_ids, scale, limit, settings, weight_inputs)
 
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -89,7 +89,7 @@ def test_no_reduction_crosses_warps(name, tmp_path):
     "options",
     [
         {"limited": True, "softcap": 30.0},
-        {"weighs": True, "dtype": jnp.float16, "tokens": 384},
+        {"computes_weight": True, "dtype": jnp.float16, "tokens": 384},
         {"k": 128, "tokens": 1, "vocabulary": 1003},
         {"width": 64, "tokens": 0, "vocabulary": 37},
     ],

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from fireopd_jax.ops import dispatch, pallas_gpu
 from fireopd_jax.ops.blocks import Blocks
-from fireopd_jax.ops.dispatch import FEWEST_TOKENS, SMALLEST_VOCABULARY, serving
+from fireopd_jax.ops.dispatch import FEWEST_TOKENS, SMALLEST_VOCABULARY, default_kernels
 from fireopd_jax.ops.head import head_gather, head_topk
 from fireopd_jax.ops.logits import HeadSharding
 from fireopd_jax.verify import reference_batch as oracle
@@ -63,7 +63,7 @@ def test_one_gpu_of_one_generation_gets_its_kernel(
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: gpus)
     monkeypatch.setattr(pallas_gpu.tile, "OLDEST_JAX", (0,))
-    found = serving(tokens, 128, SMALLEST_VOCABULARY, 0, 8, dtype)
+    found = default_kernels(tokens, 128, SMALLEST_VOCABULARY, 0, 8, dtype)
     assert found.get("cuda") == (pallas_gpu if served else None)
 
 
@@ -74,7 +74,7 @@ def test_one_gpu_of_one_generation_gets_its_kernel(
 def test_its_kernel_is_lowered_under_gradients_loops_and_recomputation(
     hopper, platform, monkeypatch
 ):
-    monkeypatch.setattr(dispatch, "one_hopper", lambda: hopper)
+    monkeypatch.setattr(dispatch, "has_one_hopper_gpu", lambda: hopper)
     shape = jax.ShapeDtypeStruct
 
     def loss(hidden, head, ids):
@@ -125,8 +125,8 @@ def test_a_kernel_behind_the_public_functions_equals_the_oracle(layout, data, te
         "head_layout": layout,
         "sharding": HeadSharding(mesh, ("data",), "tensor") if data * tensor > 1 else None,
     }
-    turned = head.T if layout == "dv" else head
-    found = jax.jit(lambda *arrays: head_topk(*arrays, k=5, **options))(hidden, turned, ids)
+    transposed = head.T if layout == "dv" else head
+    found = jax.jit(lambda *arrays: head_topk(*arrays, k=5, **options))(hidden, transposed, ids)
     z = oracle.head_logits(hidden, head, valid=290)
     top_ids, top_logprob = oracle.head_topk(z, 5)
     np.testing.assert_array_equal(found.top_ids, top_ids)
@@ -141,7 +141,7 @@ def test_a_kernel_behind_the_public_functions_equals_the_oracle(layout, data, te
         values = (stats.logprob, stats.entropy, stats.logsumexp, inside)
         return sum((c * value).sum() for c, value in zip(cotangents, values, strict=True))
 
-    d_hidden, d_head = jax.grad(outcome, (0, 1))(hidden, turned)
+    d_hidden, d_head = jax.grad(outcome, (0, 1))(hidden, transposed)
     d_head = d_head.T if layout == "dv" else d_head
     truth = oracle.head_gather_gradients(hidden, head, ids, support, cotangents, valid=290)
     for ours, expected in zip((d_hidden, d_head), truth, strict=True):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fireopd_jax.ops.few_rows import FEW, few_rows_product
+from fireopd_jax.ops.few_rows import MAX_ROWS, few_rows_product
 
 OUTPUTS, INPUTS = 24, 40
 
@@ -15,7 +15,7 @@ def operands(rows, dtype="float32"):
     return (jnp.asarray(rng.normal(size=(n, INPUTS)), dtype) for n in (rows, OUTPUTS))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 16, FEW, FEW + 1])
+@pytest.mark.parametrize("rows", [0, 1, 16, MAX_ROWS, MAX_ROWS + 1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_is_the_product(rows, dtype):
     x, matrix = operands(rows, dtype)
@@ -30,7 +30,8 @@ def test_it_is_the_product(rows, dtype):
 
 
 @pytest.mark.parametrize(
-    ("rows", "shape"), [(16, f"f32[{OUTPUTS},16]"), (FEW + 1, f"f32[{FEW + 1},{OUTPUTS}]")]
+    ("rows", "shape"),
+    [(16, f"f32[{OUTPUTS},16]"), (MAX_ROWS + 1, f"f32[{MAX_ROWS + 1},{OUTPUTS}]")],
 )
 def test_a_cpu_has_the_matrix_on_the_left_of_few_rows(rows, shape):
     program = jax.jit(few_rows_product).lower(*operands(rows)).compile().as_text()

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from fireopd_jax.ops import chunked, pallas_gpu, pallas_gpu_rows, pallas_gpu_tile
 from fireopd_jax.ops.blocks import Blocks
-from fireopd_jax.ops.logits import Settings
+from fireopd_jax.ops.logits import HeadSettings
 from fireopd_jax.verify import reference_batch as oracle
 from tests.cases import skip_unless_hopper_kernels_run
 
@@ -63,18 +63,18 @@ def whole_inputs(tokens, vocabulary, columns, seed=0):
 
 @functools.cache
 def jitted(module, settings, processors):
-    def forward(inputs, scale, limit, weigh):
-        return module.forward(*inputs, scale, limit, settings, weigh)
+    def forward(inputs, scale, limit, weight_inputs):
+        return module.forward(*inputs, scale, limit, settings, weight_inputs)
 
     return jax.jit(forward)
 
 
-def run(module, inputs, k, scale=1.0, limit=None, weigh=None, **options):
+def run(module, inputs, k, scale=1.0, limit=None, weight_inputs=None, **options):
     options = {"vocabulary": inputs[1].shape[0], "chunk": 256, **options}
-    settings = Settings(k=k, blocks=Blocks(vocabulary=128), interpret=INTERPRET, **options)
+    settings = HeadSettings(k=k, blocks=Blocks(vocabulary=128), interpret=INTERPRET, **options)
     forward = jitted(module, settings, pallas_gpu_tile.PROCESSORS)
     limit = None if limit is None else jnp.int32(limit)
-    return jax.tree.map(np.asarray, forward(inputs, jnp.float32(scale), limit, weigh))
+    return jax.tree.map(np.asarray, forward(inputs, jnp.float32(scale), limit, weight_inputs))
 
 
 def check(module, inputs, k, scale=1.0, softcap=None, limit=None, tolerance=2e-5, **options):
@@ -88,18 +88,20 @@ def check(module, inputs, k, scale=1.0, softcap=None, limit=None, tolerance=2e-5
         z, np.where(inside, ids, 0), support_ids
     )
     top_ids, top_logprob = oracle.head_topk(z, k)
-    log_s = np.log(found.mass)
-    lse = found.peak + log_s
+    log_s = np.log(found.sum_exp)
+    lse = found.max_logit + log_s
     for ours, truth in (
         (lse, logsumexp),
-        (log_s - found.tilt / found.mass, entropy),
-        (found.picked - lse, np.where(inside, logprob, -np.inf)),
-        (found.support - lse[:, None], support),
-        (found.top_values - lse[:, None], top_logprob),
+        (log_s - found.sum_exp_logit / found.sum_exp, entropy),
+        (found.id_logit - lse, np.where(inside, logprob, -np.inf)),
+        (found.support_logits - lse[:, None], support),
+        (found.top_logits - lse[:, None], top_logprob),
     ):
         np.testing.assert_allclose(ours, truth, rtol=tolerance, atol=tolerance)
     np.testing.assert_array_equal(found.top_ids, top_ids)
-    assert (found.picked <= found.peak).all() and (found.support <= found.peak[:, None]).all()
+    assert (found.id_logit <= found.max_logit).all() and (
+        found.support_logits <= found.max_logit[:, None]
+    ).all()
     return found
 
 
@@ -122,11 +124,11 @@ def one_range():
     for module in BOTH:
         # More than 128 tokens: a pair of blocks shares its tiles.
         inputs = make_inputs(130, 520)
-        confusion = jnp.linspace(1.0, 2.0, 130)
-        found = check(module, inputs, 16, weigh=(confusion, jnp.float32(0.7)))
+        factor = jnp.linspace(1.0, 2.0, 130)
+        found = check(module, inputs, 16, weight_inputs=(factor, jnp.float32(0.7)))
         z = oracle.head_logits(*(np.asarray(each, np.float64) for each in inputs[:2]))
         entropy = oracle.head_gather(z, inputs[2], inputs[3])[1]
-        expected = (1 + 0.7 * (1 - entropy / np.log(520))) * confusion
+        expected = (1 + 0.7 * (1 - entropy / np.log(520))) * factor
         np.testing.assert_allclose(found.weight, expected, rtol=2e-5)
         check(module, make_inputs(2, 520, dtype=jnp.float16), 1)
     check(pallas_gpu_rows, make_inputs(4, 300, dtype=jnp.float32), 3)
@@ -135,9 +137,9 @@ def one_range():
 def weights_of_several_ranges():
     for module in BOTH:
         inputs = make_inputs(2, 520)
-        weigh = jnp.ones(2), jnp.float32(0.5)
-        found = run(module, inputs, 2, weigh=weigh)
-        entropy = np.log(found.mass) - found.tilt / found.mass
+        weight_inputs = jnp.ones(2), jnp.float32(0.5)
+        found = run(module, inputs, 2, weight_inputs=weight_inputs)
+        entropy = np.log(found.sum_exp) - found.sum_exp_logit / found.sum_exp
         expected = 1 + 0.5 * (1 - entropy / np.log(520))
         np.testing.assert_allclose(found.weight, expected, rtol=1e-6)
 
@@ -157,15 +159,15 @@ def equals_come_lowest_id_first():
 def columns_that_do_not_exist():
     for module in BOTH:
         found = check(module, make_inputs(3, 6), 16)
-        assert (found.top_ids[:, 6:] == -1).all() and np.isneginf(found.top_values[:, 6:]).all()
+        assert (found.top_ids[:, 6:] == -1).all() and np.isneginf(found.top_logits[:, 6:]).all()
         inputs = make_inputs(4, 300, support=2)
         for limit in (130, 300):
             check(module, inputs, 4, limit=limit)
         found = run(module, inputs, 4, limit=0)
-        np.testing.assert_array_equal(found.peak, np.full(4, -1e30, np.float32))
-        for zero in (found.mass, found.tilt):
+        np.testing.assert_array_equal(found.max_logit, np.full(4, -1e30, np.float32))
+        for zero in (found.sum_exp, found.sum_exp_logit):
             np.testing.assert_array_equal(zero, 0)
-        for nothing in (found.picked, found.support, found.top_values):
+        for nothing in (found.id_logit, found.support_logits, found.top_logits):
             assert np.isneginf(nothing).all()
         np.testing.assert_array_equal(found.top_ids, -1)
 
@@ -175,7 +177,7 @@ def few_tokens_and_large_logits():
         hidden, head, ids, support_ids = make_inputs(1, 200, support=1)
         check(module, (hidden, head, ids, support_ids), 2)
         found = run(module, (hidden[:0], head, ids[:0], support_ids[:0]), 2)
-        assert found.peak.shape == (0,) and found.top_ids.shape == (0, 2)
+        assert found.max_logit.shape == (0,) and found.top_ids.shape == (0, 2)
         check(module, (hidden * 1e4, head, ids, support_ids), 2, tolerance=1e-4)
 
 
@@ -186,14 +188,21 @@ def spoilt_rows():
         for spoiler in (np.nan, np.inf):
             hidden = inputs[0].at[2, 3].set(spoiler)
             found = run(module, (hidden, *inputs[1:]), 4)
-            assert np.isnan(found.mass[2]) and np.isnan(found.tilt[2])
+            assert np.isnan(found.sum_exp[2]) and np.isnan(found.sum_exp_logit[2])
             assert ((found.top_ids >= -1) & (found.top_ids < 300)).all()
-            for name in ("peak", "mass", "tilt", "picked", "top_values", "top_ids"):
+            for name in (
+                "max_logit",
+                "sum_exp",
+                "sum_exp_logit",
+                "id_logit",
+                "top_logits",
+                "top_ids",
+            ):
                 ours, before = getattr(found, name), getattr(clean, name)
                 np.testing.assert_array_equal(np.delete(ours, 2, 0), np.delete(before, 2, 0))
         head = inputs[1].at[200, 0].set(np.nan)
         found = run(module, (inputs[0], head, *inputs[2:]), 4)
-        assert np.isnan(found.mass).all()
+        assert np.isnan(found.sum_exp).all()
         assert ((found.top_ids >= -1) & (found.top_ids < 300)).all()
 
 
@@ -201,7 +210,7 @@ def inside_shard_map():
     mesh = Mesh(np.array(jax.devices()[:2]), ("tokens",))
     inputs = make_inputs(6, 300)
     for module in BOTH:
-        settings = Settings(vocabulary=300, chunk=256, k=2, interpret=True)
+        settings = HeadSettings(vocabulary=300, chunk=256, k=2, interpret=True)
         forward = jax.shard_map(
             lambda *inputs, module=module, settings=settings: module.forward(
                 *inputs, jnp.float32(1.0), None, settings
@@ -255,7 +264,7 @@ def test_equals_oracle_in_the_interpreter(cases):
 @pytest.mark.parametrize("module", BOTH)
 def test_a_program_for_several_platforms_holds_the_kernel_and_runs_here(module):
     inputs = make_inputs(4, 300, support=1)
-    settings = Settings(vocabulary=300, chunk=128, k=3)
+    settings = HeadSettings(vocabulary=300, chunk=128, k=3)
 
     def by(forward):
         return lambda *inputs: forward(*inputs, jnp.float32(1.0), None, settings)
@@ -274,7 +283,7 @@ def test_a_program_for_several_platforms_holds_the_kernel_and_runs_here(module):
 @pytest.mark.parametrize("module", BOTH)
 def test_older_jax_is_refused_with_its_version(module, monkeypatch):
     monkeypatch.setattr(pallas_gpu_tile, "OLDEST_JAX", (99, 1))
-    reason = module.refusal(4096, 1024, 50000, 0, 16, jnp.bfloat16)
+    reason = module.unsupported_reason(4096, 1024, 50000, 0, 16, jnp.bfloat16)
     assert reason == f"Mosaic GPU kernels need JAX 99.1 or newer, this is {jax.__version__}"
 
 
@@ -293,7 +302,7 @@ def test_older_jax_is_refused_with_its_version(module, monkeypatch):
 def test_what_a_kernel_cannot_do_is_named(module, change, words, monkeypatch):
     monkeypatch.setattr(pallas_gpu_tile, "OLDEST_JAX", (0,))
     shape = {"tokens": 4096, "width": 1024, "vocabulary": 50000, "support": 0, "k": 16}
-    reason = module.refusal(**{**shape, "dtype": jnp.bfloat16, **change})
+    reason = module.unsupported_reason(**{**shape, "dtype": jnp.bfloat16, **change})
     assert reason is None if words is None else words in reason
 
 
@@ -318,20 +327,20 @@ def test_default_blocks_fit_an_h200(k):
     ],
 )
 def test_blocks_that_a_kernel_cannot_have_are_named(asked, words):
-    settings = Settings(vocabulary=300, chunk=128, blocks=asked)
+    settings = HeadSettings(vocabulary=300, chunk=128, blocks=asked)
     own = pallas_gpu.default_blocks(1, 64, 300, 0, jnp.bfloat16)
     with pytest.raises(ValueError, match=words):
-        pallas_gpu_tile.chosen(settings, own)
+        pallas_gpu_tile.resolve_blocks(settings, own)
     settings = dataclasses.replace(settings, blocks=Blocks(vocabulary=192))
-    assert pallas_gpu_tile.chosen(settings, own) == dataclasses.replace(own, vocabulary=192)
+    assert pallas_gpu_tile.resolve_blocks(settings, own) == dataclasses.replace(own, vocabulary=192)
 
 
 def test_few_tokens_split_the_vocabulary_among_the_processors():
     # 151936 columns are 594 tiles of 256. 128 blocks of tokens already fill 132 processors.
-    assert pallas_gpu_tile.ranges(128, 594) == 1
-    assert pallas_gpu_tile.ranges(64, 594) == 2
-    assert 1 * pallas_gpu_tile.ranges(1, 594) > 100
-    assert pallas_gpu_tile.ranges(1, 3) == 3
+    assert pallas_gpu_tile.num_ranges(128, 594) == 1
+    assert pallas_gpu_tile.num_ranges(64, 594) == 2
+    assert 1 * pallas_gpu_tile.num_ranges(1, 594) > 100
+    assert pallas_gpu_tile.num_ranges(1, 3) == 3
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from fireopd_jax.ops import chunked, pallas_tpu
 from fireopd_jax.ops.blocks import Blocks
-from fireopd_jax.ops.logits import Settings
-from fireopd_jax.ops.state import LOWEST
+from fireopd_jax.ops.logits import HeadSettings
+from fireopd_jax.ops.partials import LOWEST
 from fireopd_jax.verify import reference_batch as oracle
 
 BLOCKS = Blocks(tokens=128, vocabulary=128)
@@ -27,7 +27,7 @@ forward = jax.jit(pallas_tpu.forward, static_argnames=("settings",))
 
 def make_settings(vocabulary=VOCABULARY, k=K, **options):
     options = {"chunk": 1, "interpret": True, "blocks": BLOCKS} | options
-    return Settings(vocabulary=vocabulary, k=k, **options)
+    return HeadSettings(vocabulary=vocabulary, k=k, **options)
 
 
 def normal(tokens=TOKENS, vocabulary=VOCABULARY, width=WIDTH, dtype=jnp.float32, seed=0):
@@ -45,24 +45,29 @@ def whole(tokens=TOKENS, vocabulary=VOCABULARY, width=WIDTH, levels=2, seed=0):
     return hidden, head, jnp.asarray(rng.integers(0, vocabulary, tokens), jnp.int32)
 
 
-def run(hidden, head, ids, config, support_ids=None, scale=1.0, limit=None, weigh=None):
+def run(hidden, head, ids, config, support_ids=None, scale=1.0, limit=None, weight_inputs=None):
     if support_ids is None:
         support_ids = jnp.zeros((len(ids), 0), jnp.int32)
     if limit is not None:
         limit = jnp.int32(limit)
-    return forward(hidden, head, ids, support_ids, jnp.float32(scale), limit, config, weigh)
+    return forward(hidden, head, ids, support_ids, jnp.float32(scale), limit, config, weight_inputs)
 
 
 def finish(state):
-    log_s = np.log(state.mass)
-    lse = state.peak + log_s
-    return state.picked - state.peak - log_s, log_s - state.tilt / state.mass, lse, log_s
+    log_s = np.log(state.sum_exp)
+    lse = state.max_logit + log_s
+    return (
+        state.id_logit - state.max_logit - log_s,
+        log_s - state.sum_exp_logit / state.sum_exp,
+        lse,
+        log_s,
+    )
 
 
 def check(hidden, head, ids, config, support_ids=None, scale=1.0, rows=slice(None), **given):
     """Compare `rows` with the oracle, logits at a tolerance and ids exactly; return the state."""
-    turned = head.T if config.turned else head
-    state = run(hidden, turned, ids, config, support_ids, scale, **given)
+    transposed = head.T if config.transposed else head
+    state = run(hidden, transposed, ids, config, support_ids, scale, **given)
     support_ids = np.zeros((len(ids), 0), int) if support_ids is None else support_ids
     columns = given.get("limit", config.vocabulary)
     z = oracle.head_logits(hidden[rows], head, scale, config.softcap, columns)
@@ -71,15 +76,18 @@ def check(hidden, head, ids, config, support_ids=None, scale=1.0, rows=slice(Non
     top_ids, top_logprob = oracle.head_topk(z, config.k)
     logprob, entropy, lse, log_s = finish(state)
     if columns != config.vocabulary:
-        logprob, truth[0] = state.picked, np.where(np.asarray(ids) < columns, state.picked, -np.inf)
-    assert (state.picked <= state.peak)[rows].all()
-    offset = (state.peak + log_s)[:, None]
+        logprob, truth[0] = (
+            state.id_logit,
+            np.where(np.asarray(ids) < columns, state.id_logit, -np.inf),
+        )
+    assert (state.id_logit <= state.max_logit)[rows].all()
+    offset = (state.max_logit + log_s)[:, None]
     for name, ours, expected in (
         ("logprob", logprob, truth[0]),
         ("entropy", entropy, truth[1]),
         ("logsumexp", lse, truth[2]),
-        ("support", state.support - offset, support),
-        ("top_values", state.top_values - offset, top_logprob),
+        ("support", state.support_logits - offset, support),
+        ("top_logits", state.top_logits - offset, top_logprob),
     ):
         tolerance = 2e-5 * max(1.0, float(np.abs(z).max(initial=0.0)) / 10)
         np.testing.assert_allclose(ours[rows], expected, tolerance, tolerance, err_msg=name)
@@ -113,7 +121,7 @@ def test_support_equals_oracle(tokens, support, k):
     support_ids[:, -1] = ids  # a duplicate where another equals it, and of the id itself
     support_ids = jnp.asarray(support_ids, jnp.int32)
     state = check(hidden, head, ids, make_settings(777, k), support_ids, scale=1 / 0.7)
-    np.testing.assert_array_equal(state.support[:, -1], state.picked)
+    np.testing.assert_array_equal(state.support_logits[:, -1], state.id_logit)
 
 
 @pytest.mark.parametrize("support", [0, 2])
@@ -121,8 +129,8 @@ def test_ids_outside_have_no_logit(support):
     hidden, head, ids = normal(4, 200)
     ids = ids.at[:3].set(jnp.asarray([-1, 200, 2**30]))
     state = run(hidden, head, ids, make_settings(200, 0), jnp.full((4, support), -1, jnp.int32))
-    assert np.isneginf(state.picked[:3]).all() and np.isfinite(state.picked[3])
-    assert np.isneginf(state.support).all()
+    assert np.isneginf(state.id_logit[:3]).all() and np.isfinite(state.id_logit[3])
+    assert np.isneginf(state.support_logits).all()
 
 
 @pytest.mark.parametrize(
@@ -130,7 +138,7 @@ def test_ids_outside_have_no_logit(support):
     [
         ((jnp.bfloat16, jnp.bfloat16), {}),
         ((jnp.float32, jnp.bfloat16), {"softcap": 6.0}),
-        ((jnp.float32, jnp.float32), {"turned": True}),
+        ((jnp.float32, jnp.float32), {"transposed": True}),
     ],
 )
 @pytest.mark.parametrize("support", [0, 2])
@@ -154,10 +162,10 @@ def test_limit_equals_oracle(limit, support):
         check(hidden, head.at[limit:].set(jnp.nan), ids, config, support_ids, limit=limit)
         return
     state = run(hidden, head, ids, config, support_ids, limit=0)
-    np.testing.assert_array_equal(state.peak, np.float32(LOWEST))
-    for nothing in (state.mass, state.tilt):
+    np.testing.assert_array_equal(state.max_logit, np.float32(LOWEST))
+    for nothing in (state.sum_exp, state.sum_exp_logit):
         np.testing.assert_array_equal(nothing, 0.0)
-    for impossible in (state.picked, state.support, state.top_values):
+    for impossible in (state.id_logit, state.support_logits, state.top_logits):
         np.testing.assert_array_equal(impossible, -np.inf)
     np.testing.assert_array_equal(state.top_ids, -1)
 
@@ -214,8 +222,8 @@ def test_no_id_is_likelier_than_the_likeliest():
     config = make_settings(k=1, blocks=Blocks(128, 128, 128))
     likeliest = run(hidden, head, ids, config).top_ids[:, 0]
     state = run(hidden, head, likeliest, config)
-    assert (state.picked <= state.peak).all() and (state.picked < state.peak).any()
-    np.testing.assert_allclose(state.picked, state.peak, rtol=1e-6)
+    assert (state.id_logit <= state.max_logit).all() and (state.id_logit < state.max_logit).any()
+    np.testing.assert_allclose(state.id_logit, state.max_logit, rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -246,13 +254,13 @@ def test_a_spoilt_head_spoils_every_row(value, support):
 @pytest.mark.parametrize("support", [0, 2])
 def test_weight_is_the_formula(support):
     hidden, head, ids = normal()
-    confusion = jnp.asarray(np.random.default_rng(0).uniform(1, 2, TOKENS), jnp.float32)
+    factor = jnp.asarray(np.random.default_rng(0).uniform(1, 2, TOKENS), jnp.float32)
     support_ids = jnp.stack([ids] * support, axis=1) if support else None
     config = make_settings(k=0 if support else K)
-    state = run(hidden, head, ids, config, support_ids, weigh=(confusion, jnp.float32(0.6)))
+    state = run(hidden, head, ids, config, support_ids, weight_inputs=(factor, jnp.float32(0.6)))
     z = oracle.head_logits(hidden, head)
     entropy = oracle.head_gather(z, np.asarray(ids), np.zeros((TOKENS, 0), int))[1]
-    truth = (1 + 0.6 * np.clip(1 - entropy / np.log(VOCABULARY), 0, 1)) * confusion
+    truth = (1 + 0.6 * np.clip(1 - entropy / np.log(VOCABULARY), 0, 1)) * factor
     np.testing.assert_allclose(state.weight, truth, rtol=1e-5)
     assert run(hidden, head, ids, config, support_ids).weight is None
 
@@ -350,7 +358,7 @@ def test_default_blocks(arguments, blocks):
 )
 def test_refusal(change, words):
     shape = {"tokens": 16384, "width": 4096, "vocabulary": 151936, "support": 0, "k": 16}
-    reason = pallas_tpu.refusal(**{**shape, "dtype": jnp.bfloat16, **change})
+    reason = pallas_tpu.unsupported_reason(**{**shape, "dtype": jnp.bfloat16, **change})
     assert reason is None if words is None else words in reason
 
 

@@ -1,7 +1,7 @@
 """What a range of the vocabulary says of each token, how ranges merge, and what it amounts to.
 
-    an implementation: hidden, head, ids, support, ... -> State
-    finish:            State -> log-probability, entropy, log-sum-exp, of the support, top-K
+    an implementation: hidden, head, ids, support, ... -> HeadPartials
+    finish:            HeadPartials -> log-probability, entropy, log-sum-exp, of the support, top-K
 
 With z the logits of the range: m = max z, s = sum e^(z-m), t = sum (z-m) e^(z-m). Then
 log-sum-exp = m + log s and H = log s - t/s, two terms that are never negative: nothing cancels.
@@ -22,20 +22,20 @@ LOWEST = -1e30
 
 
 @pytree
-class State:
+class HeadPartials:
     """Statistics of N tokens over a range of columns, float32."""
 
-    peak: Float32[Array, " N"]
+    max_logit: Float32[Array, " N"]
     """m; `LOWEST` of an empty range."""
-    mass: Float32[Array, " N"]
+    sum_exp: Float32[Array, " N"]
     """s"""
-    tilt: Float32[Array, " N"]
+    sum_exp_logit: Float32[Array, " N"]
     """t"""
-    picked: Float32[Array, " N"]
+    id_logit: Float32[Array, " N"]
     """Logit of the token's id; -inf where that is outside the range."""
-    support: Float32[Array, "N S"]
+    support_logits: Float32[Array, "N S"]
     """Logits at its support ids, likewise."""
-    top_values: Float32[Array, "N K"]
+    top_logits: Float32[Array, "N K"]
     """The K largest logits, falling, of equals the lowest id first; -inf where there are fewer."""
     top_ids: Int32[Array, "N K"]
     """Their columns; -1 where the value is -inf."""
@@ -43,16 +43,16 @@ class State:
     """Of FiRe-OPD with the log V normaliser, from implementations that compute it on the way."""
 
 
-Forward = Callable[..., State]
-"""(hidden [N, D], head, ids [N], support_ids [N, S], scale [], limit, settings, weigh) -> State.
+Forward = Callable[..., HeadPartials]
+"""(hidden [N, D], head, ids [N], support_ids [N, S], scale [], limit, settings, weight_inputs) -> HeadPartials.
 
 `limit`, i32[] or None, is how many of the first `settings.vocabulary` columns exist; None: all.
-`weigh` is None, or ((1 + beta c^S) [N], alpha []), and then the state has a weight."""
+`weight_inputs` is None, or ((1 + beta c^S) [N], alpha []), and then the state has a weight."""
 
 
-def entropy(state: State) -> Float32[Array, " N"]:
+def entropy(partials: HeadPartials) -> Float32[Array, " N"]:
     """Return H = log s - t/s in nats."""
-    return jnp.log(state.mass) - state.tilt / state.mass
+    return jnp.log(partials.sum_exp) - partials.sum_exp_logit / partials.sum_exp
 
 
 def student_factor(
@@ -63,21 +63,24 @@ def student_factor(
 
 
 def weight(
-    entropy: Float32[Array, " N"], weigh: tuple[Array, Array], vocabulary: int
+    entropy: Float32[Array, " N"], weight_inputs: tuple[Array, Array], vocabulary: int
 ) -> Float32[Array, " N"]:
     """Return w = (1 + alpha c^T) (1 + beta c^S), c^T = 1 - H / log V.
 
     References: arXiv 2606.02684, Eq. 5-7.
     """
-    confusion, alpha = weigh
-    return (1.0 + alpha * (1.0 - _share(entropy, vocabulary))) * confusion
+    factor, alpha = weight_inputs
+    return (1.0 + alpha * (1.0 - _share(entropy, vocabulary))) * factor
 
 
-def with_weight(state: State, weigh: tuple[Array, Array] | None, vocabulary: int) -> State:
+def with_weight(
+    partials: HeadPartials, weight_inputs: tuple[Array, Array] | None, vocabulary: int
+) -> HeadPartials:
     """Add the weight, where it is asked for."""
-    if weigh is None:
-        return state
-    return dataclasses.replace(state, weight=weight(entropy(state), weigh, vocabulary))
+    if weight_inputs is None:
+        return partials
+    w = weight(entropy(partials), weight_inputs, vocabulary)
+    return dataclasses.replace(partials, weight=w)
 
 
 def _share(entropy: Array, vocabulary: int) -> Array:
@@ -85,36 +88,38 @@ def _share(entropy: Array, vocabulary: int) -> Array:
     return jnp.clip(entropy / max(math.log(vocabulary), 1e-6), 0.0, 1.0)
 
 
-def merge(states: State, k: int) -> State:
+def merge(stacked: HeadPartials, k: int) -> HeadPartials:
     """Merge states of disjoint ranges, stacked on the first axis in the order of their columns."""
-    peak = states.peak.max(axis=0)
-    gap = states.peak - peak[None]
+    max_logit = stacked.max_logit.max(axis=0)
+    gap = stacked.max_logit - max_logit[None]
     decay = jnp.exp(gap)
-    values, ids = best_of(_side_by_side(states.top_values), _side_by_side(states.top_ids), k)
-    return State(
-        peak=peak,
-        mass=(decay * states.mass).sum(axis=0),
-        tilt=(decay * (states.tilt + gap * states.mass)).sum(axis=0),
-        picked=states.picked.max(axis=0),
-        support=states.support.max(axis=0),
-        top_values=values,
+    values, ids = best_of(_side_by_side(stacked.top_logits), _side_by_side(stacked.top_ids), k)
+    return HeadPartials(
+        max_logit=max_logit,
+        sum_exp=(decay * stacked.sum_exp).sum(axis=0),
+        sum_exp_logit=(decay * (stacked.sum_exp_logit + gap * stacked.sum_exp)).sum(axis=0),
+        id_logit=stacked.id_logit.max(axis=0),
+        support_logits=stacked.support_logits.max(axis=0),
+        top_logits=values,
         top_ids=ids,
     )
 
 
-def merge_over(axis: str, state: State, k: int) -> State:
+def merge_over(axis: str, partials: HeadPartials, k: int) -> HeadPartials:
     """Merge the states of the devices along a mesh axis, inside `shard_map`: a maximum, a sum."""
-    peak = lax.pmax(state.peak, axis)
-    gap = state.peak - peak
+    max_logit = lax.pmax(partials.max_logit, axis)
+    gap = partials.max_logit - max_logit
     decay = jnp.exp(gap)
-    mass, tilt = lax.psum((decay * state.mass, decay * (state.tilt + gap * state.mass)), axis)
-    picked, support = lax.pmax((state.picked, state.support), axis)
-    values, ids = state.top_values, state.top_ids
+    sum_exp, sum_exp_logit = lax.psum(
+        (decay * partials.sum_exp, decay * (partials.sum_exp_logit + gap * partials.sum_exp)), axis
+    )
+    id_logit, support_logits = lax.pmax((partials.id_logit, partials.support_logits), axis)
+    values, ids = partials.top_logits, partials.top_ids
     if k:
         gathered = lax.all_gather((values, ids), axis)
         values, ids = (_side_by_side(each) for each in gathered)
         values, ids = best_of(values, ids, k)
-    return State(peak, mass, tilt, picked, support, values, ids)
+    return HeadPartials(max_logit, sum_exp, sum_exp_logit, id_logit, support_logits, values, ids)
 
 
 def best_of(
