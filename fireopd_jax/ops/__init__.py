@@ -1,1 +1,1 @@
-"""Fused statistics of the language-model head: the logits of a batch never exist."""
+"""Array operations: fused statistics of the language-model head, attention, order statistics."""

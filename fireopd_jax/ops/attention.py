@@ -1,4 +1,4 @@
-"""Attention over given keys and values: the one place where a library kernel may take over."""
+"""Masked attention over given keys and values, in plain JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,17 @@ def attend(
     mask: Bool[Array, "B T S"],
     scale: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Mix values by softmax(scale q k) over the allowed slots; N query heads share K key heads.
+    """Return softmax(scale q k^T) v over the slots that `mask` allows, in the dtype of `v`.
 
-    The scale is 1 / sqrt(H) by default. Scores and softmax are float32. A query that may see
-    nothing gets a plain mean (its row is padding).
+    Grouped-query attention: B rows, T queries, S key slots, head width H; each of the K key heads
+    serves N / K query heads. `scale` is 1 / sqrt(H) by default. Scores and softmax are float32. A
+    query with no allowed slot (padding) returns the mean of all values.
+
+    References: arXiv 2305.13245 (grouped-query attention).
     """
     rows, length, heads, width = q.shape
     group = heads // k.shape[1]
-    # [B, K, G T, H]: the queries that share a key head are rows of one matrix.
+    # [B, K, G T, H]: the queries that share a key head become rows of one matrix.
     q = q.reshape(rows, length, -1, group, width).transpose(0, 2, 3, 1, 4)
     q = q.reshape(rows, -1, group * length, width)
     precision = precision_of(jnp.promote_types(q.dtype, k.dtype))

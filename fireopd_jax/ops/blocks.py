@@ -1,18 +1,20 @@
-"""Sizes of the blocks that a head implementation works on."""
+"""Block sizes of the head implementations."""
 
 import dataclasses
 
 import jax
 
 CPU_CHUNK_ELEMENTS = 2**21
-"""Of a chunk on a CPU: 8 MiB of float32, which caches and allocators still treat kindly."""
+"""Largest chunk on a CPU, in elements: 8 MiB of float32, small enough for caches and allocators."""
 CHUNK_ELEMENTS = 2**27
-"""Elsewhere: 512 MiB, so that products are large and d hidden is rarely read and written."""
+"""Largest chunk elsewhere, in elements: 512 MiB of float32, so that the products are large and d
+hidden is read and written few times.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Block sizes; where one is None the implementation's own formula chooses."""
+    """Block sizes in elements; None means the default of the implementation."""
 
     tokens: int | None = None
     vocabulary: int | None = None
@@ -20,12 +22,12 @@ class Blocks:
 
 
 def default_chunk(tokens: int, width: int, larger: bool = False) -> int:
-    """Give how many columns of logits exist at a time: 1024 to 8192.
+    """Return the number of vocabulary columns per chunk: 8192, 4096, 2048 or 1024.
 
-    8192, halved until the chunk's logits [N, C] and its rows of d head [C, D] have no more elements
-    than the platform likes; twice that where every chunk is larger in itself: in the backward pass
-    it reads and writes d hidden, in a top-K it is chosen from. The platform is the default one of
-    this process.
+    8192 is halved until neither the chunk's logits [N, C] nor its rows of d head [C, D] exceed the
+    limit of the platform (the default backend of this process): `CPU_CHUNK_ELEMENTS` or
+    `CHUNK_ELEMENTS`. `larger` doubles the limit where each chunk has a fixed cost: reading and
+    writing d hidden in the backward pass, selecting in a top-K.
     """
     limit = CPU_CHUNK_ELEMENTS if jax.default_backend() == "cpu" else CHUNK_ELEMENTS
     chunk, limit = 8192, limit * (2 if larger else 1)

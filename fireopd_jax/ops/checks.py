@@ -1,4 +1,4 @@
-"""What the head functions refuse: one line that names the argument and both shapes."""
+"""Argument checks of the head functions; each error names the argument and the shapes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,10 @@ LAYOUTS = ("vd", "dv")
 def check_options(
     options: Mapping[str, Any], known: tuple[str, ...], names: frozenset[str]
 ) -> None:
-    """Refuse values that no implementation takes."""
+    """Raise TypeError for an unknown option, ValueError for a value that no implementation accepts.
+
+    `known` are the implementation names, `names` the option names.
+    """
     for name in options:
         if name not in names:
             raise TypeError(f"unknown option {name!r}{nearest(name, sorted(names))}")
@@ -39,7 +42,11 @@ def check_options(
 def check_arrays(
     hidden: Array, head: Array, ids: Array, support_ids: Array, transposed: bool
 ) -> None:
-    """Refuse arrays that do not fit."""
+    """Raise TypeError for a wrong dtype, ValueError for shapes that do not fit.
+
+    `hidden` [*N, D] and `head` ([V, D], or [D, V] if `transposed`) must be bfloat16, float16 or
+    float32; `ids` [*N] and `support_ids` [*N, S] must be int32.
+    """
     for name, array in (("hidden", hidden), ("head", head)):
         if array.dtype.name not in DTYPES:
             raise TypeError(f"{name} must be {' or '.join(DTYPES)}, got {array.dtype.name}")
@@ -69,7 +76,7 @@ def check_arrays(
 def check_pair(
     hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, layout: str
 ) -> None:
-    """Refuse two models that do not stand beside each other, position by position."""
+    """Raise unless `hidden` and `teacher_hidden` have equal leading axes and each fits its head."""
     if layout not in LAYOUTS:
         raise ValueError(f"head_layout must be {' or '.join(LAYOUTS)}, got {layout!r}")
     if hidden.ndim < 1 or hidden.shape[:-1] != teacher_hidden.shape[:-1]:
@@ -84,7 +91,7 @@ def check_pair(
 
 
 def check_entropy(student_entropy: Array, ids: Array) -> None:
-    """Refuse entropies that do not stand beside the ids."""
+    """Raise ValueError unless `student_entropy` has the shape of `ids`."""
     if student_entropy.shape != ids.shape:
         raise ValueError(
             f"student_entropy of shape {tuple(student_entropy.shape)} must have the shape of ids, "
@@ -93,15 +100,15 @@ def check_entropy(student_entropy: Array, ids: Array) -> None:
 
 
 def check_valid(valid: int | None, rows: int) -> int:
-    """Return how many words exist."""
+    """Return the vocabulary size without padding; `rows` is the padded size of the head."""
     columns = int(rows if valid is None else valid)
     if not 1 <= columns <= rows:
-        raise ValueError(f"valid must be 1 to the {rows} words of head, got {columns}")
+        raise ValueError(f"valid must be 1 to {rows}, the vocabulary size of head, got {columns}")
     return columns
 
 
 def check_sharding(sharding: HeadSharding | None, rows: int) -> None:
-    """Refuse axes that are not there, and a vocabulary that they do not divide."""
+    """Raise ValueError for unknown or doubly used mesh axes, or an indivisible vocabulary."""
     if sharding is None:
         return
     for axis in (*sharding.tokens, *filter(None, [sharding.vocabulary])):
@@ -110,10 +117,12 @@ def check_sharding(sharding: HeadSharding | None, rows: int) -> None:
                 f"sharding: the mesh has no axis {axis!r}; it has {', '.join(sharding.mesh.shape)}"
             )
     if sharding.vocabulary in sharding.tokens:
-        raise ValueError(f"sharding: axis {sharding.vocabulary!r} splits tokens and vocabulary")
+        raise ValueError(
+            f"sharding: axis {sharding.vocabulary!r} shards both tokens and vocabulary"
+        )
     shards = sharding.vocabulary_shards
     if rows % shards:
         raise ValueError(
-            f"head has {rows} words, which {shards} shards of axis {sharding.vocabulary!r} do not "
-            f"divide; pad it to {rows + -rows % shards} and pass valid={rows}"
+            f"head has {rows} token ids, not divisible by the {shards} shards of axis "
+            f"{sharding.vocabulary!r}; pad it to {rows + -rows % shards} and pass valid={rows}"
         )

@@ -1,10 +1,11 @@
-"""Head statistics by a scan over vocabulary chunks, on any platform; and everyone's gradient.
+"""Head statistics by a scan over vocabulary chunks, on any platform, and their gradient.
 
-    forward   each chunk of logits [N, C] folds into the HeadPartials of its tokens
-    backward  each chunk is computed again and gives its share of d hidden, and its rows of d head
+    forward   each chunk of logits [N, C] is folded into the HeadPartials of its tokens
+    backward  each chunk of logits is recomputed; it adds to d hidden and writes its rows of d head
 
-No array of size [N, V] exists, forward or backward. A vocabulary of 151936 = 2^7 * 1187 has no good
-divisor, so full chunks are scanned and the rest is one static step.
+No array of size [N, V] exists, forward or backward. The backward pass serves every implementation
+but `reference`. A vocabulary such as 151936 = 2^7 * 1187 has no convenient divisor, so full chunks
+are scanned and the remainder is one more step of another static size.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ def forward(
     settings: HeadSettings,
     weight_inputs: tuple[Array, Array] | None = None,
 ) -> HeadPartials:
-    """Fold all chunks into one state; see `partials.Forward`."""
+    """Return the partials of all N tokens over the columns of `head`; see `partials.Forward`."""
     wanted = jnp.concatenate([ids[:, None], support_ids], axis=1)
 
     def step(carry, first, width):
@@ -40,7 +41,7 @@ def forward(
         sums, picked, best = carry
         at = jnp.clip(wanted - first, 0, width - 1)
         inside = (wanted >= first) & (wanted < first + width)
-        # Compares of every logit would cost more than reading the few.
+        # Cheaper than comparing the index of every logit with the ids.
         picked = jnp.where(inside, jnp.take_along_axis(z, at, axis=1), picked)
         best = topk.update(best, z, first) if settings.k else best
         return fold(sums, z), picked, best
@@ -65,13 +66,13 @@ def backward(
     cotangents: tuple[Array, Array, Array, Array],
     dtype: DTypeLike,
 ) -> tuple[Float32[Array, "N D"], Array]:
-    """Return d hidden, and d head in `dtype`; both are sums over these tokens and columns.
+    """Return d hidden in float32 and d head in `dtype`, summed over these tokens and columns.
 
     `statistics` are (m, log s, H) of each token over the whole vocabulary, `cotangents` those of
-    log-probability, entropy, log-sum-exp and of the support.
+    log-probability, entropy, log-sum-exp ([N] each) and of the support's log-probabilities [N, S].
     """
     to_d_z = gradient_of_logits(ids, support_ids, statistics, cotangents)
-    # A token nobody asks about must not turn the whole of d head into NaN by its 0 * NaN.
+    # A masked token may be NaN, and 0 * NaN would make the whole of d head NaN.
     used = has_cotangent(cotangents)[:, None]
     used_hidden = jnp.where(used, hidden, 0)
     operand = jnp.promote_types(hidden.dtype, head.dtype)
@@ -83,7 +84,7 @@ def backward(
         d_x = jnp.where(used, to_d_z(z, first) * slope, 0.0).astype(operand)
         d_hidden = d_hidden + dot(d_x, rows, (1, 0))
         d_rows = rows_gradient(used_hidden, d_x, settings)
-        # Each row of d head is complete in one product: written in place, rounded once.
+        # One product computes each row of d head completely: write in place, round once.
         d_head = lax.dynamic_update_slice_in_dim(
             d_head, d_rows.astype(dtype), first, axis=int(settings.transposed)
         )
@@ -94,13 +95,13 @@ def backward(
 
 
 def empty(tokens: int) -> tuple[Array, Array, Array]:
-    """Start (m, s, t): no column yet."""
+    """Return (m, s, t) of each token over no columns."""
     zero = jnp.zeros((tokens,), jnp.float32)
     return zero + LOWEST, zero, zero
 
 
 def fold(sums: Sequence[Array], z: Float32[Array, "N C"]) -> tuple[Array, Array, Array]:
-    """Take more columns into (m, s, t)."""
+    """Return (m, s, t) updated with the logits `z` of more columns."""
     m, s, t = sums
     top = jnp.maximum(m, z.max(axis=1))
     # Finite: 0 * -inf would be NaN where p is 0.
@@ -112,7 +113,7 @@ def fold(sums: Sequence[Array], z: Float32[Array, "N C"]) -> tuple[Array, Array,
 
 
 def has_cotangent(cotangents: Sequence[Array]) -> Bool[Array, " N"]:
-    """Mark the tokens that have any cotangent."""
+    """Return the mask of the tokens that have any non-zero cotangent."""
     to_logprob, to_entropy, to_logsumexp, to_support = cotangents
     used = (to_logprob != 0) | (to_entropy != 0) | (to_logsumexp != 0)
     return used | (to_support != 0).any(axis=1)
@@ -121,16 +122,16 @@ def has_cotangent(cotangents: Sequence[Array]) -> Bool[Array, " N"]:
 def gradient_of_logits(
     ids: Array, support_ids: Array, statistics: Sequence[Array], cotangents: Sequence[Array]
 ) -> Callable[[Array, Array | int], Array]:
-    """Return the function from logits z and their first column to d z.
+    """Return the function that maps logits z [N, C] and their first column to d z.
 
-    d/dz = p (c0 + c1 log p) + the ids' own cotangents. From dH/dz = -p (log p + H):
-    c1 = -to_entropy, c0 = to_lse - to_logprob - to_entropy H, less all that goes to the support.
-    An id that stands in the support twice collects both.
+    With p = softmax(z): d z = p (c0 + c1 log p) + the cotangents of the ids. From dH/dz = -p (log p
+    + H): c1 = -to_entropy and c0 = to_logsumexp - to_logprob - to_entropy H - sum to_support. An id
+    that occurs twice in the support collects both cotangents.
     """
     m, log_s, entropy = statistics
     to_logprob, to_entropy, to_logsumexp, to_support = cotangents
     c1 = -to_entropy
-    # A zero cotangent of a non-finite entropy is zero, too.
+    # 0 * H must be 0 also where H is not finite.
     c0 = to_logsumexp - to_logprob - jnp.where(to_entropy != 0, to_entropy * entropy, 0.0)
     c0 = c0 - to_support.sum(axis=1)
     tokens = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]
@@ -152,13 +153,13 @@ def gradient_of_logits(
 
 
 def rows_gradient(hidden: Array, d_x: Array, settings: HeadSettings) -> Array:
-    """Multiply d x^T by the states: the gradient of the chunk's rows, as the head is laid."""
+    """Return d x^T hidden, the gradient of a chunk of the head, in the layout of the head."""
     if settings.transposed:
         return dot(hidden, d_x, (0, 0))
 
     def transposed(hidden: Array, d_x: Array) -> Array:
-        # [C, D] straight away takes XLA:CPU half as long again as [D, C] and its transpose; the
-        # barrier keeps it from undoing this.
+        # XLA:CPU needs 1.5 times as long for [C, D] directly as for [D, C] and a transpose; without
+        # the barrier it would rewrite one into the other.
         return lax.optimization_barrier(dot(hidden, d_x, (0, 0))).T
 
     def straight(hidden: Array, d_x: Array) -> Array:
@@ -168,7 +169,10 @@ def rows_gradient(hidden: Array, d_x: Array, settings: HeadSettings) -> Array:
 
 
 def scan_chunks(step: Callable[..., Any], carry: Any, settings: HeadSettings, chunk: int) -> Any:
-    """Apply `step(carry, first, width)` to all columns that exist, in order."""
+    """Return `carry` after `step(carry, first, width)` over all columns, in order.
+
+    `width` is `chunk`, or less for the last columns.
+    """
     width = min(chunk, settings.vocabulary)
     full, rest = divmod(settings.vocabulary, width)
 

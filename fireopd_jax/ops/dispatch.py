@@ -1,13 +1,13 @@
-"""The implementations bind name, and which one serves where none is named.
+"""The head implementations by name, and the choice of the default one.
 
-    TPU            -> pallas_tpu  } where the shape is worth a kernel and it can do it
+    TPU            -> pallas_tpu  } if the shape is large enough and the kernel supports it
     one H100, H200 -> pallas_gpu  }
     else           -> chunked
 
-The choice falls when a program is lowered, bind the platform it is lowered for: a program for a TPU
-that is compiled on a laptop gets the TPU's. Of GPUs that is not enough, the kernel is written for
-one generation: the GPU of this process must be of it, and the only one, as the kernel was not run
-on several. It was timed at 4096 tokens of width 4096, 151936 words and K = 16.
+The choice is made when a program is lowered, by the platform it is lowered for: a program compiled
+for a TPU on a machine without one gets the TPU kernel. For GPUs the platform is not enough, since
+the kernel needs the Hopper generation: the process must have exactly one GPU, of that generation,
+because the kernel was not run on several. It was timed at N = 4096, D = 4096, V = 151936, K = 16.
 """
 
 from collections.abc import Callable
@@ -25,14 +25,14 @@ from fireopd_jax.types import Array
 
 FEWEST_TOKENS = 256
 SMALLEST_VOCABULARY = 4096
-"""Below these a kernel has too little work to fill its blocks."""
+"""Below either limit a kernel has too little work to fill its blocks."""
 
 PLAIN = "reference"
-"""Full logits: no forward, no shards, its own gradient."""
+"""Full logits, differentiated by JAX, without sharding."""
 KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu, "pallas_gpu_rows": pallas_gpu_rows}
-"""Modules with a `forward` for some shapes, and a `unsupported_reason` for the others."""
+"""Modules with a `forward`, and an `unsupported_reason` for the shapes that it does not support."""
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "pallas_gpu_rows": "gpu"}
-"""What a kernel runs on, outside its interpreter; the others run anywhere."""
+"""Platform that a kernel needs outside its interpreter; other implementations run anywhere."""
 
 
 def forward(
@@ -45,7 +45,10 @@ def forward(
     settings: HeadSettings,
     weight_inputs: tuple[Array, Array] | None = None,
 ) -> HeadPartials:
-    """Run the implementation that fits the platform and the shape; see `partials.Forward`."""
+    """Return the partials from the default implementation of the platform and shape.
+
+    See `partials.Forward`.
+    """
     operands = (hidden, head, ids, support_ids, scale, limit, weight_inputs)
 
     def bind(implementation: Forward) -> Callable[..., HeadPartials]:
@@ -66,7 +69,7 @@ def forward(
 def default_kernels(
     tokens: int, width: int, vocabulary: int, support: int, k: int, dtype: DTypeLike
 ) -> dict[str, Any]:
-    """Give each platform's kernel, where one is worth it and can do the shape."""
+    """Return the kernel module of each platform that has one worth using for the shape."""
     if tokens < FEWEST_TOKENS or vocabulary < SMALLEST_VOCABULARY:
         return {}
     kernels: dict[str, Any] = {"tpu": pallas_tpu}
@@ -77,14 +80,14 @@ def default_kernels(
 
 
 def has_one_hopper_gpu() -> bool:
-    """Tell whether this process has one GPU, of the generation that has WGMMA."""
+    """Return whether this process has exactly one GPU, of compute capability 9.0 (WGMMA)."""
     if jax.default_backend() != "gpu" or len(jax.devices()) > 1:
         return False
     return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
 def _shape(settings: HeadSettings, hidden: Array, head: Array, support: int) -> tuple:
-    """Give what a `unsupported_reason` wants to know: tokens, width, vocabulary, support, K, type."""
+    """Return the arguments of `unsupported_reason`: N, D, V, support size, K, dtype."""
     dtype = jnp.promote_types(hidden.dtype, head.dtype)
     return *hidden.shape, settings.vocabulary, support, settings.k, dtype
 
@@ -98,10 +101,12 @@ IMPLEMENTATIONS = (PLAIN, *(name for name in FORWARDS if name))
 
 
 def check_supported(settings: HeadSettings, hidden: Array, head: Array, support: int) -> None:
-    """Raise if the named implementation cannot do this, with its reason."""
+    """Raise ValueError, with the reason, if the named implementation cannot run this."""
     name = settings.implementation
     if name == PLAIN and settings.sharding:
-        raise ValueError(f"implementation {PLAIN!r} holds full logits and takes no sharding")
+        raise ValueError(
+            f"implementation {PLAIN!r} computes full logits and does not support sharding"
+        )
     kernel = KERNELS.get(name or "")
     if kernel and (reason := kernel.unsupported_reason(*_shape(settings, hidden, head, support))):
         raise ValueError(f"implementation {name!r}: {reason}")

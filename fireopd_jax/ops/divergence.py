@@ -1,10 +1,10 @@
-"""Divergences of a student's and a teacher's whole vocabulary, without the logits of either.
+"""Divergences between the student's and the teacher's distributions over the whole vocabulary.
 
     hidden, head of both -> chunks of both logits -> log p, log q -> sum of terms         forward
     cotangent -> the same chunks -> d z = a - p sum a, a = dL/d log p -> d hidden, d head  backward
 
-As in `head`: `reference` holds full logits and lets autodiff differentiate; `chunked`, the default
-everywhere, never has an array of size [N, V]. No gradient reaches the teacher.
+As in `head`: `reference` computes full logits and JAX differentiates them; `chunked`, the default
+on every platform, has no array of size [N, V]. No gradient reaches the teacher.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ IMPLEMENTATIONS = (PLAIN, "chunked")
 
 @dataclasses.dataclass(frozen=True)
 class PairSettings:
-    """What one compilation is fixed to."""
+    """Static arguments of one compilation: the divergence and the head settings of both models."""
 
     divergence: Divergence
     student: HeadSettings
@@ -43,7 +43,7 @@ class PairSettings:
 
 
 Operands = tuple[Array, Array, Array, Array, Array]
-"""Hidden states and head of the student, those of the teacher, the scale."""
+"""hidden and head of the student, hidden and head of the teacher, logit scale"""
 
 
 def head_divergence(
@@ -62,13 +62,19 @@ def head_divergence(
     implementation: str | None = None,
     chunk: int | None = None,
 ) -> Float32[Array, "*N"]:
-    """Return sum_v of the divergence's terms at each position, p and q over the words of both.
+    """Return the divergence sum_v term_v at each position, in nats, as float32.
 
-    p = softmax(scale cap(hidden head^T)), q likewise of the teacher; differentiable to `hidden` and
-    `head`. Float32, the gradients' products excepted, which take operands of the inputs' type. Both
-    models have the first `valid` words, by default as many as the smaller head. A NaN in a state
-    spoils its own position, and no gradient if its cotangent is 0. Options as in `HeadOptions`;
-    both heads are laid alike.
+    p = softmax(logit_scale cap(hidden head^T)) is the student's distribution, q the teacher's
+    likewise with `teacher_softcap`; `logit_scale` is 1 / temperature for both. Differentiable in
+    `hidden` and `head`. Matrix products accumulate in float32; their operands, the gradient of the
+    logits among them, have the dtype of the inputs. Both models use the first `valid` token ids, by
+    default the vocabulary size of the smaller head. A NaN in `hidden` affects its own position
+    only, and no gradient if the cotangent there is 0. Options as in `HeadOptions`; both heads have
+    the same `head_layout`.
+
+    Raises TypeError or ValueError for arguments that do not fit, for sharding with `reference`, and
+    for a sharded vocabulary with heads of different sizes or with `adaptive_kl`. The divergences
+    and their references are in `formulas`.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         known = ", ".join(IMPLEMENTATIONS)
@@ -82,15 +88,18 @@ def head_divergence(
         check_sharding(sharding, each)
     if sharding is not None:
         if implementation == PLAIN:
-            raise ValueError(f"implementation {PLAIN!r} holds full logits and takes no sharding")
+            raise ValueError(
+                f"implementation {PLAIN!r} computes full logits and does not support sharding"
+            )
         if sharding.vocabulary and (rows[0] != rows[1] or divergence.adaptive):
             raise ValueError(
-                "a sharded vocabulary wants heads of one size, and no adaptive_kl: its threshold is "
-                "found in whole rows"
+                "a sharded vocabulary needs heads of one size, and does not support adaptive_kl, "
+                "whose threshold is computed from whole rows of logits"
             )
     count = math.prod(shape)
     tokens = -(-count // (sharding.token_shards if sharding else 1))
-    # Two logits, two log-probabilities, mixture, terms and slopes share the scratch of one logit.
+    # Seven arrays (logits, log-probabilities, mixture, terms, slopes) exist for each chunk: smaller
+    # chunks keep the scratch near that of the head statistics.
     width = max(hidden.shape[-1], teacher_hidden.shape[-1])
     size = chunk or max(default_chunk(tokens, width) // 4, 256)
     common = HeadSettings(
@@ -157,7 +166,7 @@ _chunked.defvjp(_values, _gradients)
 
 
 def _on_shards(run, operands: Operands, rest: tuple, pair: PairSettings):
-    """Run over each device's own tokens and columns."""
+    """Run `run` on each device's tokens and columns."""
     sharding = pair.student.sharding
 
     def local(hidden, head, teacher_hidden, teacher_head, scale, *rest):
@@ -183,7 +192,7 @@ def _on_shards(run, operands: Operands, rest: tuple, pair: PairSettings):
 def _forward(
     operands: Operands, limit, pair: PairSettings, axis: str | None, *, tokens: Sequence[str]
 ):
-    """Return the divergence, and what the backward pass wants: log-sum-exps, sum a, w."""
+    """Return the divergence [N], and the residuals: both log-sum-exps, sum a and w."""
     zero = jnp.zeros(operands[0].shape[0], jnp.float32)
 
     def statistics(sums, first, width):
@@ -209,13 +218,13 @@ def _forward(
 def _backward(
     operands: Operands, limit, pair: PairSettings, axis: str | None, saved, cotangent, *, tokens
 ) -> tuple[Array, Array]:
-    """Return d hidden and d head, summed over the shards, in float32 or the type of the head."""
+    """Return d hidden and d head, summed over the shards, in float32 or the dtype of the head."""
     hidden, head, *_ = operands
     normaliser, slopes, share = saved
     used = (cotangent != 0)[:, None]
     used_hidden = jnp.where(used, hidden, 0)
     operand = jnp.promote_types(hidden.dtype, head.dtype)
-    # Rounded once: before the sum over devices the shares of d head stay in float32.
+    # The sum over devices is in float32, so that d head is rounded once.
     dtype = jnp.float32 if tokens else head.dtype
     settings = pair.student
 
@@ -241,7 +250,7 @@ def _backward(
 
 
 def _chunk_logits(operands: Operands, first, width: int, limit, pair: PairSettings):
-    """Return the student's logits, slope and rows of a chunk, and the teacher's logits."""
+    """Return the student's logits, slope and head rows of a chunk, and the teacher's logits."""
     hidden, head, teacher_hidden, teacher_head, scale = operands
     rows = head_rows(head, first, width, pair.student)
     z, slope = chunked.chunk_logits(hidden, rows, first, scale, limit, pair.student)
@@ -251,7 +260,7 @@ def _chunk_logits(operands: Operands, first, width: int, limit, pair: PairSettin
 
 
 def _merge_logsumexp(m: Array, s: Array, axis: str | None) -> tuple[Array, Array]:
-    """Return the maximum and the logarithm of the sum, over the devices of `axis`, too."""
+    """Return the maximum and the logarithm of the sum, merged over the devices of `axis`."""
     if axis:
         top = lax.pmax(m, axis)
         m, s = top, lax.psum(s * jnp.exp(m - top), axis)
@@ -266,7 +275,7 @@ def _log_softmax(z: Array, normaliser: tuple[Array, Array]) -> Array:
 def _terms(
     z: Array, z_q: Array, normaliser, share: Array, pair: PairSettings
 ) -> tuple[Array, Array]:
-    """Return the terms of a chunk and their derivatives a to log p."""
+    """Return the divergence terms of a chunk and their derivatives a with respect to log p."""
     log_p, log_q = _log_softmax(z, normaliser[0]), _log_softmax(z_q, normaliser[1])
 
     def of(log_p: Array) -> Array:
@@ -278,12 +287,16 @@ def _terms(
 def _adaptive_share(
     operands: Operands, normaliser, limit, pair: PairSettings
 ) -> Float32[Array, " N"]:
-    """Return w = sum_H |q - p| / sum_V |q - p|, the threshold of H found in blocks of whole rows."""
+    """Return w = sum_H |q - p| / sum_V |q - p| of each position.
+
+    The threshold of H needs whole rows of teacher logits, so it is computed for some rows at a
+    time.
+    """
     divergence, settings = pair.divergence, pair.teacher
     assert isinstance(divergence, AdaptiveKL)
     _, _, teacher_hidden, teacher_head, scale = operands
     count = teacher_hidden.shape[0]
-    # As many whole rows as have the elements of a chunk.
+    # As many whole rows as together have the elements of a chunk.
     size = max(1, count * settings.chunk // settings.vocabulary)
     missing = -count % size
     blocks = jnp.pad(teacher_hidden, ((0, missing), (0, 0))).reshape(-1, size, operands[2].shape[1])

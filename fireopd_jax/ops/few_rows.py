@@ -1,10 +1,10 @@
-"""Products of few rows with a large matrix, as a decoding step has them: a row a slot.
+"""Product of few rows with a large matrix, as in a decode step with one row per slot.
 
     rows [M, I], matrix [O, I]  ->  rows matrix^T [M, O]
 
-XLA on a CPU rearranges the right operand of every product. Where that is the matrix, it takes up to
-twice as long as the product itself with 16 rows; so few rows go right, and the result is transposed. A
-barrier keeps the compiler from turning the product back.
+XLA on a CPU repacks the right operand of every product. If that is the matrix, repacking 16 rows'
+product takes up to twice as long as the product itself; so for few rows the matrix is the left
+operand and the result is transposed. A barrier keeps the compiler from swapping the operands back.
 """
 
 import jax
@@ -16,13 +16,16 @@ from fireopd_jax.ops.precision import precision_of
 from fireopd_jax.types import Array
 
 MAX_ROWS = 64
-"""Rows up to which a CPU is faster with the matrix on the left; with 96 it is not."""
+"""Largest number of rows at which a CPU is faster with the matrix on the left; at 96 it is not."""
 
 
 def few_rows_product(
     rows: Float[Array, "M I"], matrix: Float[Array, "O I"], dtype: DTypeLike | None = None
 ) -> Float[Array, "M O"]:
-    """Multiply each row by each row of a matrix; the result is of `dtype`, by default theirs."""
+    """Return rows matrix^T in `dtype`, by default in the operands' dtype.
+
+    float32 operands are multiplied in full float32 precision on every platform.
+    """
 
     def product(left: Array, right: Array) -> jax.Array:
         return lax.dot_general(

@@ -1,10 +1,11 @@
-"""The divergences of two distributions, term by term, in log-probabilities.
+"""Divergences of two distributions, term by term, in log-probabilities.
 
-log p, log q (student, teacher) of some words -> one term a word; the divergence is their sum
+    log p, log q (student, teacher) of some token ids -> one term per id; the divergence is the sum
 
-Every one is made of generalised Kullback-Leibler terms a log(a/b) - a + b. Over a whole vocabulary
-the linear parts cancel; of a part of it they make the sum a divergence still: each term is >= 0,
-and 0 with slope 0 where a = b. Log-probabilities are finite: who has -inf passes a very low number.
+Every divergence is built from generalised Kullback-Leibler terms a log(a/b) - a + b. Over a whole
+vocabulary the linear parts cancel; over a part of it they keep the sum a divergence: each term is
+>= 0, and 0 with slope 0 where a = b. Log-probabilities must be finite: in place of -inf pass a very
+low number.
 """
 
 import math
@@ -22,7 +23,7 @@ Terms = Float[Array, "*N"]
 
 
 def kl_terms(log_a: Terms, log_b: Terms) -> Terms:
-    """Return a log(a/b) - a + b, whose sum is KL(a || b)."""
+    """Return a log(a/b) - a + b elementwise in nats, whose sum is KL(a || b)."""
     a, b = jnp.exp(log_a), jnp.exp(log_b)
     return a * (log_a - log_b) - a + b
 
@@ -43,7 +44,7 @@ class ReverseKL:
     adaptive: ClassVar[bool] = False
 
     def __call__(self, log_p: Terms, log_q: Terms, share: Array | None = None) -> Terms:
-        """Return its terms."""
+        """Return the terms in nats, of the shape of `log_p`; `share` is unused."""
         return kl_terms(log_p, log_q)
 
 
@@ -56,7 +57,7 @@ class ForwardKL:
     adaptive: ClassVar[bool] = False
 
     def __call__(self, log_p: Terms, log_q: Terms, share: Array | None = None) -> Terms:
-        """Return its terms."""
+        """Return the terms in nats, of the shape of `log_p`; `share` is unused."""
         return kl_terms(log_q, log_p)
 
 
@@ -64,20 +65,21 @@ class ForwardKL:
 class JensenShannon:
     """GKD's beta KL(teacher || M) + (1 - beta) KL(student || M), M = beta q + (1 - beta) p.
 
-    At beta = 0 it is the forward KL and at 1 the reverse KL, as in the authors' and TRL's code;
-    close to the ends it is beta and 1 - beta times these: the scale of the gradient jumps there.
+    beta = 0 is the forward KL and beta = 1 the reverse KL, as in the authors' and TRL's code. Near
+    the ends the value tends to beta or 1 - beta times these, so the scale of the gradient jumps at
+    0 and 1.
 
     References: arXiv 2306.13649.
     """
 
     kind: Literal["jensen_shannon"] = "jensen_shannon"
     beta: UnitInterval = 0.5
-    """Share beta of the teacher in the mixture M, and of its own divergence in the sum."""
+    """Weight beta of the teacher in the mixture M, and of KL(teacher || M) in the sum."""
 
     adaptive: ClassVar[bool] = False
 
     def __call__(self, log_p: Terms, log_q: Terms, share: Array | None = None) -> Terms:
-        """Return its terms."""
+        """Return the terms in nats, of the shape of `log_p`; `share` is unused."""
         beta = self.beta
         if beta in (0.0, 1.0):
             return kl_terms(log_p, log_q) if beta else kl_terms(log_q, log_p)
@@ -97,12 +99,12 @@ class SkewedForwardKL:
 
     kind: Literal["skewed_forward_kl"] = "skewed_forward_kl"
     alpha: Skew = 0.1
-    """Share of the teacher in the mixture."""
+    """Weight of the teacher in the mixture."""
 
     adaptive: ClassVar[bool] = False
 
     def __call__(self, log_p: Terms, log_q: Terms, share: Array | None = None) -> Terms:
-        """Return its terms."""
+        """Return the terms in nats, of the shape of `log_p`; `share` is unused."""
         return kl_terms(log_q, _mixture(log_q, log_p, self.alpha))
 
 
@@ -115,12 +117,12 @@ class SkewedReverseKL:
 
     kind: Literal["skewed_reverse_kl"] = "skewed_reverse_kl"
     alpha: Skew = 0.1
-    """Share of the student in the mixture."""
+    """Weight of the student in the mixture."""
 
     adaptive: ClassVar[bool] = False
 
     def __call__(self, log_p: Terms, log_q: Terms, share: Array | None = None) -> Terms:
-        """Return its terms."""
+        """Return the terms in nats, of the shape of `log_p`; `share` is unused."""
         return kl_terms(log_p, _mixture(log_p, log_q, self.alpha))
 
 
@@ -128,37 +130,40 @@ class SkewedReverseKL:
 class AdaptiveKL:
     """w KL(teacher || student) + (1 - w) KL(student || teacher), token by token.
 
-    w = sum_H |q - p| / sum_V |q - p|, which has no gradient. H: the teacher's most probable words,
-    as many as hold no more than mu together, and the first in any case; words of equal probability
-    at the head_threshold stand on one side together.
+    w = sum_H |q - p| / sum_V |q - p|, without gradient. H is the set of the teacher's most probable
+    token ids whose cumulative probability is at most mu, and at least the most probable one. Ids of
+    equal probability at the threshold are all inside or all outside.
 
     References: arXiv 2404.02657.
     """
 
     kind: Literal["adaptive_kl"] = "adaptive_kl"
     mu: UnitInterval = 0.5
-    """Mass of the teacher's head H."""
+    """Teacher probability of the set H."""
 
     adaptive: ClassVar[bool] = True
 
     def __call__(self, log_p: Terms, log_q: Terms, share: Array | None = None) -> Terms:
-        """Return its terms; `share` is w."""
+        """Return the terms in nats; `share` is w. Raises ValueError without it."""
         if share is None:
-            raise ValueError("adaptive_kl needs w, the share of the forward KL")
+            raise ValueError("adaptive_kl needs share, the weight w of the forward KL")
         w = jax.lax.stop_gradient(share)
         return w * kl_terms(log_q, log_p) + (1 - w) * kl_terms(log_p, log_q)
 
     def head_threshold(self, z: Float[Array, "N V"]) -> Float[Array, " N"]:
-        """Return the logit that parts H from the rest, half-way between two, of whole rows."""
+        """Return the logit that separates H from the rest, from whole rows of teacher logits `z`.
+
+        It lies midway between the lowest logit inside and the highest outside.
+        """
         ordered = -jnp.sort(-z, axis=1)
         held = jnp.cumsum(jax.nn.softmax(ordered, axis=1), axis=1)
-        # The 1e-5 forgives the rounding of a cumulative sum that is exactly mu.
+        # 1e-5 absorbs the rounding of a cumulative sum that is exactly mu.
         last = jnp.maximum((held <= self.mu + 1e-5).sum(axis=1) - 1, 0)
         after = jnp.minimum(last + 1, z.shape[1] - 1)
         inside, outside = (
             jnp.take_along_axis(ordered, at[:, None], axis=1)[:, 0] for at in (last, after)
         )
-        # H of everything has no outside.
+        # If H is the whole vocabulary, no id is outside.
         outside = jnp.where(last == after, inside - 1.0, outside)
         return jnp.where(jnp.isfinite(outside), (inside + outside) / 2, inside - 1.0)
 

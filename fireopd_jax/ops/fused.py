@@ -1,10 +1,10 @@
-"""What stands between `head.py` and an implementation: finishing, gradients, shards.
+"""From the arguments of `head.py` to an implementation: residuals, gradients, sharding.
 
-    forward of an implementation -> HeadPartials -> (merged over the shards) -> log-probabilities, ...
-    cotangents -> the chunked backward pass, whatever the forward was -> (summed over the shards)
+    forward of an implementation -> HeadPartials -> (merged over shards) -> log-probabilities, ...
+    cotangents -> the chunked backward pass, for every forward -> (summed over shards)
 
-The custom VJP stands outside `shard_map`: what is differentiated are whole arrays, and each sum
-over a mesh axis is written down where it happens.
+The custom VJP is outside `shard_map`: whole arrays are differentiated, and each sum over a mesh
+axis is explicit.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def statistics(
 ) -> tuple[Stats, Stats, Stats, Float32[Array, "N S"]]:
     """Return log-probability, entropy, log-sum-exp and the log-probabilities at `support_ids`.
 
-    No gradient to `scale`.
+    Differentiable in `hidden` and `head`, not in `scale`.
     """
     return _with_residuals(forward, hidden, head, ids, support_ids, scale, settings)[0]
 
@@ -53,7 +53,10 @@ def top_k(
     settings: HeadSettings,
     weight_inputs: tuple[Array, Array] | None = None,
 ) -> tuple[Stats, Stats, Stats, Int32[Array, "N K"], Float32[Array, "N K"], Stats | None]:
-    """Return log-probability, entropy, log-sum-exp, the K most probable ids with theirs, weight."""
+    """Return log-probability, entropy, log-sum-exp, top-K ids, their log-probabilities, weight.
+
+    The ids are in order of falling probability; the weight is None without `weight_inputs`.
+    """
     no_support = jnp.zeros((ids.shape[0], 0), jnp.int32)
     partials = _run_forward(
         forward, (hidden, head, ids, no_support, scale), settings, weight_inputs
@@ -65,7 +68,7 @@ def top_k(
 
 def _finish(partials: HeadPartials) -> tuple[Array, Array, Array, Array]:
     log_s = jnp.log(partials.sum_exp)
-    # id_logit <= m and log s >= 0 hold exactly, hence logprob <= 0.
+    # The id's logit <= m and log s >= 0 hold exactly, hence logprob <= 0.
     logprob = (partials.id_logit - partials.max_logit) - log_s
     return (
         logprob,
@@ -84,9 +87,9 @@ def _with_residuals(forward, hidden, head, ids, support_ids, scale, settings):
 def values_of(
     partials: HeadPartials, support_ids: Array, settings: HeadSettings
 ) -> tuple[tuple[Stats, Stats, Stats, Array], tuple[Stats, Stats, Stats]]:
-    """Return the four statistics of a whole state, and (m, log s, H) for the gradient."""
+    """Return the four statistics from merged partials, and the residuals (m, log s, H)."""
     logprob, entropy, logsumexp, log_s = _finish(partials)
-    # A padded id is impossible even in a row of NaN.
+    # A padded id has log-probability -inf even in a row of NaN.
     known = exists(support_ids, settings.vocabulary)
     support = (partials.support_logits - partials.max_logit[:, None]) - log_s[:, None]
     values = (logprob, entropy, logsumexp, jnp.where(known, support, -jnp.inf))
@@ -101,7 +104,7 @@ def _gradients(forward, settings, residuals, cotangents):
 
     def local(hidden, head, ids, support_ids, scale, saved, cotangents):
         ids, support_ids, limit, local_settings = local_inputs(head, ids, support_ids, settings)
-        # Rounded once: before the sum over devices the shares of d head stay in float32.
+        # The sum over devices is in float32, so that d head is rounded once.
         dtype = jnp.float32 if sharding and sharding.tokens else head.dtype
         d_hidden, d_head = chunked.backward(
             hidden, head, ids, support_ids, scale, limit, local_settings, saved, cotangents, dtype
@@ -132,7 +135,7 @@ statistics.defvjp(_with_residuals, _gradients)
 def _run_forward(
     forward: Forward, inputs: Inputs, settings: HeadSettings, weight_inputs: Any = None
 ) -> HeadPartials:
-    """Run the implementation, on each device over its local_inputs tokens and columns."""
+    """Return the merged partials, from each device's tokens and columns."""
     sharding = settings.sharding
     if sharding is None:
         return forward(*inputs, None, settings, weight_inputs)
@@ -164,14 +167,17 @@ def _run_forward(
 
 
 def partition_specs(settings: HeadSettings) -> tuple[P, P]:
-    """Give the shardings of what lies by token, and of the head."""
+    """Return the partition specs of arrays with a token axis in front, and of the head."""
     assert settings.sharding is not None
     columns = settings.sharding.vocabulary
     return P(settings.sharding.tokens), P(None, columns) if settings.transposed else P(columns)
 
 
 def local_inputs(head: Array, ids: Array, support_ids: Array, settings: HeadSettings):
-    """Give ids, the limit and the settings as this device's columns see them."""
+    """Return ids, support ids, limit and settings relative to this device's columns.
+
+    Ids of other devices' columns become -1; the limit is None if all local columns exist.
+    """
     local_settings = dataclasses.replace(settings, sharding=None)
     if settings.sharding is None or settings.sharding.vocabulary is None:
         return ids, support_ids, None, local_settings

@@ -1,15 +1,16 @@
 """Per-token statistics of softmax(scale * cap(hidden @ head.T)), without its logits.
 
     hidden [*N, D], head [V, D], ids [*N] -> logprob, entropy, logsumexp [*N]     head_stats
-        ... and the K most probable ids, without gradient: the teacher's side     head_topk
-        ... and log-probabilities at given ids, with gradient: the student's side head_gather
+        ... and the K most probable ids, without gradient (teacher)               head_topk
+        ... and log-probabilities at given ids, with gradient (student)           head_gather
 
-One contract, several implementations: `None` picks, a name is obeyed or refused. This module knows
-nothing of rows, masks or prompts; it checks what it is given and flattens the leading axes.
+All implementations return the same. `implementation=None` chooses one; a named one runs or raises.
+Arguments are checked, and the leading axes flattened; masks are the caller's.
 
-A NaN or infinite state spoils its own row and no other: statistics there are NaN, ids stay within
-[-1, V). A NaN in the head spoils every row, for every row reads all of it. The gradient of the head
-sums over rows, so a spoilt row must have zero cotangents, as a masked token does.
+NaN or infinity in the hidden state of a token makes the statistics of that token NaN, and its ids
+stay within [-1, V); other tokens are not affected. NaN in the head reaches every token. The
+gradient of the head sums over tokens, so a token with NaN needs cotangents of 0, as a masked token
+has.
 """
 
 from typing import Literal, TypedDict, Unpack
@@ -36,58 +37,60 @@ LARGEST_K = 128
 
 
 class HeadOptions(TypedDict, total=False):
-    """Options that all three functions take."""
+    """Options of all head functions."""
 
     logit_scale: float | Float32[Array, ""]
-    """One over the temperature. Traced, so a new value compiles nothing; it has no gradient."""
+    """1 / temperature. Traced, so a new value does not recompile; without gradient."""
     softcap: float | None
-    """c bends the model's logits before they are scaled: cap(x) = c tanh(x / c)."""
+    """c of cap(x) = c tanh(x / c), applied to the model's logits before the scale; None: no cap."""
     valid: int | None
-    """Only the first `valid` words of the head exist, the rest pads it: no probability, no
-    gradient."""
+    """Vocabulary size without padding: later rows of the head have probability and gradient 0."""
     head_layout: Literal["vd", "dv"]
-    """`vd`, one row a word, is the default, and the faster one; `dv` is its transpose."""
+    """`vd` (default, and faster): head is [V, D]; `dv`: head is [D, V]."""
     sharding: HeadSharding | None
-    """Mesh axes over which tokens and vocabulary are split; the statistics are those of the whole.
-    Programs over several devices need it: without, a kernel would gather its operands."""
+    """Mesh axes over which tokens and vocabulary are sharded; the statistics are those of the
+    whole. Programs over several devices need it: without it a kernel would gather its operands.
+    """
     implementation: str | None
-    """Of `IMPLEMENTATIONS`; None picks by platform and shape, see `dispatch`."""
+    """One of `IMPLEMENTATIONS`; None chooses by platform and shape, see `dispatch`."""
     chunk: int | None
-    """Columns of logits at a time, in `chunked` and in every gradient; see `default_chunk`."""
+    """Vocabulary columns at a time, in `chunked` and in every gradient; see `default_chunk`."""
     blocks: Blocks | None
-    """Block sizes of a kernel; by its own formula."""
+    """Block sizes of a kernel; None means its own default."""
     interpret: bool
-    """Run a kernel on a CPU, in the slow interpreter of its platform: for tests."""
+    """Run a kernel on a CPU, in the slow interpreter of its platform; for tests."""
 
 
 @pytree
 class HeadStats:
-    """What a model says of one token id per position, in nats."""
+    """Statistics of each position, in nats, from the distribution over the whole vocabulary."""
 
     logprob: Float32[Array, "*N"]
     entropy: Float32[Array, "*N"]
-    """Over the whole vocabulary."""
+    """H = -sum_v p log p"""
     logsumexp: Float32[Array, "*N"]
-    """Of the scaled logits."""
+    """log sum_v exp(z_v) of the scaled logits z"""
 
 
 @pytree
 class HeadTopK:
-    """The same, and the K most probable ids, in falling order, of equals the lowest id first."""
+    """`HeadStats` and the K most probable token ids."""
 
     logprob: Float32[Array, "*N"]
     entropy: Float32[Array, "*N"]
     logsumexp: Float32[Array, "*N"]
     top_ids: Int32[Array, "*N K"]
-    """-1 where fewer than K ids have a probability above 0."""
+    """In order of falling probability, of equals the lowest id first; -1 where fewer than K ids
+    have probability above 0.
+    """
     top_logprob: Float32[Array, "*N K"]
     weight: Float32[Array, "*N"] | None
-    """FiRe-OPD's token weight, where the student's entropy is given."""
+    """FiRe-OPD's token weight; None without `student_entropy`."""
 
 
 @pytree
 class HeadGather:
-    """The same, and the log-probabilities of a support, in its order."""
+    """`HeadStats` and the log-probabilities at the support, in its order."""
 
     logprob: Float32[Array, "*N"]
     entropy: Float32[Array, "*N"]
@@ -103,10 +106,14 @@ def head_stats(
 ) -> HeadStats:
     """Return log p(ids), H(p) and log-sum-exp, p = softmax(logit_scale * cap(hidden @ head.T)).
 
-    Differentiable to `hidden` and `head` through all three. Everything is float32, the gradients'
-    matrix products excepted, which take operands of the inputs' type. An id outside the vocabulary
-    has log-probability -inf. Options: `HeadOptions`; those that are no arrays are fixed in a
-    compilation.
+    Differentiable in `hidden` and `head` through all three. `hidden` and `head` are bfloat16,
+    float16 or float32; the results are float32. Matrix products accumulate in float32; their
+    operands, the gradient of the logits among them, have the dtype of the inputs. An id outside [0,
+    valid) has log-probability -inf. Options (`HeadOptions`) that are not arrays are static under
+    jit.
+
+    Raises TypeError for a wrong dtype or unknown option, ValueError for shapes or options that do
+    not fit.
     """
     no_support = jnp.zeros((*ids.shape, 0), jnp.int32)
     values = _statistics(hidden, head, ids, no_support, options)
@@ -120,11 +127,11 @@ def head_gather(
     support_ids: Int32[Array, "*N K"],
     **options: Unpack[HeadOptions],
 ) -> HeadGather:
-    """Return what `head_stats` does and log p(support_ids), differentiable through all four.
+    """Return `head_stats` and log p(support_ids), differentiable through all four.
 
-    A support may name an id twice, or the id itself: gradients add. An id outside the vocabulary,
-    such as the -1 of `head_topk`, is padding: log-probability -inf, and no gradient, whatever the
-    cotangent.
+    A support may contain an id twice, or the sampled id: their gradients add. An id outside [0,
+    valid), such as the -1 of `head_topk`, is padding: its log-probability is -inf and its gradient
+    0, whatever the cotangent. Raises as `head_stats`.
     """
     return HeadGather(*_statistics(hidden, head, ids, support_ids, options))
 
@@ -140,15 +147,15 @@ def head_topk(
     beta: float | Float32[Array, ""] = 1.0,
     **options: Unpack[HeadOptions],
 ) -> HeadTopK:
-    """Return what `head_stats` does and the exact top-`k`, 1 to 128; nothing has a gradient.
+    """Return `head_stats` and the exact top-`k`, 1 <= k <= 128; nothing has a gradient.
 
-    Ties fall as in `lax.top_k`: the lower id first. Equal logits are equal bits: columns that equal
-    each other only in exact arithmetic may round apart.
+    Ties are as in `lax.top_k`, the lowest id first, where equal means equal bits: columns that are
+    equal only in exact arithmetic may be rounded differently.
 
-    With `student_entropy` also the token weight of FiRe-OPD (arXiv 2606.02684, Eq. 5-7) with log V
+    With `student_entropy` H^S also FiRe-OPD's token weight (arXiv 2606.02684, Eq. 5-7) with log V
     in place of both maxima, w = (1 + alpha (1 - H / log V)) (1 + beta H^S / log V), from the same
-    pass: a kernel computes it in its last step. Weights by the maxima of a batch need the whole
-    batch first; `reweighting` makes them of the entropies.
+    pass over the head. Weights by the maxima of a batch need the entropies of the whole batch
+    first; see `reweighting`. Raises as `head_stats`, and ValueError for `k` out of range.
     """
     if not 1 <= k <= LARGEST_K:
         raise ValueError(f"k must be 1 to {LARGEST_K}, got {k}")
@@ -190,7 +197,7 @@ def _statistics(
 def _prepare(
     hidden: Array, head: Array, ids: Array, support_ids: Array, options: HeadOptions, k: int
 ) -> tuple[tuple[Array, Array, Array, Array, Array], HeadSettings]:
-    """Check everything, flatten the leading axes, and gather what a compilation is fixed to."""
+    """Return the checked, flattened inputs (with the scale) and the static settings."""
     check_options(options, IMPLEMENTATIONS, HeadOptions.__optional_keys__)
     transposed = options.get("head_layout", "vd") == "dv"
     check_arrays(hidden, head, ids, support_ids, transposed)
@@ -219,7 +226,7 @@ def _prepare(
 
 
 def _flat(array: Array, ids: Array, settings: HeadSettings) -> Array:
-    """Flatten the leading axes, and fill up to a share for each device."""
+    """Return `array` with flattened leading axes, padded to a multiple of the token shards."""
     flat = jnp.reshape(array, (ids.size, *array.shape[ids.ndim :]))
     shards = settings.sharding.token_shards if settings.sharding else 1
     missing = -ids.size % shards

@@ -1,4 +1,4 @@
-"""Logits of some columns of the vocabulary: what every implementation of `head.py` shares.
+"""Logits of some columns of the vocabulary, as all implementations of `head.py` compute them.
 
 hidden [N, D], rows [C, D] of the head -> z = scale * cap(hidden @ rows.T), float32 [N, C]
 """
@@ -17,17 +17,17 @@ from fireopd_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class HeadSharding:
-    """Where tokens and vocabulary lie on a mesh."""
+    """Mesh axes over which the tokens and the vocabulary are sharded."""
 
     mesh: Mesh
     tokens: tuple[str, ...] = ()
-    """Axes that the tokens are split over."""
+    """Axes that shard the tokens."""
     vocabulary: str | None = None
-    """Axis that the columns of the head are split over."""
+    """Axis that shards the columns of the head."""
 
     @property
     def token_shards(self) -> int:
-        """Parts that the tokens are in."""
+        """Number of shards of the tokens."""
         size = 1
         for axis in self.tokens:
             size *= self.mesh.shape[axis]
@@ -35,49 +35,49 @@ class HeadSharding:
 
     @property
     def vocabulary_shards(self) -> int:
-        """Parts that the vocabulary is in."""
+        """Number of shards of the vocabulary."""
         return self.mesh.shape[self.vocabulary] if self.vocabulary else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadSettings:
-    """What one compilation is fixed to."""
+    """Static arguments of one compilation of a head function."""
 
     vocabulary: int
-    """Columns that exist; a padded head has more rows."""
+    """Number of token ids; a padded head has more rows."""
     chunk: int
-    """Columns of logits at a time, where an implementation works in chunks."""
+    """Vocabulary columns at a time, where an implementation works in chunks."""
     backward_chunk: int | None = None
-    """The same in the backward pass; by default equal."""
+    """The same in the backward pass; None means `chunk`."""
     softcap: float | None = None
     k: int = 0
-    """Length of the top-K list; 0 where none is asked for."""
+    """Length of the top-K list; 0 means none."""
     transposed: bool = False
-    """The head is [D, V]."""
+    """Whether the head is [D, V]."""
     sharding: HeadSharding | None = None
     implementation: str | None = None
-    """As it was asked for."""
+    """As the caller named it."""
     blocks: Blocks | None = None
-    """Of a kernel, where its own formula shall not choose."""
+    """Block sizes of a kernel; None means its own default."""
     interpret: bool = False
-    """Run a kernel in the interpreter of its platform, on a CPU: for tests."""
+    """Run a kernel on a CPU, in the interpreter of its platform; for tests."""
 
 
 def as_vd(head: Array, settings: HeadSettings) -> Float[Array, "V D"]:
-    """Give the head one row a word, for implementations that want no other."""
+    """Return the head in the layout [V, D]."""
     return head.T if settings.transposed else head
 
 
 def head_rows(
     head: Array, first: Array | int, width: int, settings: HeadSettings
 ) -> Float[Array, "C D"]:
-    """Read the rows of the columns [first, first + width)."""
+    """Return the head's rows [C, D] for the columns [first, first + width)."""
     part = lax.dynamic_slice_in_dim(head, first, width, axis=int(settings.transposed))
     return as_vd(part, settings)
 
 
 def dot(left: Array, right: Array, contract: tuple[int, int]) -> Array:
-    """Multiply over one axis of each, accumulating in float32."""
+    """Return the product over one axis of each, accumulated in float32."""
     dtype = jnp.promote_types(left.dtype, right.dtype)
     return lax.dot_general(
         left.astype(dtype),
@@ -94,7 +94,7 @@ def logits(
     scale: Float32[Array, ""],
     softcap: float | None,
 ) -> tuple[Float32[Array, "N C"], Array]:
-    """Return z, and its slope to the bare product, which broadcasts to z.
+    """Return z = scale * cap(hidden @ rows.T), and dz/dx, x = hidden @ rows.T, broadcastable to z.
 
     The cap belongs to the model, the scale to the sampler: z = scale * c tanh(x / c).
     """
@@ -106,5 +106,5 @@ def logits(
 
 
 def exists(ids: Int32[Array, "*N"], vocabulary: int | Array) -> Bool[Array, "*N"]:
-    """Tell ids of the vocabulary from padding and nonsense."""
+    """Return the mask of the ids in [0, vocabulary)."""
     return (ids >= 0) & (ids < vocabulary)

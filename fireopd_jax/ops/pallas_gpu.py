@@ -2,15 +2,15 @@
 
     grid (ranges of the vocabulary, blocks of 128 tokens), each three warpgroups:
       one   copies tiles of hidden and head to shared memory, ahead of the others
-      two   multiply 64 tokens each, and fold [64, C] logits into their tokens' state
-    states of the ranges -> `partials.merge` -> HeadPartials
+      two   multiply 64 tokens each, and fold [64, C] logits into their tokens' partials
+    partials of the ranges -> `partials.merge` -> HeadPartials
 
-No logit leaves the registers. Two neighbours of a cluster share what they read of the head: alone,
-a block would read from the L2 cache faster than it delivers.
+No logit leaves the registers. Two neighbouring blocks of a cluster share their tiles of the head:
+alone, a block would need more bandwidth than the L2 cache has.
 
-The logits of `ids` and `support_ids` are computed apart, from the rows of the head they name. With
-one range, which is the case for many tokens, the kernel's last step makes the weights; with several
-they follow the merged state.
+The logits of `ids` and `support_ids` are computed separately, from their rows of the head. With one
+range, as for many tokens, the kernel's last step computes the weights; with several ranges they are
+computed from the merged partials.
 """
 
 import dataclasses
@@ -31,23 +31,23 @@ from fireopd_jax.ops.partials import HeadPartials
 from fireopd_jax.types import Array
 
 COMPUTING = 2
-"""Warpgroups that multiply; one more copies."""
+"""Number of warpgroups that multiply; one more copies."""
 TOKENS = COMPUTING * tile.ROWS
 DEPTH = 64
-"""Elements of the width at a time: 128 bytes, the widest swizzle of shared memory."""
+"""Elements of the width per tile: 128 bytes, the widest swizzle of shared memory."""
 STAGES = 4
-"""Tiles of operands in shared memory at a time."""
+"""Number of tiles of operands in shared memory at a time."""
 COPYING_REGISTERS = 40
-"""Of each thread that copies; the others get 232, of which 128 hold logits."""
+"""Registers per copying thread; the others get 232, of which 128 hold logits."""
 GATHERED = 2**25
-"""Elements of the head's rows at a time, for the logits of given ids."""
+"""Elements of gathered head rows at a time, for the logits at given ids."""
 
 
 def default_blocks(tokens: int, width: int, vocabulary: int, k: int, dtype: DTypeLike) -> Blocks:
-    """Choose 128 tokens by 256 columns by 64 elements; by 128 columns for K above 64.
+    """Return 128 tokens by 256 columns by 64 elements, and 128 columns for K above 64.
 
-    4 stages of (128 + 256) * 64 * 2 bytes are 192 KiB of the 227 KiB of shared memory. The
-    registers of a list of more than 64 are not left over beside 256 columns.
+    4 stages of (128 + 256) * 64 * 2 bytes are 192 KiB of the 227 KiB of shared memory. A list of
+    more than 64 entries does not fit into the registers beside 256 columns.
     """
     return Blocks(tokens=TOKENS, vocabulary=256 if k <= 64 else 128, width=DEPTH)
 
@@ -55,7 +55,7 @@ def default_blocks(tokens: int, width: int, vocabulary: int, k: int, dtype: DTyp
 def unsupported_reason(
     tokens: int, width: int, vocabulary: int, support: int, k: int, dtype: DTypeLike
 ) -> str | None:
-    """Say why this shape is not for this kernel; None: it is."""
+    """Return why the kernel does not support this shape, or None if it does."""
     if not width or width % DEPTH:
         return f"width must be a multiple of {DEPTH}, got {width}"
     return tile.unsupported_reason(k, dtype, (jnp.bfloat16, jnp.float16))
@@ -71,14 +71,14 @@ def forward(
     settings: HeadSettings,
     weight_inputs: tuple[Array, Array] | None = None,
 ) -> HeadPartials:
-    """Run the kernel and merge its ranges; see `partials.Forward`."""
+    """Return the merged partials of the kernel's ranges; see `partials.Forward`."""
     head = as_vd(head, settings)
     dtype = jnp.promote_types(hidden.dtype, head.dtype)
     hidden, head = hidden.astype(dtype), head.astype(dtype)
     given = jnp.concatenate([ids[:, None], support_ids], axis=1)
     known = exists(given, settings.vocabulary if limit is None else limit)
     given = jnp.where(known, _logits_at(hidden, head, given, scale, settings), -jnp.inf)
-    # Shared memory is laid out in eights of rows.
+    # The layout of shared memory needs a multiple of 8 rows.
     head = tile.pad(head, 8)
     found, weight = _run(tile.pad(hidden, TOKENS), head, scale, limit, settings, weight_inputs)
     merged = tile.assemble(found, given, settings)
@@ -90,7 +90,7 @@ def forward(
 def _logits_at(
     hidden: Array, head: Array, ids: Array, scale: Array, settings: HeadSettings
 ) -> Array:
-    """Return the logits at ids [N, S]; some tokens at a time, for S rows each are many."""
+    """Return the logits at ids [N, S], some tokens at a time: S head rows per token are large."""
     if not ids.size:
         return jnp.zeros(ids.shape, jnp.float32)
 
@@ -100,7 +100,7 @@ def _logits_at(
         return jnp.einsum("d,sd->s", hidden, rows, preferred_element_type=jnp.float32)
 
     some = max(1, GATHERED // (ids.shape[1] * head.shape[1]))
-    # A power of two divides most numbers of tokens.
+    # A power of two, because it divides most numbers of tokens.
     some = min(1 << (some.bit_length() - 1), ids.shape[0])
     return tile.scale_and_cap(
         lax.map(of_token, (hidden, ids), batch_size=some), scale, settings.softcap
@@ -109,20 +109,20 @@ def _logits_at(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """One launch."""
+    """Static arguments of one launch."""
 
     settings: HeadSettings
     columns: int
-    """Of a tile."""
+    """Columns of a tile."""
     depth: int
-    """Elements of the width multiplied at a time."""
+    """Elements of the width per product."""
     ranges: int
     pair: bool
-    """Blocks of tokens come in clusters of two."""
+    """Whether blocks of tokens are in clusters of two."""
     end: int | None
-    """Columns that exist, if the last tile has more."""
+    """Number of existing columns if the last tile is not full, else None."""
     computes_weight: bool
-    """In the last step, which needs the whole vocabulary in one range."""
+    """Whether the last step computes the weights, which needs one range."""
 
     @property
     def tiles(self) -> int:
@@ -155,7 +155,7 @@ def _run(
     settings: HeadSettings,
     weight_inputs: tuple[Array, Array] | None,
 ) -> tuple[tuple[Array, ...], Array | None]:
-    """Return the state of each range, as `tile.empty` has it, and the weights if it is one."""
+    """Return each range's partials, in the form of `tile.empty`; with one range also weights."""
     gpu = tile.plgpu()
     tokens = hidden.shape[0]
     plan = _plan(hidden, settings, weight_inputs is not None)
@@ -192,7 +192,7 @@ def _kernel(
     weight: Any,
     running: Any,
 ) -> None:
-    """Work on one block of tokens and one range of the vocabulary."""
+    """Compute one block of tokens over one range of the vocabulary."""
     from jax.experimental import pallas as pl
 
     group = lax.axis_index("group")
@@ -225,7 +225,7 @@ def _kernel(
 
 
 def _multiply(plan: _Plan, hidden: Any, head: Any, fold: Any) -> None:
-    """Call `fold` with the products of each tile of this range, in order, and its first column."""
+    """Call `fold` with the products and the first column of each tile of this range, in order."""
     from jax.experimental import pallas as pl
 
     gpu = tile.plgpu()
@@ -257,14 +257,14 @@ def _multiply(plan: _Plan, hidden: Any, head: Any, fold: Any) -> None:
 
         lax.fori_loop(before, jnp.minimum(before + share, plan.tiles), step, None)
 
-    # Allocated once, not by each tile: the copies of the next overlap the folding of this one.
+    # Allocated once, not per tile: the copies of the next tile overlap the folding of this one.
     pipeline = _pipeline(plan, hidden, accumulate, around(0))
     buffers = pipeline.get_allocations(hidden, head)
     pl.run_scoped(scope, buffers, collective_axes="group")
 
 
 def _pipeline(plan: _Plan, hidden: Any, body: Any, compute: Any) -> Any:
-    """Copy blocks along the width ahead of `body`, which runs inside `compute`."""
+    """Return the pipeline that copies blocks along the width ahead of `body`, inside `compute`."""
     gpu = tile.plgpu()
     transforms = tile.swizzled(plan.depth, hidden.dtype)
 

@@ -2,12 +2,12 @@
 
     rows of the head -> products [N, C], float32, by XLA's GEMM
       -> those at given ids
-      -> kernel, grid (ranges of the columns, blocks of 64 tokens): state in, state out
-    states of the ranges -> `partials.merge` -> HeadPartials
+      -> kernel, grid (ranges of the columns, blocks of 64 tokens): updates the partials
+    partials of the ranges -> `partials.merge` -> HeadPartials
 
-Where `chunked` reads a chunk for its maxima, its sums and its top-K, this reads it once. Scale and
-soft cap are the kernel's, too: a GEMM writes bare products. A range is the same share of every
-chunk, with a state of its default. Weights follow the merged state.
+`chunked` reads a chunk for its maxima, its sums and its top-K; this kernel reads it once. The
+kernel also applies scale and soft cap, since a GEMM writes bare products. A range is the same share
+of every chunk and has partials of its own. Weights are computed from the merged partials.
 """
 
 import functools
@@ -25,13 +25,13 @@ from fireopd_jax.ops.partials import HeadPartials, with_weight
 from fireopd_jax.types import Array
 
 STAGES = 2
-"""Tiles in shared memory at a time; a second block on the processor hides the rest."""
+"""Number of tiles in shared memory at a time; a second block per processor hides the latency."""
 
 
 def default_blocks(tokens: int, width: int, vocabulary: int, k: int, dtype: DTypeLike) -> Blocks:
-    """Choose 64 tokens by 128 columns: 64 registers a thread, 32 KiB of shared memory a stage.
+    """Return 64 tokens by 128 columns: 64 registers per thread, 32 KiB of shared memory per stage.
 
-    So a processor holds two blocks of threads, whatever K is.
+    Then a processor can run two blocks of threads for every K.
     """
     return Blocks(tokens=tile.ROWS, vocabulary=128)
 
@@ -39,7 +39,7 @@ def default_blocks(tokens: int, width: int, vocabulary: int, k: int, dtype: DTyp
 def unsupported_reason(
     tokens: int, width: int, vocabulary: int, support: int, k: int, dtype: DTypeLike
 ) -> str | None:
-    """Say why this shape is not for this kernel; None: it is."""
+    """Return why the kernel does not support these arguments, or None if it does."""
     return tile.unsupported_reason(k, dtype, (jnp.bfloat16, jnp.float16, jnp.float32))
 
 
@@ -53,7 +53,7 @@ def forward(
     settings: HeadSettings,
     weight_inputs: tuple[Array, Array] | None = None,
 ) -> HeadPartials:
-    """Fold all chunks and merge the ranges; see `partials.Forward`."""
+    """Return the merged partials of all chunks; see `partials.Forward`."""
     tokens = ids.shape[0]
     vocabulary = settings.vocabulary
     default = default_blocks(tokens, hidden.shape[1], vocabulary, settings.k, hidden.dtype)
@@ -65,7 +65,7 @@ def forward(
 
     def step(carry, first, width):
         found, given = carry
-        # Whole tiles, and rows of logits that TMA can read.
+        # Pad to whole tiles, whose rows TMA can read.
         rows = jnp.pad(head_rows(head, first, width, settings), ((0, -width % columns), (0, 0)))
         products = dot(hidden, rows, (1, 1))
         here = (ids >= first) & (ids < first + width)
@@ -101,7 +101,7 @@ def _fold(
     columns: int,
     settings: HeadSettings,
 ) -> tuple[Array, ...]:
-    """Run the kernel over one chunk, whose first column is `first` of the vocabulary."""
+    """Return `found` updated by the kernel with one chunk, whose first column is `first`."""
     gpu = tile.plgpu()
     bound = None if end is None else jnp.reshape(end, 1)
     first = jnp.reshape(jnp.asarray(first, jnp.int32), 1)
@@ -128,7 +128,7 @@ def _kernel(
     found: Any,
     running: Any,
 ) -> None:
-    """Work on one block of tokens and one range of the chunk's columns."""
+    """Fold one range of the chunk's columns into one block of tokens."""
     from jax.experimental import pallas as pl
 
     gpu = tile.plgpu()

@@ -1,15 +1,16 @@
-"""What both GPU kernels do with a tile of logits: fold it into statistics and a running top-K.
+"""Operations of both GPU kernels on a tile of logits: fold it into statistics and a running top-K.
 
-    products [64, C] in registers, one warpgroup's
+    products [64, C] in registers of one warpgroup
       -> scaled, capped, masked -> running (m, s, t, threshold) [64] in shared memory
-      -> what beats a row's threshold, the largest first -> its list [L] in global memory, unsorted
+      -> entries above a row's threshold, largest first -> its list [L] in global memory, unsorted
 
-A list is touched only where a tile holds something above its smallest entry, which is rare after
-the first tiles. So it lies in global memory, that is in the L2 cache, and leaves shared memory to
-the operands. Sorting is left to `partials.merge`, outside.
+A list changes only where a tile has an entry above the list's minimum, which is rare after the
+first tiles. So the lists are in global memory (in effect in the L2 cache), and shared memory is
+left to the operands. They are sorted outside, in `partials.merge`.
 
 Only what Mosaic GPU lowers is used: reductions over one axis, `where`, compares, `exp`, `log`, and
-`while` on a scalar. Mosaic GPU is imported when a kernel is built: older JAX has none that serves.
+`while` on a scalar. Mosaic GPU is imported when a kernel is built, because older JAX has none that
+works.
 """
 
 import dataclasses
@@ -30,28 +31,30 @@ from fireopd_jax.types import Array
 OLDEST_JAX = (0, 11)
 LARGEST_K = 128
 ROWS = 64
-"""Tokens of a warpgroup: as many as one WGMMA instruction multiplies."""
+"""Tokens of a warpgroup: the rows of one WGMMA instruction."""
 SLICE = 64
-"""Columns that one pass of the top-K looks at: the whole tile would not fit beside the list."""
+"""Columns per pass of the top-K: a whole tile does not fit into the registers beside the list."""
 SLOTS = 8
-"""The length of a list is a multiple of it, as the layout of registers wants."""
+"""The list length is a multiple of it, as the register layout requires."""
 PROCESSORS = 132
-"""Of an H100 or H200. Another number costs time, nothing else."""
+"""Streaming multiprocessors of an H100 or H200; elsewhere the choice of ranges is slower, not
+wrong.
+"""
 MASKED = -3e38
-"""A column that does not exist: far below `LOWEST`, yet finite, for p u must be 0 where p is."""
+"""Logit of a missing column: far below `LOWEST`, yet finite, so that p u is 0 where p is."""
 
 MAX_LOGIT, SUM_EXP, SUM_EXP_LOGIT, THRESHOLD, FLAG = range(5)
 RUNNING = 5
-"""Rows of a warpgroup's shared memory, float32[64] each."""
+"""Rows of a warpgroup's scratch in shared memory, float32[64] each."""
 
 
 def plgpu() -> Any:
-    """Import Mosaic GPU."""
+    """Return the module of Mosaic GPU."""
     return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 
 
 def unsupported_reason(k: int, dtype: DTypeLike, dtypes: Sequence[DTypeLike]) -> str | None:
-    """Say what stands against either kernel."""
+    """Return why a GPU kernel of these `dtypes` does not support the arguments, or None."""
     if jax.__version_info__ < OLDEST_JAX:
         oldest = ".".join(map(str, OLDEST_JAX))
         return f"Mosaic GPU kernels need JAX {oldest} or newer, this is {jax.__version__}"
@@ -64,7 +67,10 @@ def unsupported_reason(k: int, dtype: DTypeLike, dtypes: Sequence[DTypeLike]) ->
 
 
 def resolve_blocks(settings: HeadSettings, default: Blocks) -> Blocks:
-    """Replace `default` blocks by those asked for, where the kernel can have them."""
+    """Return `default` with the vocabulary block that the settings name.
+
+    Raises ValueError for block sizes that the kernel does not support.
+    """
     asked = settings.blocks or Blocks()
     for name in ("tokens", "width"):
         if getattr(asked, name) not in (None, getattr(default, name)):
@@ -79,10 +85,11 @@ def resolve_blocks(settings: HeadSettings, default: Blocks) -> Blocks:
 
 
 def num_ranges(blocks: int, tiles: int) -> int:
-    """Choose into how many ranges to split the vocabulary, for the sake of few blocks of tokens.
+    """Return the number of vocabulary ranges that minimises the estimated time.
 
-    Blocks times ranges go round the processors. Each takes its share of the tiles, and as long as
-    about 8 more to begin and to fill its lists.
+    Blocks times ranges run in rounds over the processors; each costs its share of the tiles and, to
+    start and to fill its lists, as much as about 8 more tiles. Several ranges help with few blocks
+    of tokens.
     """
 
     def time(count: int) -> int:
@@ -92,16 +99,16 @@ def num_ranges(blocks: int, tiles: int) -> int:
 
 
 def pad(x: Array, rows: int) -> Array:
-    """Append rows of zeros until there are whole blocks of them, one at least."""
+    """Return `x` with rows of zeros appended up to a multiple of `rows`, at least one multiple."""
     lacking = max(1, -(-x.shape[0] // rows)) * rows - x.shape[0]
     return jnp.pad(x, ((0, lacking), *[(0, 0)] * (x.ndim - 1)))
 
 
 def empty(count: int, tokens: int, k: int) -> tuple[Array, ...]:
-    """Begin m, s and t of each range, and for a top-K the values and ids of the lists.
+    """Return the initial m, s, t of each range, and with a top-K the values and ids of the lists.
 
-    Slots beyond K hold infinity, which nothing replaces. Ids of empty slots differ from all others,
-    as ids of columns do: exactly one slot is the worst.
+    Slots beyond K hold infinity, which nothing replaces. Ids of empty slots are distinct and differ
+    from column ids, so that exactly one slot is the minimum.
     """
     zero = jnp.zeros((count, tokens), jnp.float32)
     if not k:
@@ -111,10 +118,10 @@ def empty(count: int, tokens: int, k: int) -> tuple[Array, ...]:
 
 
 def assemble(found: Sequence[Array], given: Array, settings: HeadSettings) -> HeadPartials:
-    """Merge the states of the ranges; `given` are the logits of a token's id and of its support.
+    """Return the merged partials of the ranges, for the tokens of `given` [N, 1 + S].
 
-    Tokens beyond those of `given` are dropped. A logit that was summed in another order may exceed
-    the maximum by its rounding: it is held to it.
+    `given` are the logits of a token's id and of its support. They are summed in another order than
+    the kernel's and may exceed the maximum by rounding, so they are clipped to it.
     """
 
     def of_range(max_logit, sum_exp, sum_exp_logit, *lists):
@@ -134,15 +141,15 @@ def assemble(found: Sequence[Array], given: Array, settings: HeadSettings) -> He
 
 
 def scale_and_cap(x: Array, scale: Array, softcap: float | None) -> Array:
-    """Return z = scale * c tanh(x / c)."""
+    """Return z = scale * c tanh(x / c), or scale * x without a soft cap c."""
     if softcap is None:
         return x * scale
-    # The hardware's tanh is off by 2^-11. Where exp overflows or vanishes, this is 1 or -1.
+    # The hardware's tanh has an error of 2^-11. Where exp overflows or underflows, this is 1 or -1.
     return (1.0 - 2.0 / (jnp.exp(x * (2.0 / softcap)) + 1.0)) * (softcap * scale)
 
 
 def launch(settings: HeadSettings) -> dict[str, Any]:
-    """Give the options that all kernels are launched with: fast exp and log, errors below 2^-21."""
+    """Return the launch options of all kernels: fast exp and log, with errors below 2^-21."""
     gpu = plgpu()
     return {
         "compiler_params": gpu.CompilerParams(approx_math=True),
@@ -151,31 +158,31 @@ def launch(settings: HeadSettings) -> dict[str, Any]:
 
 
 def shapes(arrays: Sequence[Array]) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Return the types of results that are shaped like these."""
+    """Return the shapes and dtypes of the arrays."""
     return tuple(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in arrays)
 
 
 def swizzled(width: int, dtype: DTypeLike) -> tuple[Any, Any]:
-    """Lay out shared memory as TMA writes and WGMMA reads it, free of bank conflicts."""
+    """Return the layout of shared memory that TMA writes and WGMMA reads without bank conflicts."""
     size = jnp.dtype(dtype).itemsize
     swizzle = plgpu().find_swizzle(width * size * 8)
     return plgpu().TilingTransform((8, swizzle // size)), plgpu().SwizzleTransform(swizzle)
 
 
 def load_row(ref: Any) -> Array:
-    """Load one value a token, laid out as a reduction of a tile is."""
+    """Return one value per token from memory, in the layout of a tile's row reduction."""
     gpu = plgpu()
     return gpu.load(ref, layout=gpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
 def load_tile(ref: Any) -> Array:
-    """Load several values a token, laid out as a tile is."""
+    """Return several values per token from memory, in the layout of a tile."""
     gpu = plgpu()
     return gpu.load(ref, layout=gpu.Layout.WGMMA, optimized=False)
 
 
 def copy_in(start: Sequence[Any], running: Any, lists: Sequence[Any]) -> None:
-    """Copy the state of a block of tokens to where it is worked on."""
+    """Copy the partials of a block of tokens to shared memory (m, s, t) and the output lists."""
     for name, source in zip((MAX_LOGIT, SUM_EXP, SUM_EXP_LOGIT), start[:3], strict=True):
         running[name] = load_row(source)
     if lists:
@@ -185,7 +192,7 @@ def copy_in(start: Sequence[Any], running: Any, lists: Sequence[Any]) -> None:
 
 
 def copy_out(running: Any, results: Sequence[Any]) -> list[Array]:
-    """Return m, s and t, and copy them out; the lists lie there already."""
+    """Write m, s, t to `results` and return them; the lists are in the output already."""
     values = [load_row(running.at[name]) for name in (MAX_LOGIT, SUM_EXP, SUM_EXP_LOGIT)]
     for value, result in zip(values, results, strict=True):
         result[...] = value
@@ -201,13 +208,13 @@ def fold(
     lists: Sequence[Any],
     settings: HeadSettings,
 ) -> None:
-    """Fold the products of the columns from `first` on into a block's state.
+    """Fold the products `x` of the columns from `first` on into the partials of a block.
 
-    Columns from `end` on do not exist; None: all do. `lists` are the block's values and ids.
+    Columns from `end` on do not exist; None: all do. `lists` are the values and ids of the block.
     """
     z = scale_and_cap(x, scale, settings.softcap)
     if end is not None:
-        # In this order, and not against end - first: it saves registers.
+        # Not `columns < end - first`: this order needs fewer registers.
         z = jnp.where(_column_index(z.shape) + first < end, z, MASKED)
     m, s, t = (load_row(running.at[name]) for name in (MAX_LOGIT, SUM_EXP, SUM_EXP_LOGIT))
     top = jnp.maximum(m, jnp.max(z, axis=1))
@@ -224,11 +231,11 @@ def fold(
 
 
 def _insert(z: Array, first: Array | int, running: Any, lists: Sequence[Any]) -> None:
-    """Move what beats a row's worst entry into its list: the largest first, of equals the lowest.
+    """Move entries above a row's minimum into its list: largest first, of equals the lowest column.
 
-    Each pass takes one column of every row. After as many passes as there are slots or columns
-    none is left that could beat a list, so the bound ends no loop early; it is there lest a NaN
-    keeps one going.
+    Each pass takes one column of every row. After as many passes as there are slots or columns no
+    entry can enter a list, so the bound on the passes only stops a loop that a NaN would keep
+    going.
     """
     from jax.experimental import pallas as pl
 
@@ -242,7 +249,7 @@ def _insert(z: Array, first: Array | int, running: Any, lists: Sequence[Any]) ->
         )
         worst = _broadcast(jnp.min(values, axis=1), values.shape)
         last = _broadcast(jnp.max(jnp.where(values == worst, ids, -(2**31)), axis=1), ids.shape)
-        # Only the worst slot, and only if strictly larger: an equal in the list has a lower id.
+        # Replace the minimum only if strictly larger: an equal in the list has a lower id.
         entry = jnp.where(ids == last, _broadcast(largest, values.shape), MASKED)
         better = entry > values
         ids = jnp.where(better, _broadcast(column + first, ids.shape), ids)
@@ -266,11 +273,11 @@ def _insert(z: Array, first: Array | int, running: Any, lists: Sequence[Any]) ->
 
 
 def _any(row: Array, running: Any) -> Array:
-    """Tell whether any token's flag is up, the same to all threads of the warpgroup.
+    """Return whether any token's flag is set, equal for all threads of the warpgroup.
 
-    A reduction of `row` itself would cross the warps by way of scratch memory, and Mosaic GPU gives
-    all warpgroups of a block the same: they would race. Read back in this layout, every warp has
-    the whole row, two tokens a thread, and nothing crosses.
+    Reducing `row` itself would cross warps through scratch memory at an offset that Mosaic GPU
+    shares between all warpgroups of a block: a race. Read back in this layout, every warp has the
+    whole row, two tokens per thread, and nothing crosses warps.
     """
     gpu = plgpu()
     layout = gpu.Layout.TILED(

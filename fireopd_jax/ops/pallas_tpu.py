@@ -1,11 +1,11 @@
-"""Head statistics in fused Pallas TPU kernels: logits never leave the chip's own memory.
+"""Head statistics in fused Pallas TPU kernels: logits stay in VMEM.
 
-    no support  the kernel `statistics`: m, s, t, weight and the list of the K best;
+    no support  the kernel `statistics`: m, s, t, weight and the top-K list;
                 the ids' logits are products of their own
-    a support   the kernel `picks`: m, s, t, and the logits at ids and support off each tile
+    a support   the kernel `picks`: m, s, t, and the logits at ids and support from each tile
 
-Tokens come in large blocks, for each block reads the whole head once: 1024 tokens are 1024
-operations a byte in bfloat16, above what any TPU needs to stay busy.
+Blocks of tokens are large, because each reads the whole head once: 1024 tokens are 1024 operations
+per byte in bfloat16, more than any TPU needs to be compute-bound.
 
 Compiled for v5e, v5p and v6e, and run in JAX's interpreter, never on a TPU.
 """
@@ -31,17 +31,17 @@ from fireopd_jax.types import Array
 
 DTYPES = ("bfloat16", "float32")
 LARGEST_SUPPORT = tile.LANES - 1
-"""The sampled id takes one of the lanes."""
+"""The sampled id takes one of the 128 lanes."""
 LARGEST_VOCABULARY = 2**24
-"""The kernel's ids are floats."""
+"""The kernel's ids are float32, exact up to 2^24."""
 SIZES = ((1024, 512), (512, 512), (256, 512), (256, 256), (128, 128))
-"""Tokens and columns of a block, best first."""
+"""Tokens and columns of a block, in order of preference."""
 WIDEST_SLICE = 1024
-"""Elements multiplied in one piece of code."""
+"""Largest number of width elements per product."""
 MEMORY = 44 * 2**20
 """Bytes of VMEM for the blocks: a core of v5p has 64 MiB, those of v5e and v6e 128 MiB."""
 SPARE = 16 * 2**20
-"""Bytes beside the blocks for what the compiler keeps: float32 split into several bfloat16."""
+"""Bytes of VMEM beside the blocks, which the compiler uses to split float32 into bfloat16."""
 
 
 def forward(
@@ -54,10 +54,9 @@ def forward(
     settings: HeadSettings,
     weight_inputs: tuple[Array, Array] | None = None,
 ) -> HeadPartials:
-    """Compute the state; see `partials.Forward`.
+    """Return the partials; see `partials.Forward`.
 
-    A NaN or an infinity, negative ones included, among a token's logits makes all its statistics
-    NaN.
+    A NaN or infinity of either sign among a token's logits makes all its statistics NaN.
     """
     head = as_vd(head, settings)
     columns = jnp.asarray(settings.vocabulary if limit is None else limit, jnp.int32)
@@ -74,7 +73,7 @@ def forward(
 def unsupported_reason(
     tokens: int, width: int, vocabulary: int, support: int, k: int, dtype: DTypeLike
 ) -> str | None:
-    """Say why this shape is not for these kernels; None: it is."""
+    """Return why the kernels do not support this shape, or None if they do."""
     name = jnp.dtype(dtype).name
     if name not in DTYPES:
         return f"hidden and head must be {' or '.join(DTYPES)}, got {name}"
@@ -88,11 +87,11 @@ def unsupported_reason(
 
 
 def default_blocks(tokens: int, width: int, vocabulary: int, k: int, dtype: DTypeLike) -> Blocks:
-    """Choose 1024 tokens by 512 columns, or the first of `SIZES` that fits into `MEMORY`.
+    """Return 1024 tokens by 512 columns, or the first of `SIZES` that fits into `MEMORY`.
 
-    Tokens are dealt out evenly, in whole lanes: 1100 are two blocks of 640. The width is
-    multiplied in slices, its largest divisor of whole lanes up to `WIDEST_SLICE`; one that has no
-    such divisor, at once.
+    Tokens are divided evenly, in multiples of 128: 1100 make two blocks of 640. The width is
+    multiplied in slices of its largest divisor that is a multiple of 128 and at most
+    `WIDEST_SLICE`, or as a whole if there is none.
     """
     return Blocks(*_sizes(tokens, width, vocabulary, dtype))
 
@@ -103,10 +102,10 @@ class _Sizes(NamedTuple):
     width: int
 
     def memory(self, width: int, dtype: DTypeLike) -> int:
-        """Count the bytes of VMEM.
+        """Return the bytes of VMEM that the blocks need.
 
-        Hidden states once and two tiles of the head, of which one is on its way; per token its
-        logits, its bins, and ten rows of 128 for all the rest.
+        The hidden states once and two tiles of the head, one of them being copied; per token its
+        logits, its bins, and ten rows of 128 for the rest.
         """
         operands = (self.tokens + 2 * self.vocabulary) * width * jnp.dtype(dtype).itemsize
         return operands + 4 * self.tokens * (3 * self.vocabulary // 2 + 10 * tile.LANES)
@@ -129,7 +128,10 @@ def _whole_lanes(size: int) -> int:
 
 
 def _resolve_blocks(hidden: Array, head: Array, settings: HeadSettings) -> _Sizes:
-    """Return the formula's sizes, or those that the settings name."""
+    """Return the default sizes, replaced by those that the settings name.
+
+    Raises ValueError for sizes that the kernel does not support.
+    """
     width = hidden.shape[1]
     dtype = jnp.promote_types(hidden.dtype, head.dtype)
     sizes = _sizes(hidden.shape[0], width, settings.vocabulary, dtype)
@@ -156,7 +158,7 @@ def _statistics(
     settings: HeadSettings,
     weight_inputs: tuple[Array, Array] | None,
 ) -> HeadPartials:
-    """Run the kernel `statistics`."""
+    """Return the partials, without a support, from the kernel `statistics`."""
     blocks, k = _resolve_blocks(hidden, head, settings), settings.k
     tokens, lanes = hidden.shape[0], max(hidden.shape[0], blocks.tokens)
     factor, alpha = weight_inputs or (jnp.zeros(tokens, jnp.float32), 0.0)
@@ -188,7 +190,7 @@ def _statistics(
     values, found = best or jnp.zeros((2, 0, tokens), jnp.float32)
     values = jnp.where(found < 0, -jnp.inf, values).T
     values, found = best_of(values, jnp.maximum(found, -1.0).T.astype(jnp.int32), k)
-    # Another sum than the kernel's: rounding must not lift it above the highest logit.
+    # Summed in another order than in the kernel: rounding must not lift it above the maximum.
     id_logit = jnp.minimum(_logit_at(ids, hidden, head, scale, columns, settings), max_logit[0])
     no_support = jnp.zeros((tokens, 0), jnp.float32)
     weight = weight[0] if weight_inputs else None
@@ -222,7 +224,7 @@ def _picks(
     columns: Array,
     settings: HeadSettings,
 ) -> HeadPartials:
-    """Run the kernel `picks`."""
+    """Return the partials with a support, without a top-K, from the kernel `picks`."""
     blocks = _resolve_blocks(hidden, head, settings)
     (tokens, support), rows = support_ids.shape, max(hidden.shape[0], blocks.tokens)
     wanted = jnp.concatenate([support_ids, ids[:, None]], axis=1)
@@ -267,15 +269,15 @@ def _sweep(
     blocks: _Sizes,
     settings: HeadSettings,
 ) -> Sequence[Array]:
-    """Call a kernel on every block of tokens and, in order, every tile of the vocabulary.
+    """Run a kernel on every block of tokens and, in order, every tile of the vocabulary.
 
-    `spec` says where a block of tokens lies in an array of the shape, be it input or output.
+    `spec` returns the block spec of an input or output of the given shape, by block of tokens.
     """
     width = hidden.shape[1]
     dtype = jnp.promote_types(hidden.dtype, head.dtype)
     hidden, head = _pad_to(blocks.tokens, hidden), _pad_to(blocks.vocabulary, head)
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-    # The hidden states change once a sweep: one buffer.
+    # The hidden states change once per sweep, so one buffer is enough.
     resident = pl.BlockSpec(
         (blocks.tokens, width), lambda i, v: (i, 0), pipeline_mode=pl.Buffered(1)
     )
@@ -300,5 +302,8 @@ def _sweep(
 
 
 def _pad_to(rows: int, x: Array) -> Array:
-    """Pad the first axis to one block. A later block may end beyond it: that is the kernel's."""
+    """Return `x` padded to at least one block of rows.
+
+    A later block may end beyond the array; the kernel masks it.
+    """
     return jnp.pad(x, ((0, max(rows - x.shape[0], 0)), *((0, 0),) * (x.ndim - 1)))

@@ -1,19 +1,20 @@
-"""What the Pallas TPU kernels do with one tile of logits.
+"""The Pallas TPU kernels, on one tile of logits.
 
-    statistics  logits [columns, tokens] -> m, s, t, weight [1, tokens], the K best [K, tokens]
+    statistics  logits [columns, tokens] -> m, s, t, weight [1, tokens], top-K [K, tokens]
     picks       logits [tokens, columns] -> m, s, t and the logits at wanted ids [tokens, 128]
 
 A grid step (i, v) multiplies the rows of the head in tile v with the hidden states of token block
 i, and folds the logits into outputs that stay in VMEM for the whole sweep over v. Reductions run
-over whole registers of 8 sublanes by 128 lanes, hence vocabulary on sublanes; but only along lanes
-can a register be gathered from, hence vocabulary on lanes where ids are read.
+over whole registers of 8 sublanes by 128 lanes, so the vocabulary is on the sublanes; but a
+register can be gathered from only along lanes, so the vocabulary is on the lanes where logits are
+read at ids.
 
-Ids are floats, exact below 2^24: a minimum of floats is one instruction.
+Ids are floats, exact below 2^24, because a minimum of floats is one instruction.
 
 For 512 x 512 logits of width 4096 and K = 16 a v5e multiplies for 16384 cycles; statistics and bins
-are 770 instruction words, a trip of the list 180. To work on the last tile while this one is
-multiplied would hide the former and add twice as many to the product, whose units seem to have the
-cycles to spare; without a TPU to time it, it is left out.
+are 770 instruction words, one step of the extraction loop 180. Computing the statistics of the last
+tile during the product of this one would hide the former and add twice as many instructions to the
+product, whose units seem to have spare cycles; without a TPU to time it, it was left out.
 """
 
 import functools
@@ -30,12 +31,12 @@ from fireopd_jax.ops.partials import LOWEST, weight
 from fireopd_jax.types import Array
 
 Ref = Any
-"""A block in VMEM or SMEM."""
+"""Reference to a block in VMEM or SMEM."""
 SUBLANES, LANES = 8, 128
 SLAB = 64
-"""Sublanes of 512 tokens that the registers hold along with what is done to them."""
+"""Sublanes of 512 tokens that fit into the registers with their intermediate values."""
 BINNED_K = 32
-"""Up to this K bins pay: seldom do two of the K best share one."""
+"""Largest K for which bins are used: two of the top-K rarely share one."""
 FOLD = 4
 """Columns of a tile in one bin."""
 
@@ -59,8 +60,9 @@ def statistics(
 ) -> None:
     """Fold one tile into the statistics and lists of its tokens.
 
-    `numbers` are (scale, alpha), `columns` is how many exist. `rest` are the values and ids of the
-    lists, if k > 0, the tile of logits, and if k <= `BINNED_K` what `_update_lists` needs besides.
+    `numbers` are (scale, alpha), `columns` is how many exist, `factor` is 1 + beta c^S. `rest` are
+    the values and ids of the lists if k > 0, the tile of logits, and if k <= `BINNED_K` the scratch
+    of `_update_lists`.
     """
     best, (logits, *bins) = rest[: 2 * (k > 0)], rest[2 * (k > 0) :]
     tile, tiles = pl.program_id(1), pl.num_programs(1)
@@ -88,7 +90,7 @@ def statistics(
 
     @pl.when(tile == tiles - 1)
     def _():
-        # A logit of -inf leaves its NaN in t alone.
+        # A logit of -inf makes only t NaN.
         s = jnp.where(jnp.isnan(sum_exp_logit[0, :]), jnp.nan, sum_exp[0, :])
         sum_exp[0, :] = s
         entropy = jnp.log(s) - sum_exp_logit[0, :] / s
@@ -112,8 +114,8 @@ def picks(
 ) -> None:
     """Fold one tile into the statistics of its tokens, and read it at their wanted ids.
 
-    Each lane has its own s and t, over its own columns; m is the same in all. `numbers` is (scale),
-    `columns` is how many exist.
+    Each lane has its own s and t, over its own columns; m is the same in all lanes. `numbers` is
+    (scale), `columns` is how many exist.
     """
     tile = pl.program_id(1)
     first = tile * logits.shape[1]
@@ -146,14 +148,14 @@ def _init_statistics(max_logit: Ref, sum_exp: Ref, sum_exp_logit: Ref) -> None:
 def _multiply(
     logits: Ref, left: Ref, right: Ref, scale: Array, softcap: float | None, width: int
 ) -> None:
-    """Set logits = scale * cap(left @ right.T), a slice of the width at a time."""
+    """Set logits = scale * cap(left @ right.T), one slice of the width at a time."""
     slices = left.shape[1] // width
 
     def step(index, _):
         at = pl.ds(pl.multiple_of(index * width, width), width)
         x = dot(left[:, at], right[:, at], (1, 1))
         x = x + jnp.where(index > 0, logits[...], 0.0)
-        # Scaled here the logits are stored once less; while matrices multiply it costs nothing.
+        # Scaling here saves one store of the logits, and is free during the product.
         logits[...] = x if softcap else x * jnp.where(index == slices - 1, scale, 1.0)
         return 0
 
@@ -163,7 +165,7 @@ def _multiply(
 
 
 def _mask_columns(logits: Ref, axis: int, left: Array) -> None:
-    """Lower columns from `left` on: padding of the head, or beyond its end, where anything lies."""
+    """Set columns from `left` on to `LOWEST`: padding, or memory beyond the end of the head."""
 
     @pl.when(left < logits.shape[axis])
     def _():
@@ -205,15 +207,18 @@ def _slabs(rows: int, most: int) -> list[pl.Slice]:
 
 
 def _fold(x: Array) -> Array:
-    """Group rows by register; to reduce the groups is elementwise work."""
+    """Return the rows grouped by register, so that reducing the groups is elementwise."""
     return x.reshape(-1, SUBLANES, x.shape[1])
 
 
 def _init_lists(left: Array, values: Ref, ids: Ref) -> None:
-    """Empty the lists; nothing beats that of a lane beyond the tokens left, which holds garbage."""
+    """Empty the lists.
+
+    Those of lanes beyond the `left` tokens, which hold garbage, accept nothing.
+    """
     lane = lax.broadcasted_iota(jnp.int32, values.shape, 1)
     values[...] = jnp.where(lane < left, LOWEST, jnp.inf)
-    # An empty place has a negative id of its own, for a place is told by its value and id.
+    # Entries are identified by value and id, so each empty one needs an id of its own.
     ids[...] = -1.0 - lax.broadcasted_iota(jnp.int32, ids.shape, 0).astype(jnp.float32)
 
 
@@ -226,10 +231,10 @@ def _update_lists(
     values: Ref,
     ids: Ref,
 ) -> None:
-    """Take a tile, whose column 0 is `first`, into the lists of the K best.
+    """Insert the logits of a tile, whose column 0 is `first`, into the top-K lists.
 
-    With bins the list takes from their winners. That is exact unless some bin's second belongs in
-    the list, too; then the tile is taken again as a whole.
+    With bins, the maximum of each bin is inserted. That is exact unless the second largest of some
+    bin belongs in the list, too; then the lists are restored and the whole tile is used.
     """
     first = first.astype(jnp.float32)
 
@@ -248,7 +253,7 @@ def _update_lists(
         old_ids[...] = ids[...]
         _extract(winners, highest, rows[...] + first, values, ids)
         last, place = _smallest(values[...], ids[...])
-        # A second equal to the last comes before it only if that is of this tile, too.
+        # A second equal to the list's last entry precedes it only if that is of this tile, too.
         missed = (seconds > last) | ((seconds == last) & (place >= first))
 
         @pl.when(jnp.any(missed))
@@ -259,7 +264,7 @@ def _update_lists(
 
 
 def _fold_into_bins(logits: Ref, winners: Ref, rows: Ref) -> Array:
-    """Set the highest logit of each bin and its row; return the highest of the seconds [1, B].
+    """Set each bin's highest logit and its row; return the highest of the second logits [1, B].
 
     Row r is in bin r mod the number of bins. Of equals the first wins.
     """
@@ -282,11 +287,11 @@ def _fold_into_bins(logits: Ref, winners: Ref, rows: Ref) -> Array:
 
 
 def _extract(pool: Ref, highest: Array, columns: Array, values: Ref, ids: Ref) -> None:
-    """Move the highest of the pool into the lists, as long as it beats the last of any.
+    """Move the highest entry of the pool into the lists while it exceeds the minimum of any list.
 
-    Equals leave the pool lowest column first and must beat what came before them: the order of
-    `lax.top_k`. At most K trips: what K of one pool have filled, none of the rest can enter. NaN
-    beats nothing.
+    Equals leave the pool lowest column first and must exceed what is in the list: the order of
+    `lax.top_k`. At most K steps: a list filled by K entries of one pool accepts none of the rest.
+    NaN exceeds nothing.
     """
 
     def beats(carry):
@@ -309,7 +314,7 @@ def _extract(pool: Ref, highest: Array, columns: Array, values: Ref, ids: Ref) -
 
 
 def _smallest(values: Array, ids: Array) -> tuple[Array, Array]:
-    """Return value and id of the last of each list: the lowest, of equals the highest id."""
+    """Return value and id of each list's last entry: its minimum, of equals the highest id."""
     last = values.min(axis=0, keepdims=True)
     return last, jnp.where(values == last, ids, -jnp.inf).max(axis=0, keepdims=True)
 
@@ -323,7 +328,7 @@ def _pick(
     sum_exp_logit: Ref,
     found: Ref,
 ) -> None:
-    """Fold some tokens of a tile; `wanted` are ids within it, or outside."""
+    """Fold some tokens of a tile; `wanted` are ids within the tile, or outside of it."""
     blocks = [logits[at, pl.ds(start, LANES)] for start in range(0, logits.shape[1], LANES)]
     highest = functools.reduce(jnp.maximum, blocks).max(axis=1, keepdims=True)
     before = max_logit[at, :]
@@ -333,7 +338,7 @@ def _pick(
     t = decay * (sum_exp_logit[at, :] + gap * sum_exp[at, :])
     s = decay * sum_exp[at, :]
     values = found[at, :]
-    # Of a remainder the compiler would ask which TPU it is for.
+    # Not `%`, whose lowering asks for the generation of the TPU.
     lane, block = wanted & (LANES - 1), wanted >> (LANES.bit_length() - 1)
     for index, z in enumerate(blocks):
         u = z - now

@@ -1,10 +1,10 @@
-"""What a range of the vocabulary says of each token, how ranges merge, and what it amounts to.
+"""Partial statistics of each token over a range of the vocabulary, and how to merge them.
 
     an implementation: hidden, head, ids, support, ... -> HeadPartials
-    finish:            HeadPartials -> log-probability, entropy, log-sum-exp, of the support, top-K
+    fused:             HeadPartials -> log-probability, entropy, log-sum-exp, support, top-K
 
-With z the logits of the range: m = max z, s = sum e^(z-m), t = sum (z-m) e^(z-m). Then
-log-sum-exp = m + log s and H = log s - t/s, two terms that are never negative: nothing cancels.
+With z the logits of the range: m = max z, s = sum e^(z-m), t = sum (z-m) e^(z-m). Then log-sum-exp
+= m + log s and H = log s - t/s, whose two terms are never negative, so nothing cancels.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int32
 from fireopd_jax.types import Array, pytree
 
 LOWEST = -1e30
-"""The running maximum of nothing: finite, because updates multiply m - max by s = 0."""
+"""m of an empty range: finite, because updates multiply m - max by s = 0."""
 
 
 @pytree
@@ -26,28 +26,30 @@ class HeadPartials:
     """Statistics of N tokens over a range of columns, float32."""
 
     max_logit: Float32[Array, " N"]
-    """m; `LOWEST` of an empty range."""
+    """m; `LOWEST` for an empty range"""
     sum_exp: Float32[Array, " N"]
     """s"""
     sum_exp_logit: Float32[Array, " N"]
     """t"""
     id_logit: Float32[Array, " N"]
-    """Logit of the token's id; -inf where that is outside the range."""
+    """Logit of the token's id; -inf if it is outside the range."""
     support_logits: Float32[Array, "N S"]
-    """Logits at its support ids, likewise."""
+    """Logits at the token's support ids; -inf outside the range."""
     top_logits: Float32[Array, "N K"]
     """The K largest logits, falling, of equals the lowest id first; -inf where there are fewer."""
     top_ids: Int32[Array, "N K"]
-    """Their columns; -1 where the value is -inf."""
+    """Their columns; -1 where the logit is -inf."""
     weight: Float32[Array, " N"] | None = None
-    """Of FiRe-OPD with the log V normaliser, from implementations that compute it on the way."""
+    """FiRe-OPD's token weight with log V as the maxima, if the implementation computes it."""
 
 
 Forward = Callable[..., HeadPartials]
-"""(hidden [N, D], head, ids [N], support_ids [N, S], scale [], limit, settings, weight_inputs) -> HeadPartials.
+"""(hidden [N, D], head, ids [N], support_ids [N, S], scale [], limit, settings, weight_inputs)
+-> HeadPartials.
 
 `limit`, i32[] or None, is how many of the first `settings.vocabulary` columns exist; None: all.
-`weight_inputs` is None, or ((1 + beta c^S) [N], alpha []), and then the state has a weight."""
+`weight_inputs` is None, or ((1 + beta c^S) [N], alpha []), and then the result has a weight.
+"""
 
 
 def entropy(partials: HeadPartials) -> Float32[Array, " N"]:
@@ -58,7 +60,7 @@ def entropy(partials: HeadPartials) -> Float32[Array, " N"]:
 def student_factor(
     student_entropy: Float32[Array, "*N"], beta: float | Array, vocabulary: int
 ) -> Float32[Array, "*N"]:
-    """Return 1 + beta c^S, c^S = H^S / log V."""
+    """Return 1 + beta c^S, c^S = H^S / log V (arXiv 2606.02684, Eq. 5-7)."""
     return 1.0 + beta * _share(student_entropy, vocabulary)
 
 
@@ -66,6 +68,8 @@ def weight(
     entropy: Float32[Array, " N"], weight_inputs: tuple[Array, Array], vocabulary: int
 ) -> Float32[Array, " N"]:
     """Return w = (1 + alpha c^T) (1 + beta c^S), c^T = 1 - H / log V.
+
+    `weight_inputs` is ((1 + beta c^S) [N], alpha []).
 
     References: arXiv 2606.02684, Eq. 5-7.
     """
@@ -76,7 +80,7 @@ def weight(
 def with_weight(
     partials: HeadPartials, weight_inputs: tuple[Array, Array] | None, vocabulary: int
 ) -> HeadPartials:
-    """Add the weight, where it is asked for."""
+    """Return `partials` with the weight, or unchanged if `weight_inputs` is None."""
     if weight_inputs is None:
         return partials
     w = weight(entropy(partials), weight_inputs, vocabulary)
@@ -84,12 +88,12 @@ def with_weight(
 
 
 def _share(entropy: Array, vocabulary: int) -> Array:
-    # One word leaves nothing to be unsure of: H = 0 = log V.
+    # With one token id, H = log V = 0: avoid 0 / 0.
     return jnp.clip(entropy / max(math.log(vocabulary), 1e-6), 0.0, 1.0)
 
 
 def merge(stacked: HeadPartials, k: int) -> HeadPartials:
-    """Merge states of disjoint ranges, stacked on the first axis in the order of their columns."""
+    """Return the merged partials of disjoint ranges, stacked on axis 0 in the order of columns."""
     max_logit = stacked.max_logit.max(axis=0)
     gap = stacked.max_logit - max_logit[None]
     decay = jnp.exp(gap)
@@ -106,7 +110,10 @@ def merge(stacked: HeadPartials, k: int) -> HeadPartials:
 
 
 def merge_over(axis: str, partials: HeadPartials, k: int) -> HeadPartials:
-    """Merge the states of the devices along a mesh axis, inside `shard_map`: a maximum, a sum."""
+    """Return the merged partials of the devices along a mesh axis; call inside `shard_map`.
+
+    Takes one maximum, one sum, and one gather of the top-K candidates of each device.
+    """
     max_logit = lax.pmax(partials.max_logit, axis)
     gap = partials.max_logit - max_logit
     decay = jnp.exp(gap)
@@ -125,7 +132,7 @@ def merge_over(axis: str, partials: HeadPartials, k: int) -> HeadPartials:
 def best_of(
     values: Float32[Array, "N C"], ids: Int32[Array, "N C"], k: int
 ) -> tuple[Float32[Array, "N K"], Int32[Array, "N K"]]:
-    """Sort candidates, of equals the lowest id first, and keep the first `k`."""
+    """Return the `k` largest candidates and their ids, of equals the lowest id first."""
     negative, ids = lax.sort((-jnp.asarray(values), jnp.asarray(ids)), dimension=1, num_keys=2)
     return -negative[:, :k], ids[:, :k]
 

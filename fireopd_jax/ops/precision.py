@@ -1,7 +1,7 @@
-"""Float32 means float32, on every platform.
+"""Matrix products of float32 in full float32 precision, on every platform.
 
-GPUs by default multiply it in TF32, of 10 bits, and TPUs in bfloat16, of 7. Who wants that speed
-says bfloat16.
+By default GPUs multiply float32 as TF32 (10 bits of mantissa) and TPUs as bfloat16 (7 bits). To get
+that speed, choose bfloat16 explicitly.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -13,11 +13,11 @@ from jax.typing import DTypeLike
 
 
 def precision_of(dtype: DTypeLike) -> lax.Precision | None:
-    """Give the precision of products of this type; None is the platform's own."""
+    """Return the precision of products in this dtype; None means the default of the platform."""
     return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 def precisely(dtype: DTypeLike) -> AbstractContextManager[None]:
-    """Let the products of a library that names no precision have this one."""
+    """Return a context that gives `precision_of(dtype)` to products that name no precision."""
     full = jnp.dtype(dtype) == jnp.float32
     return jax.default_matmul_precision("highest") if full else nullcontext()

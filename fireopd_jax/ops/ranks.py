@@ -1,4 +1,4 @@
-"""Order statistics of masked values: quantiles, ranks, medians of groups, repeated n-grams."""
+"""Order statistics of masked values: quantiles, ranks, medians by id, repeated n-grams."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ from fireopd_jax.types import Array
 def masked_quantile(
     values: Float32[Array, "*S"], mask: Bool[Array, "*S"], fraction: float
 ) -> Float32[Array, ""]:
-    """Return the quantile of the finite values where `mask` is true, interpolated; inf of none."""
+    """Return the interpolated quantile of the finite values where `mask`; inf if there are none."""
     return masked_quantiles(values, mask, (fraction,))[0]
 
 
 def masked_quantiles(
     values: Float32[Array, "*S"], mask: Bool[Array, "*S"], fractions: Sequence[float]
 ) -> list[Float32[Array, ""]]:
-    """Return several quantiles, for which the values are sorted once."""
+    """Return `masked_quantile` at several fractions in [0, 1], with one sort of the values."""
     inside = mask & jnp.isfinite(values)
     ordered = jnp.sort(jnp.where(inside, values, jnp.inf).reshape(-1))
     last = jnp.maximum(inside.sum() - 1, 0)
@@ -37,7 +37,7 @@ def masked_quantiles(
 
 
 def ranks(values: Float32[Array, "B T"], mask: Bool[Array, "B T"]) -> Int32[Array, "B T"]:
-    """Return each value's place in its row, the lowest first, stable; masked ones come last."""
+    """Return the rank of each value in its row, from 0 for the lowest, stable; masked ones last."""
     order = jnp.lexsort((values, ~jnp.asarray(mask)), axis=-1)
     return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
 
@@ -45,9 +45,9 @@ def ranks(values: Float32[Array, "B T"], mask: Bool[Array, "B T"]) -> Int32[Arra
 def median_by_id(
     ids: Int32[Array, " N"], values: Float32[Array, " N"], mask: Bool[Array, " N"]
 ) -> tuple[Float32[Array, " N"], Int32[Array, " N"]]:
-    """Return, for each element, the lower median of the values with its id, and their number.
+    """Return the lower median of the values with each element's id, and their number.
 
-    Elements where `mask` is false belong to no id: 0 and 0.
+    Elements where `mask` is false are in no group and return 0 and 0.
     """
     count = ids.shape[0]
     order = jnp.lexsort((values, ids, ~jnp.asarray(mask)))
@@ -65,9 +65,10 @@ def median_by_id(
 def repetition_rate(
     tokens: Int32[Array, "B T"], mask: Bool[Array, "B T"], n: int
 ) -> Float32[Array, " B"]:
-    """Return the share of each row's n-grams that stood in it before; 0 of rows shorter than n.
+    """Return the fraction of each row's n-grams that occurred earlier in the row, in [0, 1].
 
-    Only n-grams count whose tokens `mask` has all. Exact: they are sorted, not hashed.
+    Only n-grams whose tokens are all unmasked count; a row with none returns 0. Exact: n-grams are
+    sorted, not hashed.
     """
     rows, width = tokens.shape
     tokens = jnp.asarray(tokens)

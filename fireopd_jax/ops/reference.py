@@ -1,4 +1,4 @@
-"""Head statistics in plain jnp over the full logits: the truth for tests, gradients by autodiff."""
+"""Head statistics in plain jnp from the full logits, as the oracle of the tests."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,10 @@ def statistics(
     scale: Float32[Array, ""],
     settings: HeadSettings,
 ) -> tuple[Stats, Stats, Stats, Float32[Array, "N K"]]:
-    """Return log-probability, entropy, log-sum-exp and the log-probabilities at `support_ids`."""
+    """Return log-probability, entropy, log-sum-exp and the log-probabilities at `support_ids`.
+
+    Differentiable in `hidden` and `head`, not in `scale`.
+    """
     z = all_logits(hidden, head, scale, settings)
     logprob, entropy, logsumexp, top = _of_logits(z, ids)
     at = jnp.clip(support_ids, 0, settings.vocabulary - 1)
@@ -37,7 +40,7 @@ def top_k(
     settings: HeadSettings,
     weight_inputs: tuple[Array, Array] | None = None,
 ) -> tuple[Stats, Stats, Stats, Int32[Array, "N K"], Float32[Array, "N K"], Stats | None]:
-    """Return log-probability, entropy, log-sum-exp, the K most probable ids with theirs, weight."""
+    """Return log-probability, entropy, log-sum-exp, top-K ids, their log-probabilities, weight."""
     z = all_logits(hidden, head, scale, settings)
     logprob, entropy, logsumexp, top = _of_logits(z, ids)
     values, found = lax.top_k(z, min(settings.k, settings.vocabulary))
@@ -55,7 +58,7 @@ def top_k(
 
 
 def all_logits(hidden: Array, head: Array, scale: Array, settings: HeadSettings) -> Array:
-    """Return the logits of every word that exists, [N, V]."""
+    """Return the logits of all token ids, float32 [N, V]."""
     rows = as_vd(head, settings)[: settings.vocabulary]
     return logits(hidden, rows, lax.stop_gradient(scale), settings.softcap)[0]
 
@@ -69,7 +72,7 @@ def _of_logits(z: Array, ids: Array) -> tuple[Array, Array, Array, Array]:
     entropy = -jnp.sum(jnp.exp(logp) * jnp.where(logp > -jnp.inf, logp, 0.0), axis=1)
     at = jnp.clip(ids, 0, vocabulary - 1)[:, None]
     picked = jnp.take_along_axis(z, at, axis=1)[:, 0]
-    # Subtract in this order and the log-probability keeps the precision of log_softmax.
+    # In this order the subtraction is as precise as log_softmax.
     top = lax.stop_gradient(jnp.max(z, axis=1))
     logprob = jnp.where(exists(ids, vocabulary), picked - top, -jnp.inf) - (logsumexp - top)
     return logprob, entropy, logsumexp, top

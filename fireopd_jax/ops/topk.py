@@ -1,15 +1,15 @@
-"""Exact running top-K over chunks of columns, in the order of `lax.top_k`: of equals the lowest id.
+"""Exact running top-K over chunks of columns, in the order of `lax.top_k`: ties by lowest id.
 
-    chunk [N, C] -> maxima of groups; the running list and those -> at most K groups that matter
-    the running list, then the columns of those groups -> `lax.top_k` -> the new list
+    chunk [N, C] -> maximum of each group; the current list and the maxima -> at most K groups
+    the current list, then the columns of those groups -> `lax.top_k` -> the new list
 
-A column outside those groups loses to K entries of the list or maxima of other groups. The list
-stands first and groups are taken in ascending order, so equals stay in ascending order. No row is
-ever sorted whole. Where `lax.top_k` keeps a heap, as on the CPU, a good list in front also spares
-it most insertions.
+A column outside the chosen groups is smaller than K entries of the list or maxima of other groups,
+so it cannot enter. The list is in front and the groups are in ascending order, so equals stay in
+ascending order of id. No whole row is sorted. Where `lax.top_k` keeps a heap, as on a CPU, a list
+in front that is already good also avoids most insertions.
 
-A trap: a slice of `lax.top_k(...)`, such as `[..., -1:]`, compiles to a full sort on some
-platforms. Whole lists are used here.
+Slices of `lax.top_k(...)`, such as `[..., -1:]`, compile to a full sort on some platforms; only
+whole lists are used here.
 """
 
 import jax.numpy as jnp
@@ -25,12 +25,15 @@ TopKList = tuple[Float32[Array, "N K"], Int32[Array, "N K"]]
 
 
 def empty(tokens: int, k: int) -> TopKList:
-    """Start a list: no column yet."""
+    """Return the list (values [N, K], ids [N, K]) of no columns: -inf and -1."""
     return jnp.full((tokens, k), -jnp.inf, jnp.float32), jnp.full((tokens, k), -1, jnp.int32)
 
 
 def update(best: TopKList, values: Float32[Array, "N C"], first: Array | int) -> TopKList:
-    """Take the columns [first, first + C) into the list; they come after all that is in it."""
+    """Return the list updated with the columns [first, first + C).
+
+    They must come after all columns in the list.
+    """
     tokens, width = values.shape
     k = best[0].shape[1]
     if size := _group_size(width, k):
@@ -44,9 +47,9 @@ def update(best: TopKList, values: Float32[Array, "N C"], first: Array | int) ->
 
 
 def _group_size(width: int, k: int) -> int:
-    """Choose how wide a group is: K groups hold at most twice as many columns as there are groups.
+    """Return the group width: K groups hold at most twice as many columns as there are groups.
 
-    That keeps both stages short; 0 where groups would be too narrow to help.
+    Both stages are then short. 0 if the groups would be too narrow to help.
     """
     size = WIDEST_GROUP
     while k * size * size > 2 * width:
@@ -57,13 +60,13 @@ def _group_size(width: int, k: int) -> int:
 def _candidates(
     threshold: Array, values: Array, size: int, first: Array | int
 ) -> tuple[Array, Array]:
-    """Read the groups that may hold one of the K best, and the columns after the last group."""
+    """Return values and ids of the groups that may hold a top-K entry, and of the last columns."""
     tokens, width = values.shape
     k = threshold.shape[1]
     count = width // size
     groups = values[:, : count * size].reshape(tokens, count, size)
     _, at = lax.top_k(jnp.concatenate([threshold, groups.max(axis=2)], axis=1), k)
-    # An entry of the list takes no group: such places go last.
+    # An entry of the list needs no group: `count`, which sorts last, marks it.
     chosen = jnp.sort(jnp.where(at < k, count, at - k), axis=1)
     taken = (chosen < count)[:, :, None]
     read = jnp.minimum(chosen, count - 1)[:, :, None]

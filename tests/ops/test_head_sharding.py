@@ -149,10 +149,16 @@ def test_no_device_holds_the_whole_head_or_all_tokens():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rows": 42}, r"42 words, which 4 shards of axis 'tensor' do not divide; pad it to 44"),
+        (
+            {"rows": 42},
+            r"42 token ids, not divisible by the 4 shards of axis 'tensor'; pad it to 44",
+        ),
         ({"tokens": ("rows",)}, "no axis 'rows'; it has data, tensor"),
-        ({"tokens": ("tensor",)}, "axis 'tensor' splits tokens and vocabulary"),
-        ({"implementation": "reference"}, "'reference' holds full logits and takes no sharding"),
+        ({"tokens": ("tensor",)}, "axis 'tensor' shards both tokens and vocabulary"),
+        (
+            {"implementation": "reference"},
+            "'reference' computes full logits and does not support sharding",
+        ),
     ],
 )
 def test_shardings_that_do_not_fit_are_refused(change, words):

@@ -252,7 +252,7 @@ def without_shape_checks():
             r"support_ids of shape \(3, 2\).*\(4,\)",
         ),
         ({"softcap": 0.0}, ValueError, "softcap must be above 0, got 0.0"),
-        ({"valid": 14}, ValueError, "valid must be 1 to the 13 words of head, got 14"),
+        ({"valid": 14}, ValueError, "valid must be 1 to 13, the vocabulary size of head, got 14"),
         ({"valid": 0}, ValueError, "got 0"),
     ],
 )
