@@ -1,1 +1,1 @@
-"""Measurements of the package's own parts, each against the plain way to do the same."""
+"""Benchmarks of parts of the package, each against a plain implementation of the same."""

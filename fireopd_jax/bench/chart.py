@@ -1,4 +1,4 @@
-"""A chart of lines as SVG text: logarithmic upwards, one colour a line, a legend.
+"""A line chart as SVG text: logarithmic y axis, one colour per line, a legend.
 
 {label: [(x, y), ...]} -> SVG
 """
@@ -10,13 +10,13 @@ from html import escape
 WIDTH, HEIGHT = 720.0, 420.0
 LEFT, RIGHT, TOP, BOTTOM = 78.0, 104.0, 44.0, 54.0
 COLOURS = ("#0072b2", "#009e73", "#e69f00", "#cc79a7", "#d55e00", "#56b4e9", "#000000")
-"""Of Okabe and Ito: distinct to colour-blind readers, too."""
+"""The palette of Okabe and Ito, which colour-blind readers can tell apart."""
 
 Lines = Mapping[str, Sequence[tuple[float, float]]]
 
 
 def line_chart(lines: Lines, *, title: str, x_label: str, y_label: str) -> str:
-    """Draw the lines; points whose y is not above 0, or not finite, are left out."""
+    """Return the SVG text of the lines; points whose y is not positive and finite are left out."""
     shown = {
         label: [(x, y) for x, y in points if y > 0 and math.isfinite(y)]
         for label, points in lines.items()
@@ -76,14 +76,14 @@ def _text(x: float, y: float, text: str, anchor: str, size: int) -> str:
 
 
 def _decades(values: Iterable[float]) -> tuple[int, int]:
-    """Return the powers of ten around the values."""
+    """Return the exponents of the powers of ten that enclose the values."""
     values = list(values)
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     return low, max(high, low + 1)
 
 
 def _round_steps(first: float, last: float) -> list[float]:
-    """Return up to about five round numbers of the range, one step apart."""
+    """Return at most about five round numbers of the range, one step apart."""
     rough = (last - first) / 5 or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)

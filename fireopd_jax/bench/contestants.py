@@ -1,4 +1,4 @@
-"""Who answers the requests: the engine, our own static batch, and Hugging Face `generate`."""
+"""The contestants of the rollout benchmark: engine, own static batch, Hugging Face `generate`."""
 
 import dataclasses
 import multiprocessing
@@ -29,7 +29,7 @@ HF_THREADS, HF_BATCHES = (1, 2), (16, 64)
 def make_engine(
     model: LanguageModel, params: Params, work: Workload, slots: int, memory: Memory
 ) -> Engine:
-    """Compile an engine for a workload."""
+    """Return a compiled engine for a workload, loaded with `params`."""
     rows, width = work.prompt.shape
     engine = Engine(
         model, width=width, room=work.room, seed=0, slots=slots, rows=rows, memory=memory
@@ -39,16 +39,18 @@ def make_engine(
 
 
 def run_engine(engine: Engine, work: Workload) -> None:
-    """Answer all requests; every response must have its length."""
+    """Generate all responses; raise RuntimeError if one has not its requested length."""
     for completion, length in zip(engine.generate(work.requests()), work.response, strict=True):
         if len(completion.tokens) != length:
-            raise RuntimeError(f"{len(completion.tokens)} tokens came, {length} were asked for")
+            raise RuntimeError(
+                f"a response has {len(completion.tokens)} tokens, {length} were requested"
+            )
 
 
 def on_one_core(model: LanguageModel, work: Workload, slots: int, memory: Memory) -> Contestant:
-    """Let an engine answer in a process that has one core, as Hugging Face may with one thread.
+    """Return the engine in a process of one core, to compare with Hugging Face on one thread.
 
-    XLA takes as many threads as a process has cores, and two cost more CPU seconds than one.
+    XLA starts as many threads as the process has cores, and two cost more CPU seconds than one.
     """
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(
@@ -67,7 +69,7 @@ def on_one_core(model: LanguageModel, work: Workload, slots: int, memory: Memory
 def _answer_on_one_core(
     pipe: Connection, model: LanguageModel, work: Workload, slots: int, memory: Memory
 ) -> None:
-    """Answer all requests whenever the other end says so; give the CPU seconds that it took."""
+    """Generate all responses at each message on the pipe; reply with the CPU seconds used."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX starts its threads
     params = jax.jit(model.init)(jax.random.key(0))
     engine = make_engine(model, params, work, slots, memory)
@@ -84,7 +86,7 @@ def _answer_on_one_core(
 def static_batch(
     model: LanguageModel, params: Params, work: Workload, batch: int, memory: Memory
 ) -> Contestant:
-    """Answer batch after batch, each waiting for its longest response: no slot is refilled."""
+    """Return a contestant that generates batch after batch: no slot is refilled."""
     rows = len(work.length)
     sampling = dataclasses.replace(
         Sampling.of((), 1, 0).rows(batch), max_tokens=np.zeros(batch, np.int32)
@@ -109,26 +111,31 @@ def static_batch(
 
 
 def pytorch() -> tuple[Any, str]:
-    """Import PyTorch, and name its device of the kind that JAX has here."""
+    """Return PyTorch and the name of its device of the kind that JAX uses here.
+
+    Raises UserError on other platforms, or if PyTorch is missing or lacks CUDA.
+    """
     platform = jax.default_backend()
     if platform not in ("cpu", "gpu"):
-        raise UserError(f"--compare hf runs on a CPU or a GPU, this machine has {platform.upper()}")
+        raise UserError(
+            f"--compare hf runs on CPU or GPU only, this machine has {platform.upper()}"
+        )
     try:
-        torch: Any = import_module("torch")  # by name: only this comparison needs it
+        torch: Any = import_module("torch")  # imported here: only this comparison needs it
     except ImportError as error:
         raise UserError("--compare hf needs PyTorch: pip install fireopd-jax[parity]") from error
     if platform == "gpu" and not torch.cuda.is_available():
-        raise UserError("--compare hf on a GPU needs a PyTorch built for CUDA, this one is not")
+        raise UserError("--compare hf on a GPU needs PyTorch with CUDA, this one has none")
     return torch, "cpu" if platform == "cpu" else "cuda"
 
 
 def hugging_face(
     model: LanguageModel, params: Params, work: Workload, slots: int
 ) -> list[Contestant]:
-    """Let `transformers` generate with the same weights, in left-padded batches.
+    """Return contestants that run `transformers` on the same weights, in left-padded batches.
 
-    On a CPU at 1 and 2 threads and two sizes of batch. On a GPU it does one batch, of as many rows
-    as we have slots: more would only take longer.
+    On a CPU with 1 and 2 threads and two batch sizes. On a GPU one batch, with as many rows as the
+    engine has slots, because more would only take longer.
     """
     torch, device = pytorch()
     reference = hugging_face_model(model, params)
@@ -151,7 +158,7 @@ def hugging_face(
 
 
 def hugging_face_model(model: LanguageModel, params: Params) -> Any:
-    """Give the model of `transformers` that has these parameters."""
+    """Return the `transformers` model with these parameters."""
     import transformers
 
     torch, device = pytorch()
@@ -160,7 +167,8 @@ def hugging_face_model(model: LanguageModel, params: Params) -> Any:
     described |= {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
     config = transformers.AutoConfig.for_model(**described)
     dtype = getattr(torch, model.config.dtype)
-    with torch.device(device):  # its first weights, drawn in vain, take a CPU a minute
+    # On the device, because drawing the initial weights, unused, would take a CPU a minute.
+    with torch.device(device):
         reference = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     weights = {
         name: torch.from_numpy(np.array(tensor, np.float32)).to(dtype)
@@ -174,7 +182,7 @@ def hugging_face_model(model: LanguageModel, params: Params) -> Any:
 
 
 def left_padded(name: str, reference: Any, work: Workload, batch: int) -> Contestant:
-    """Answer batch after batch, as `generate` wants prompts; every row stops at its length."""
+    """Return a contestant that generates left-padded batches; every row stops at its length."""
     import transformers
 
     torch, device = pytorch()

@@ -1,9 +1,10 @@
-"""Time and scratch memory of the head statistics, against the plain version and a bare product.
+"""Time and scratch memory of the head statistics, against full logits and a bare product.
 
-    shape -> inputs -> one compiled program a case -> interleaved rounds -> medians -> rows
+    shape -> inputs -> one compiled program per case -> interleaved rounds -> medians -> rows
 
-The naive version is "reference": full logits and `lax.top_k`, compiled like the others, on the same
-inputs. Rounds are interleaved, so that a slow spell of the machine meets every case alike.
+The baseline "naive" is the implementation "reference": full logits and `lax.top_k`, compiled like
+the others, on the same inputs. Rounds are interleaved, so that a slow period of the machine affects
+all cases alike.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is measured."""
+    """Sizes and dtype of the measured inputs."""
 
     tokens: int
     width: int
@@ -50,7 +51,7 @@ class Shape:
 
 @dataclasses.dataclass
 class Case:
-    """One compiled program and the times it took."""
+    """A compiled program and its measured times, in seconds."""
 
     run: Callable[[], Any]
     scratch_bytes: int
@@ -58,7 +59,7 @@ class Case:
     cpu_s: list[float] = dataclasses.field(default_factory=list)
 
     def round(self) -> None:
-        """Run once, to its end."""
+        """Run the program once, to its end, and record the times."""
         wall, cpu = time.perf_counter(), time.process_time()
         jax.block_until_ready(self.run())
         self.wall_s.append(time.perf_counter() - wall)
@@ -68,18 +69,19 @@ class Case:
 def bench_head(
     shape: Shape, implementations: list[str] | None, rounds: int, file: Path | None = None
 ) -> Row:
-    """Measure each implementation, print a table, write JSON; returns what is written.
+    """Measure each implementation, print a table, write JSON and return its contents.
 
-    `None` stands for all implementations that run here.
+    `implementations=None` means all that run on this machine. Raises UserError for options that
+    cannot be measured.
     """
     check(shape, rounds)
     names = list(dict.fromkeys([NAIVE, *choose(shape, implementations)]))
     inputs = make_inputs(shape)
     matmul = compile_case(lambda hidden, head, ids, support: product(hidden, head), inputs)
     cases = {
-        (name, role, way): compile_case(program(shape, name, role, way), inputs)
+        (name, role, pass_name): compile_case(program(shape, name, role, pass_name), inputs)
         for name in names
-        for role, way in CASES
+        for role, pass_name in CASES
     }
     measure([matmul, *cases.values()], rounds)
     matmul_s = statistics.median(matmul.wall_s)
@@ -99,19 +101,22 @@ def bench_head(
 
 
 def measure(cases: Iterable[Case], rounds: int) -> None:
-    """Run each case once for nothing, then all in turn."""
+    """Run each case once unmeasured, then `rounds` times, in shuffled order."""
     cases = list(cases)
     for case in cases:
         jax.block_until_ready(case.run())
     order = random.Random(0)
     for _ in range(rounds):
-        # Whoever follows a program that frees a gigabyte pays for it: not always the same one.
+        # A program that follows one that frees a gigabyte is slower: shuffle, so that it varies.
         for case in order.sample(cases, len(cases)):
             case.round()
 
 
 def choose(shape: Shape, implementations: list[str] | None) -> list[str]:
-    """Return the implementations to measure: those asked for, or all that run here."""
+    """Return the implementations to measure: the named ones, or all that run on this machine.
+
+    Raises UserError for a named one that is unknown or cannot run.
+    """
     platform = jax.default_backend()
     here = [name for name in IMPLEMENTATIONS if PLATFORMS.get(name, platform) == platform]
     if implementations is None:
@@ -133,12 +138,12 @@ def choose(shape: Shape, implementations: list[str] | None) -> list[str]:
                 f"has {platform.upper()}; here run: {', '.join(here)}"
             )
         if reason := unsupported_reason(shape, name):
-            raise UserError(f"--implementations: {name} cannot do this: {reason}")
+            raise UserError(f"--implementations: {name} does not support this: {reason}")
     return list(implementations)
 
 
 def unsupported_reason(shape: Shape, name: str) -> str | None:
-    """Say why a kernel cannot do the shape, as teacher or as student."""
+    """Return why a kernel does not support the shape, as teacher or as student, or None."""
     if name not in KERNELS:
         return None
     reason_for, sizes = (
@@ -150,7 +155,7 @@ def unsupported_reason(shape: Shape, name: str) -> str | None:
 
 
 def check(shape: Shape, rounds: int) -> None:
-    """Refuse what cannot be measured."""
+    """Raise UserError for a shape or number of rounds that cannot be measured."""
     if shape.dtype not in DTYPES:
         raise UserError(f"--dtype: expected {' or '.join(DTYPES)}, got {shape.dtype!r}")
     for option, value in (
@@ -168,7 +173,7 @@ def check(shape: Shape, rounds: int) -> None:
 
 
 def make_inputs(shape: Shape) -> tuple[Array, Array, Array, Array]:
-    """Draw states and head so that logits have deviation 2.5, as trained models have."""
+    """Return random inputs whose logits have standard deviation 2.5, as in trained models."""
     keys = jax.random.split(jax.random.key(0), 4)
     hidden = jax.random.normal(keys[0], (shape.tokens, shape.width), shape.dtype)
     head = jax.random.normal(keys[1], (shape.vocabulary, shape.width), shape.dtype)
@@ -179,12 +184,12 @@ def make_inputs(shape: Shape) -> tuple[Array, Array, Array, Array]:
 
 
 def product(hidden: Array, head: Array) -> Array:
-    """Return the bare logits, in the type of the inputs."""
+    """Return the bare logits in the dtype of the inputs."""
     return dot(hidden, head, (1, 1)).astype(hidden.dtype)
 
 
 def program(
-    shape: Shape, name: str, role: str, way: str, blocks: Blocks | None = None
+    shape: Shape, name: str, role: str, pass_name: str, blocks: Blocks | None = None
 ) -> Callable[..., Any]:
     """Return the function to compile: teacher or student, forward or with gradients."""
     options = {"implementation": name, "chunk": shape.chunk, "blocks": blocks}
@@ -200,43 +205,43 @@ def program(
 
     if role == "teacher":
         return teacher
-    return student if way == "forward" else jax.value_and_grad(loss, argnums=(0, 1))
+    return student if pass_name == "forward" else jax.value_and_grad(loss, argnums=(0, 1))
 
 
 def of_token(stats: HeadGather) -> Array:
-    """Give the loss of each token: every output has a gradient, none a multiple of another."""
+    """Return the loss of each token: each output has a gradient, none a multiple of another."""
     by_id = stats.logprob + stats.support_logprob.mean(axis=-1)
     return by_id + 0.1 * stats.entropy + 0.01 * stats.logsumexp
 
 
 def compile_case(function: Callable[..., Any], inputs: tuple[Array, ...]) -> Case:
-    """Compile for the inputs and read how much scratch the compiler planned."""
+    """Return the program compiled for the inputs, and the scratch bytes planned for it."""
     compiled = jax.jit(function).lower(*inputs).compile()
     analysis = compiled.memory_analysis()
     return Case(lambda: compiled(*inputs), getattr(analysis, "temp_size_in_bytes", 0))
 
 
 def row(key: tuple[str, str, str], case: Case, cases: dict[Any, Case], matmul_s: float) -> Row:
-    """Take medians and set them beside the naive version and the bare product."""
-    name, role, way = key
-    naive = cases[(NAIVE, role, way)]
+    """Return the medians of a case and their ratios to the naive case and the bare product."""
+    name, role, pass_name = key
+    naive = cases[(NAIVE, role, pass_name)]
     seconds = statistics.median(case.wall_s)
     return {
         "implementation": name,
         "role": role,
-        "pass": way,
+        "pass": pass_name,
         "seconds": seconds,
         "cpu_seconds": statistics.median(case.cpu_s),
         "scratch_mib": case.scratch_bytes / MIB,
         "ratio_to_naive_seconds": seconds / statistics.median(naive.wall_s),
-        # A backend that plans no scratch at all has no ratio.
+        # Avoid 0 / 0 where the compiler plans no scratch.
         "ratio_to_naive_scratch": case.scratch_bytes / max(naive.scratch_bytes, 1),
         "ratio_to_matmul": seconds / matmul_s,
     }
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write beside the file and rename: there is a whole one or none."""
+    """Write a file atomically: to a temporary file beside it, then rename."""
     part = file.with_name(file.name + ".part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -270,5 +275,5 @@ def print_table(result: Row) -> None:
             f"{each['ratio_to_naive_scratch']:.3f}",
             f"{each['ratio_to_matmul']:.2f}",
         )
-    # A pipe has no width of its own, and the numbers are the point.
+    # A pipe has no width; do not truncate the numbers.
     Console(width=max(Console().width, 120)).print(table)

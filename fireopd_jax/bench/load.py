@@ -3,10 +3,10 @@
     a folder, or random shards -> processes: read every tensor, load -> medians, largest peak
     deep and shallow models of a tiny width -> score, update -> compiled anew -> medians
 
-Each round of loading is a process of its own: what a user waits for is the first load, with all
-that it compiles, and the peak of memory is a process's. The files are in the page cache by then.
-They are read twice: into a buffer that is used again and again, and into memory that is kept, as
-what is loaded must be. Where pages are dear the two are far apart.
+Each round of loading is a process of its own, because a user waits for the first load, with all
+that it compiles, and because the peak of memory is that of a process. The files are in the page
+cache by then. They are read twice: into a buffer that is reused, and into memory that is kept, as
+for loaded parameters. Where new pages are expensive the two differ much.
 """
 
 import dataclasses
@@ -54,24 +54,24 @@ Row = dict[str, Any]
 def bench_load(
     folder: Path | None,
     gib: float,
-    kept: str | None,
+    dtype: str | None,
     rounds: int,
     layers: tuple[int, int] = (DEEP, SHALLOW),
     file: Path | None = None,
 ) -> Row:
-    """Measure a folder, or random shards of `gib`; print tables, write JSON, return what it says.
+    """Measure a folder, or random shards of `gib` GiB; print tables, write JSON and return it.
 
-    `kept` is the type of the parameters; by default the folder's own.
+    `dtype` is that of the parameters, by default the folder's. Raises UserError for bad options.
     """
     for option, value in (("--gib", gib), ("--rounds", rounds)):
         if not value > 0:
             raise UserError(f"{option}: expected more than 0, got {value}")
-    if kept not in (None, *get_args(Type)):
-        raise UserError(f"--dtype: expected {' or '.join(get_args(Type))}, got {kept!r}")
+    if dtype not in (None, *get_args(Type)):
+        raise UserError(f"--dtype: expected {' or '.join(get_args(Type))}, got {dtype!r}")
     with tempfile.TemporaryDirectory(prefix="fireopd-bench-") as own:
         if folder is None:
             write_random(Path(own), gib)
-        loads = [in_a_process(folder or Path(own), kept) for _ in range(rounds)]
+        loads = [measure_in_process(folder or Path(own), dtype) for _ in range(rounds)]
     result: Row = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -87,7 +87,7 @@ def bench_load(
 
 
 def write_random(folder: Path, gib: float) -> None:
-    """Write a bfloat16 model of about this size in several files."""
+    """Write a random bfloat16 model of about `gib` GiB in several files."""
     per_square = LAYERS * 12 + VOCABULARY
     width = max(32, 32 * round(math.sqrt(gib * GIB / 2 / per_square) / 32))
     config = DecoderConfig(
@@ -106,10 +106,10 @@ def write_random(folder: Path, gib: float) -> None:
     write_weights(folder, params, config, "bfloat16", max(1, int(gib * GIB) // SHARDS))
 
 
-def in_a_process(folder: Path, kept: str | None) -> Row:
-    """Measure one load in a process of its own."""
-    # The children of a bench are not its tests: they need nothing but the arguments.
-    command = [sys.executable, "-m", "fireopd_jax.bench.load", str(folder), kept or ""]
+def measure_in_process(folder: Path, dtype: str | None) -> Row:
+    """Return the measurements of one load in a process of its own."""
+    # The process needs nothing but its arguments.
+    command = [sys.executable, "-m", "fireopd_jax.bench.load", str(folder), dtype or ""]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -117,25 +117,25 @@ def in_a_process(folder: Path, kept: str | None) -> Row:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(folder: Path, kept: str | None) -> Row:
-    """Read every tensor, load, and read again into memory that is kept; say what each took."""
+def measure(folder: Path, dtype: str | None) -> Row:
+    """Return times of reading every tensor, of loading, and of reading into kept memory."""
     config = read_config(folder)
-    config = dataclasses.replace(config, param_dtype=kept or config.dtype)
+    config = dataclasses.replace(config, param_dtype=dtype or config.dtype)
     assert config.vocab_size is not None
     place = SingleDeviceSharding(jax.devices()[0])
-    jax.block_until_ready(jnp.zeros(1))  # the device is there before the clock runs
+    jax.block_until_ready(jnp.zeros(1))  # initialise the device before the clock starts
     tensors = list(open_folder(folder).values())
     for _ in range(2):  # the first fills the page cache
         start = time.perf_counter()
         for tensor in tensors:
             tensor.rows(0, tensor.shape[0])
         read_s = time.perf_counter() - start
-    before = resident("VmRSS")
+    before = resident_bytes("VmRSS")
     start = time.perf_counter()
     params = jax.block_until_ready(load(folder, config, config.vocab_size, place))
     load_s = time.perf_counter() - start
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    extra = resident("VmHWM") - before - (size if place_is_host(params) else 0)
+    extra = resident_bytes("VmHWM") - before - (size if on_host(params) else 0)
     del params
     start = time.perf_counter()
     kept_tensors = [tensor.rows(0, tensor.shape[0]) for tensor in tensors]
@@ -150,13 +150,13 @@ def measure(folder: Path, kept: str | None) -> Row:
     }
 
 
-def place_is_host(params: Params) -> bool:
-    """Tell whether the parameters themselves count as memory of the process."""
+def on_host(params: Params) -> bool:
+    """Return whether the parameters themselves are in the memory of the process."""
     return all(d.platform == "cpu" for leaf in jax.tree.leaves(params) for d in leaf.devices())
 
 
-def resident(key: str) -> int:
-    """Give the memory of this process now (VmRSS) or at its highest (VmHWM), in bytes."""
+def resident_bytes(key: str) -> int:
+    """Return this process's resident memory in bytes, now (VmRSS) or at its peak (VmHWM)."""
     status = Path("/proc/self/status")
     if status.is_file():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
@@ -166,7 +166,7 @@ def resident(key: str) -> int:
 
 
 def load_row(rounds: list[Row]) -> Row:
-    """Take medians of the times and the largest peak."""
+    """Return the medians of the times and the largest peak."""
     keys = ("read_seconds", "keep_seconds", "load_seconds")
     times = {key: statistics.median(each[key] for each in rounds) for key in keys}
     return {
@@ -179,7 +179,7 @@ def load_row(rounds: list[Row]) -> Row:
 
 
 def compile_rows(layers: tuple[int, int], rounds: int) -> list[Row]:
-    """Compile score and update of the deep and of the shallow model, in turn."""
+    """Return compile times of score and update, of the deep and the shallow model."""
     keys = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
     before = {key: jax.config.values[key] for key in keys}
     compile_cache(enabled=False)
@@ -191,7 +191,7 @@ def compile_rows(layers: tuple[int, int], rounds: int) -> list[Row]:
                     jax.clear_caches()
                     start = time.perf_counter()
                     lower().compile()
-                    if turn:  # the first is not counted: much of JAX is new to the process then
+                    if turn:  # not the first, which also imports and initialises much of JAX
                         times.setdefault((name, depth), []).append(time.perf_counter() - start)
     finally:
         for key, value in before.items():
@@ -213,7 +213,7 @@ def compile_rows(layers: tuple[int, int], rounds: int) -> list[Row]:
 
 
 def programs(depth: int) -> dict[str, Callable[[], Any]]:
-    """Give the lowering of score and update for a model of so many layers."""
+    """Return functions that lower score and update for a model with `depth` layers."""
     config = DecoderConfig(
         hidden_size=32, num_hidden_layers=depth, head_dim=8, intermediate_size=64
     )
@@ -235,7 +235,7 @@ def programs(depth: int) -> dict[str, Callable[[], Any]]:
 
 
 def make_batch(rows: int = 4, width: int = 8, length: int = 8) -> Batch:
-    """Give a batch of zeros."""
+    """Return a batch of zeros."""
     of_row, ids = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, width), jnp.int32)
     prompts = Prompts(ids, of_row, ids, of_row, of_row, of_row, of_row, of_row)
     values = jnp.zeros((rows, length))
@@ -246,7 +246,7 @@ def make_batch(rows: int = 4, width: int = 8, length: int = 8) -> Batch:
 
 
 def print_tables(result: Row) -> None:
-    """Print what was measured."""
+    """Print the measurements."""
     row = result["load"]
     title = f"{result['folder']}, {result['device']}, medians of {result['rounds']}"
     table = Table("files GiB", "read s", "read, kept s", "load s", "/ read", "/ kept", title=title)

@@ -1,9 +1,9 @@
-"""What a step of each method costs: CPU seconds and scratch of score and update, beside OPD's.
+"""Cost of one step of each method: CPU seconds and scratch of score and update, relative to OPD.
 
     one configuration, random models, one rollout -> every method -> interleaved rounds -> medians
 
-Rollouts are left out: they cost all methods the same. CPU seconds are those of the whole process,
-all threads, compiling not.
+The rollout is not measured, since it costs all methods the same. CPU seconds are those of all
+threads of the process, without compilation.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass
 class Contestant:
-    """The two programs of a method, ready to be called."""
+    """The compiled programs of a method and their CPU seconds by round."""
 
     name: str
     score: Callable[[], Any]
@@ -53,7 +53,7 @@ class Contestant:
 def bench_methods(
     settings: Sequence[str], methods: Sequence[str] | None, rounds: int, file: Path | None
 ) -> Row:
-    """Measure, print a table and write the figures."""
+    """Measure the methods, print a table, write JSON and return its contents."""
     config = load_config([*settings, "run.compare=[]"])
     names = list(dict.fromkeys([BASELINE, *(methods or METHODS)]))
     setup = set_up(config)
@@ -64,7 +64,7 @@ def bench_methods(
             for part in ("score", "update"):
                 start = time.process_time()
                 jax.block_until_ready(getattr(each, part)())
-                if turn:  # the first one compiles
+                if turn:  # the first round is a warm-up
                     each.seconds[part].append(time.process_time() - start)
     result: Row = {
         "command": " ".join(["fireopd bench methods", *settings]),
@@ -81,7 +81,7 @@ def bench_methods(
 
 
 def row(each: Contestant, baseline: Contestant) -> Row:
-    """Give medians, and medians of the ratios to the baseline within a round."""
+    """Return medians, and medians of the ratios to the baseline within each round."""
     out: Row = {"name": each.name, "scratch_bytes": each.scratch}
     for part, seconds in each.seconds.items():
         pairs = zip(seconds, baseline.seconds[part], strict=True)
@@ -91,10 +91,15 @@ def row(each: Contestant, baseline: Contestant) -> Row:
 
 
 def contestant(setup: Setup, config: Config, name: str, rollout: Rollout) -> Contestant:
-    """Compile a method's programs for one setup."""
+    """Return a method's programs, compiled for the setup.
+
+    Raises UserError for a method that grades responses, because the rollout is random.
+    """
     method = with_method(config, name).method
     if method.score.margin is not None:
-        raise UserError(f"--methods {name}: grades responses, which there are none of here")
+        raise UserError(
+            f"--methods {name}: needs graded responses, and the responses here are random"
+        )
     programs = make_programs(setup, method, config.optim)
     key = jax.random.key(0)
     whole = [
@@ -102,18 +107,18 @@ def contestant(setup: Setup, config: Config, name: str, rollout: Rollout) -> Con
         for i, spec in enumerate((setup.student, *setup.teachers))
     ]
     student, *teachers = whole
-    beside = Beside(base=student if method.score.base else None)
-    asked = student, teachers, rollout, jnp.float32(1), jnp.int32(0), beside
-    score = programs.score.lower(*asked).compile()
-    batch, *_ = score(*asked)
-    lent = teachers[0] if method.loss.divergence_from_teacher is not None else None
+    extra_inputs = Beside(base=student if method.score.base else None)
+    score_inputs = student, teachers, rollout, jnp.float32(1), jnp.int32(0), extra_inputs
+    score = programs.score.lower(*score_inputs).compile()
+    batch, *_ = score(*score_inputs)
+    lent_teacher = teachers[0] if method.loss.divergence_from_teacher is not None else None
     state = init_state(programs.learner(student), programs.optimizer)
-    rest = batch, jnp.float32(1), None, lent
+    rest = batch, jnp.float32(1), None, lent_teacher
     update = programs.update.lower(place_whole(setup.mesh, state), *rest).compile()
-    # A state is given away, and another comes back.
+    # The update donates its input state and returns the next one.
     kept = [place_whole(setup.mesh, state)]
 
-    def learn() -> Any:
+    def run_update() -> Any:
         kept[0], metrics = update(kept[0], *rest)
         return metrics
 
@@ -121,11 +126,11 @@ def contestant(setup: Setup, config: Config, name: str, rollout: Rollout) -> Con
         part: program.memory_analysis().temp_size_in_bytes
         for part, program in (("score", score), ("update", update))
     }
-    return Contestant(name, lambda: score(*asked), learn, scratch)
+    return Contestant(name, lambda: score(*score_inputs), run_update, scratch)
 
 
 def random_rollout(setup: Setup) -> Rollout:
-    """Draw tokens by lot, responses of half their room to all of it."""
+    """Return a rollout of random tokens, with responses of half to all of the maximal length."""
     config, rng = setup.config, np.random.default_rng(0)
     rows, room = config.rollout.batch_size, config.rollout.max_tokens
     width, size = config.data.max_prompt_tokens, setup.student.model.size
@@ -149,7 +154,7 @@ def random_rollout(setup: Setup) -> Rollout:
 
 
 def print_table(result: Row) -> None:
-    """Print the figures, a row a method."""
+    """Print one row per method."""
     table = Table(title=f"{result['command']}  ({result['platform']}, {result['rounds']} rounds)")
     for column in ("method", "score, CPU ms", "x opd", "update, CPU ms", "x opd", "scratch, MiB"):
         table.add_column(column, justify="left" if column == "method" else "right")

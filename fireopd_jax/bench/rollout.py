@@ -1,10 +1,11 @@
-"""Useful tokens a second: the engine, our own static batch, and Hugging Face `generate`.
+"""Useful tokens per second: the engine, our own static batch, and Hugging Face `generate`.
 
     one random model, one list of requests -> every contestant -> interleaved rounds -> medians
 
-On a CPU seconds are those of the whole process, all threads; elsewhere those of the clock. Prefill
-is included, compiling is not. Elsewhere the static batch stays away, as its program would compile
-for a minute; how long memory alone would take stands beside the engine instead.
+On a CPU, seconds are CPU seconds of the whole process, all threads; elsewhere they are wall-clock
+seconds. Prefill is included, compilation is not. Elsewhere the static batch is left out, because
+its program would compile for a minute; instead the table has the time that memory traffic alone
+would take.
 """
 
 import json
@@ -61,7 +62,7 @@ def bench_rollout(
     name: str = "small",
     cache: str = "dense",
 ) -> Row:
-    """Measure, print a table and write the figures."""
+    """Measure the contestants, print a table, write JSON and return its contents."""
     check(compare, name, cache)
     config, memory = MODELS[name], CACHES[cache]
     assert config.vocab_size is not None
@@ -88,17 +89,17 @@ def bench_rollout(
                 ENGINE, work.tokens, lambda engine=engine, work=work: run_engine(engine, work)
             )
         ]
-        if on_cpu:  # elsewhere its program would compile for a minute more
+        if on_cpu:  # on other platforms its program would compile for a minute more
             contestants.append(static_batch(model, params, work, fitting, memory))
         if compare == "hf":
             contestants += hugging_face(model, params, work, slots)
-        # Where an operating system keeps no process to a core, it goes without.
+        # Some operating systems cannot pin a process to a core.
         if compare == "hf" and on_cpu and hasattr(os, "sched_setaffinity"):
             contestants.append(on_one_core(model, work, fitting, memory))
         measure(contestants, rounds)
-        row = figures(work, engine.programs, engine.statistics, contestants, on_cpu)
+        row = summary(work, engine.programs, engine.statistics, contestants, on_cpu)
         if result["bandwidth"]:
-            row |= floor(model, params, work, engine.statistics, rounds, result["bandwidth"])
+            row |= memory_floor(model, params, work, engine.statistics, rounds, result["bandwidth"])
             row["floor_fraction"] = row["floor_seconds"] / row["wall_seconds"]
         result["workloads"].append(row)
     first = result["workloads"][0]
@@ -112,7 +113,7 @@ def bench_rollout(
 
 
 def check(compare: str | None, name: str, cache: str) -> None:
-    """Refuse what is not known, or cannot run here, before anything is computed."""
+    """Raise UserError for an option that is unknown or cannot run here, before any computation."""
     for option, given, known in (
         ("--compare", compare, ["hf"]),
         ("--model", name, list(MODELS)),
@@ -131,7 +132,7 @@ def check(compare: str | None, name: str, cache: str) -> None:
 
 
 def bandwidth(gib: int = 2, calls: int = 20) -> float:
-    """Measure the bytes a second that an elementwise pass reads and writes."""
+    """Return the memory bandwidth in bytes per second, measured by an elementwise pass."""
     x = jnp.zeros(gib * 2**30 // 4, jnp.float32)
     turn = jax.jit(jnp.negative, donate_argnums=0)
     x = jax.block_until_ready(turn(x))
@@ -142,7 +143,7 @@ def bandwidth(gib: int = 2, calls: int = 20) -> float:
     return 2 * x.nbytes * calls / (time.perf_counter() - start)
 
 
-def floor(
+def memory_floor(
     model: LanguageModel,
     params: Params,
     work: Workload,
@@ -150,9 +151,9 @@ def floor(
     rounds: int,
     bytes_per_second: float,
 ) -> Row:
-    """Tell how long the steps would take if they only read what they must.
+    """Return the seconds that the steps would take if they only read what they must.
 
-    That is the weights once a step, and once a token the keys and values of all before it.
+    That is the weights once per step, and per token the keys and values of all earlier positions.
     """
     c = model.config
     shapes = jax.tree.leaves(jax.eval_shape(model.relay, params))
@@ -166,17 +167,17 @@ def floor(
     return {"steps": steps, "weight_bytes": weights, "cache_bytes": cache, "floor_seconds": seconds}
 
 
-def figures(
+def summary(
     work: Workload,
     programs: int,
     engine: Statistics,
     contestants: list[Contestant],
     on_cpu: bool = True,
 ) -> Row:
-    """Gather what is reported of a workload.
+    """Return the reported figures of a workload.
 
-    Ratios are of rates by medians, on a CPU by its seconds unless their name says otherwise. Those
-    to Hugging Face are of each at its best, of one core or thread and of several.
+    Ratios are of rates at the median time, in CPU seconds on a CPU unless their name says
+    otherwise. Those to Hugging Face compare the best of each, over one core or thread and several.
     """
     usual, ours = "cpu" if on_cpu else "wall", contestants[0]
     engines, static, hf = (
@@ -217,7 +218,7 @@ def figures(
 
 
 def print_table(result: Row) -> None:
-    """Show the figures."""
+    """Print the figures."""
     console = Console()
     for row in result["workloads"]:
         table = Table(title=f"{row['workload']}: {row['useful_tokens']} tokens")

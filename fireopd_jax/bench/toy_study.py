@@ -52,20 +52,20 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Walks:
-    """What a policy did: B walks of T steps."""
+    """B walks of T steps."""
 
     position: Float32[Array, "B T"]
-    """Before each step."""
+    """Position before each step."""
     step: Float32[Array, "B T"]
 
     @property
     def reached(self) -> Array:
-        """Positions after each step."""
+        """Position after each step."""
         return self.position + self.step
 
 
 def init_policy(key: Array) -> Policy:
-    """Draw a policy; its last layer is a tenth of the others."""
+    """Return a random policy, the kernel of its last layer scaled by 0.1."""
     sizes = (3, WIDTH, WIDTH, 2)
     keys = jax.random.split(key, 3)
     kernels = [
@@ -91,7 +91,7 @@ def act(policy: Policy, task: Array, position: Array, t: Array) -> tuple[Array, 
 
 
 def walk(policy: Policy, task: Array, key: Array, count: int) -> Walks:
-    """Draw walks of a task."""
+    """Return `count` random walks of a policy in a task."""
 
     def step(position: Array, at: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         t, noise = at
@@ -113,7 +113,10 @@ def logprob(policy: Policy, task: Array, walks: Walks) -> Float32[Array, "B T"]:
 
 
 def train_teacher(key: Array, task: Array, iterations: int) -> Policy:
-    """Learn a task by REINFORCE: reward -|s' - goal|, its sum from each step on, normalised."""
+    """Return a teacher trained by REINFORCE.
+
+    The reward is -|s' - goal|; its sum from each step on is normalised.
+    """
     optimizer = optax.adam(TEACHER_RATE)
 
     def iteration(state, key):
@@ -199,12 +202,12 @@ def study(keys: Array, iterations: int, teacher_iterations: int) -> tuple[Array,
         own = jax.vmap(end_error, (None, 0))(for_end, teachers)
         return *jax.vmap(of_gamma)(jnp.asarray(GAMMAS)), jnp.diagonal(own)
 
-    # One after the other: what they share stays in a CPU's cache.
+    # `lax.map`, not `vmap`: one seed at a time stays in a CPU's cache.
     return jax.lax.map(of_seed, keys)
 
 
 def read_seeds(text: str) -> tuple[int, ...]:
-    """Read `42,43`."""
+    """Return the seeds of a text such as `42,43`; raise UserError for other texts."""
     try:
         return tuple(int(seed) for seed in text.split(","))
     except ValueError:
@@ -218,9 +221,10 @@ def bench_toy(
     file: Path | None = None,
     teacher_iterations: int | None = None,
 ) -> Row:
-    """Run the study, print its table, write figure and JSON; returns what is written.
+    """Run the study, print its table, write figure and JSON; return the contents of the JSON.
 
-    Teachers learn for half as many iterations again as the student, if not told otherwise.
+    Teachers train for 1.5 times as many iterations as the student, unless `teacher_iterations` is
+    given. Raises UserError for fewer than 4 iterations.
     """
     if iterations < 4:
         raise UserError(f"--iterations: expected at least 4, got {iterations}")
@@ -255,7 +259,7 @@ def bench_toy(
 
 
 def draw(variances: Array, points: int = 100) -> str:
-    """Draw the median over seeds and over pieces of the iterations, a line a gamma."""
+    """Return the SVG of Var(g), one line per gamma: medians over seeds and pieces of iterations."""
     iterations = variances.shape[-1]
     ends = np.linspace(0, iterations, min(points, iterations) + 1).astype(int)
     lines = {}
@@ -274,7 +278,7 @@ def draw(variances: Array, points: int = 100) -> str:
 
 
 def print_table(result: Row) -> None:
-    """Print the late variances and the errors at the end."""
+    """Print the late variances and the final errors."""
     table = Table(
         title=f"Late Var(g), and mean |s - goal| after the last step (left / right task); "
         f"{result['iterations']} iterations, {result['device']}, {result['seconds']:.0f} s"
@@ -287,5 +291,5 @@ def print_table(result: Row) -> None:
         table.add_row(str(row["seed"]), *(f"{v:.2e}" for v in row["late_variance"]), "")
         errors = [*row["end_error"], row["teacher_end_error"]]
         table.add_row("", *(f"{left:.3f} / {right:.3f}" for left, right in errors))
-    # A pipe has no width of its own, and the numbers are the point.
+    # A pipe has no width; do not truncate the numbers.
     Console(width=max(Console().width, 120)).print(table)

@@ -1,9 +1,9 @@
-"""Time and scratch memory of the head statistics by block size, in a table by kind of device.
+"""Time and scratch memory of the head statistics by block size, in a table by device kind.
 
-    implementation -> candidate sizes -> one compiled program a size -> interleaved rounds -> rows
+    implementation -> candidate sizes -> one compiled program per size -> interleaved rounds -> rows
 
-Nothing reads the table. Who wants its sizes passes them on: as `chunk=` or `blocks=` to the head
-functions, as `method.score.head_chunk` to a run.
+Nothing reads the table automatically: pass its sizes as `chunk=` or `blocks=` to the head
+functions, or as `method.score.head_chunk` to a run.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from fireopd_jax.types import Array
 CASES = (("teacher", "forward"), ("student", "forward_backward"))
 CHUNKS = (1024, 2048, 4096, 8192, 16384)
 GPU_COLUMNS = (64, 128, 192, 256)
-"""All that the GPU kernels take; their other sizes are fixed."""
+"""All that the GPU kernels support; their other sizes are fixed."""
 TPU_FACTORS = (
     (0.5, 1, 1),
     (2, 1, 1),
@@ -50,7 +50,7 @@ TPU_FACTORS = (
     (0.5, 2, 1),
     (2, 0.5, 1),
 )
-"""Of the formula's tokens, columns and width."""
+"""Factors of the default tokens, columns and width."""
 DEFAULT_FILE = Path("head_blocks.json")
 KINDS = "device kinds"
 LONGEST_REASON = 160
@@ -58,31 +58,32 @@ LONGEST_REASON = 160
 
 @dataclasses.dataclass
 class Trial:
-    """One implementation with one choice of sizes."""
+    """One implementation with one choice of block sizes."""
 
     implementation: str
     role: str
-    way: str
+    pass_name: str
     sizes: int | Blocks
     """Columns of a chunk, or the blocks of a kernel."""
     default: bool
-    """The formula's own choice."""
+    """Whether these are the default sizes."""
     case: Case | None = None
     reason: str = ""
-    """Why there is no case."""
+    """Why `case` is None."""
 
     @property
     def seconds(self) -> float:
-        """The median; infinite where nothing was measured."""
+        """Median time in seconds; infinite if not measured."""
         return statistics.median(self.case.wall_s) if self.case else float("inf")
 
 
 def tune_head(
     shape: Shape, implementations: list[str] | None, rounds: int, file: Path | None = None
 ) -> Row:
-    """Measure each implementation over its sizes, print a table, add it to the file.
+    """Measure each implementation at several block sizes, print a table, add it to the file.
 
-    Returns what the file then holds, `head_blocks.json` where none is named.
+    Returns the contents of the file, by default `head_blocks.json`. Raises UserError if nothing
+    could be measured or the file is not such a table.
     """
     file = file or DEFAULT_FILE
     check(shape, rounds)
@@ -91,7 +92,7 @@ def tune_head(
     if PLAIN in (implementations or ()):
         raise UserError(f"--implementations: {PLAIN} has no block sizes to measure")
     names = [name for name in choose(shape, implementations) if name != PLAIN]
-    # A file that cannot take the rows is refused before they cost anything.
+    # Fail before measuring if the file is not such a table.
     read_table(file)
     inputs = make_inputs(shape)
     trials = [trial for name in dict.fromkeys(names) for trial in trials_of(shape, name)]
@@ -111,16 +112,16 @@ def tune_head(
 
 
 def trials_of(shape: Shape, name: str) -> list[Trial]:
-    """List what is to be measured of one implementation."""
+    """Return the trials of one implementation."""
     return [
-        Trial(name, role, way, sizes, default=index == 0)
-        for role, way in CASES
+        Trial(name, role, pass_name, sizes, default=index == 0)
+        for role, pass_name in CASES
         for index, sizes in enumerate(candidates(shape, name, role))
     ]
 
 
 def candidates(shape: Shape, name: str, role: str) -> Sequence[int | Blocks]:
-    """List sizes to try, the formula's own first."""
+    """Return the block sizes to try, the default first."""
     if name not in KERNELS:
         chunks = (default_chunk(shape.tokens, shape.width, larger=True), *CHUNKS)
         return list(dict.fromkeys(min(chunk, shape.vocabulary) for chunk in chunks))
@@ -138,15 +139,15 @@ def candidates(shape: Shape, name: str, role: str) -> Sequence[int | Blocks]:
 
 
 def prepare(shape: Shape, trial: Trial, inputs: tuple[Array, ...]) -> None:
-    """Compile and run once, or note why that cannot be done."""
+    """Compile and run the trial once, or record why it cannot run."""
     blocks = trial.sizes if isinstance(trial.sizes, Blocks) else None
     chunk = trial.sizes if isinstance(trial.sizes, int) else None
     shape = dataclasses.replace(shape, chunk=chunk)
-    function = program(shape, trial.implementation, trial.role, trial.way, blocks)
+    function = program(shape, trial.implementation, trial.role, trial.pass_name, blocks)
     try:
         case = compile_case(function, inputs)
         jax.block_until_ready(case.run())
-    # What is too large for a compiler or a device is said in exceptions of many kinds.
+    # Compilers and devices raise many kinds of exceptions for sizes that are too large.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         short = len(reason) <= LONGEST_REASON
@@ -156,7 +157,7 @@ def prepare(shape: Shape, trial: Trial, inputs: tuple[Array, ...]) -> None:
 
 
 def row(shape: Shape, trial: Trial) -> Row:
-    """Give a measured trial as it is written."""
+    """Return the table row of a measured trial."""
     assert trial.case is not None
     of_shape = {name: size for name, size in vars(shape).items() if name != "chunk"}
     if isinstance(trial.sizes, Blocks):
@@ -166,19 +167,19 @@ def row(shape: Shape, trial: Trial) -> Row:
     return {
         "implementation": trial.implementation,
         "role": trial.role,
-        "pass": trial.way,
+        "pass": trial.pass_name,
         "shape": of_shape,
         **sizes,
         "default": trial.default,
         "seconds": trial.seconds,
         "scratch_mib": trial.case.scratch_bytes / MIB,
-        # Rows that are kept may come from another release.
+        # Rows that stay in the file may come from another release.
         "jax": jax.__version__,
     }
 
 
 def read_table(file: Path) -> Row:
-    """Read what earlier runs have written; no file is an empty table."""
+    """Return the table in the file, empty if there is none; raise UserError if it is no table."""
     wanted = f'expected a table of `bench head --tune`, {{"{KINDS}": ...}}; name another file'
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
@@ -206,7 +207,10 @@ def _is_table(table: Any) -> bool:
 
 
 def merged(table: Row, kind: str, rows: list[Row]) -> Row:
-    """Add rows of a kind of device; they replace those of the same shape, role and name only."""
+    """Return the table with `rows` added to a device kind.
+
+    They replace rows of the same implementation, role, pass and shape only.
+    """
     kinds = table.get(KINDS, {})
     before = kinds.get(kind, {})
     measured = {_identity(each) for each in rows}
@@ -216,13 +220,13 @@ def merged(table: Row, kind: str, rows: list[Row]) -> Row:
 
 
 def _identity(row: Row) -> str:
-    """What sizes are compared within."""
+    """Return the key of the rows whose sizes are compared with one another."""
     names = ("implementation", "role", "pass", "shape")
     return json.dumps([row[name] for name in names], sort_keys=True)
 
 
 def print_trials(shape: Shape, trials: Sequence[Trial]) -> None:
-    """Print all trials, of each implementation and role the fastest first."""
+    """Print all trials, fastest first within each implementation and role."""
     table = Table(
         title=f"N {shape.tokens}, D {shape.width}, V {shape.vocabulary}, K {shape.k}, "
         f"{shape.dtype}, {jax.devices()[0].device_kind}"
@@ -239,19 +243,19 @@ def print_trials(shape: Shape, trials: Sequence[Trial]) -> None:
         table.add_row(
             each.implementation,
             each.role,
-            each.way,
+            each.pass_name,
             described(each.sizes),
             "yes" if each.default else "",
             *measured,
-            # A message of a compiler is no markup.
+            # `Text`, because a compiler message is not markup.
             Text(each.reason),
         )
-    # A pipe has no width of its own, and the numbers are the point.
+    # A pipe has no width; do not truncate the numbers.
     Console(width=max(Console().width, 160)).print(table)
 
 
 def described(sizes: int | Blocks) -> str:
-    """Name sizes as a caller passes them."""
+    """Return the sizes as keyword arguments."""
     if isinstance(sizes, int):
         return f"chunk={sizes}"
     return " ".join(f"{name}={size}" for name, size in vars(sizes).items() if size is not None)

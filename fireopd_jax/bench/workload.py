@@ -1,8 +1,8 @@
-"""What rollouts are measured by: models of random weights, requests, and who answers them.
+"""Workloads of the rollout benchmark: models with random weights, requests, contestants.
 
-"ragged" has responses of very different lengths, as training has: log-normal, median 40 or 100.
-"equal" has one batch of equal ones. Lengths are forced, by limits and no stop token, so that all do
-the same work.
+"ragged" has responses of very different lengths, as in training: log-normal, median 40 or 100.
+"equal" has one batch of equal lengths. Lengths are forced, by limits and no stop token, so that all
+contestants do the same work.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ MODELS = {"small": SMALL, "qwen3-0.6b": QWEN3_0_6B, "qwen3-1.7b": QWEN3_1_7B}
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Prompts, right-padded, and the length that each response will have."""
+    """Right-padded prompts and the length of each response."""
 
     name: str
     prompt: np.ndarray
@@ -54,20 +54,20 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Count the tokens that are of use."""
+        """Number of response tokens."""
         return int(self.response.sum())
 
     @property
     def room(self) -> int:
-        """Tell the longest response."""
+        """Length of the longest response."""
         return int(self.response.max())
 
     def first(self, rows: int) -> "Workload":
-        """Take a part of it."""
+        """Return the workload of the first `rows` rows."""
         return Workload(self.name, self.prompt[:rows], self.length[:rows], self.response[:rows])
 
     def requests(self) -> list[Request]:
-        """Ask an engine for all of it."""
+        """Return the workload as requests to an engine."""
         return [
             Request(i, self.prompt[i, : self.length[i]], Knobs(max_tokens=int(self.response[i])))
             for i in range(len(self.length))
@@ -76,24 +76,24 @@ class Workload:
 
 @dataclasses.dataclass
 class Contestant:
-    """One way to do a workload, and the seconds of CPU and of the clock that it took."""
+    """One way to run a workload, and its CPU and wall-clock seconds by round."""
 
     name: str
     tokens: int
     run: Callable[[], float | None]
-    """Gives the seconds of CPU if another process does the work."""
+    """Returns the CPU seconds if another process does the work."""
     cpu: list[float] = dataclasses.field(default_factory=list)
     wall: list[float] = dataclasses.field(default_factory=list)
 
     def rate(self, clock: str) -> float:
-        """Give the useful tokens a second, by the median of the rounds."""
+        """Return tokens per second of `clock` ("cpu" or "wall"), at the median round."""
         return self.tokens / statistics.median(getattr(self, clock))
 
 
 def ragged(
     rows: int = 64, width: int = 64, room: int = 256, median: int = 40, seed: int = 0
 ) -> Workload:
-    """Draw prompts of an eighth to all of `width`, and log-normal lengths of responses."""
+    """Return prompts of `width` / 8 to `width` tokens with log-normal response lengths."""
     rng = np.random.default_rng(seed)
     length = rng.integers(width // 8, width + 1, rows).astype(np.int32)
     prompt = rng.integers(0, VOCABULARY, (rows, width)).astype(np.int32)
@@ -102,20 +102,20 @@ def ragged(
 
 
 def equal(rows: int = 8, width: int = 32, room: int = 128) -> Workload:
-    """Draw one batch in which nothing differs but the tokens."""
+    """Return one batch that differs in nothing but its tokens."""
     prompt = np.random.default_rng(0).integers(0, VOCABULARY, (rows, width)).astype(np.int32)
     return Workload("equal", prompt, np.full(rows, width, np.int32), np.full(rows, room, np.int32))
 
 
 def workloads(name: str, slots: int) -> list[Workload]:
-    """Give a model the work that it is measured by: a large one four requests a slot."""
+    """Return the workloads of a model; a large one has four requests per slot."""
     if name == "small":
         return [ragged(), equal()]
     return [ragged(rows=4 * slots, width=256, room=512, median=100)]
 
 
 def measure(contestants: list[Contestant], rounds: int) -> None:
-    """Run every contestant once unmeasured, then in rounds of shuffled order."""
+    """Run every contestant once unmeasured, then `rounds` times, in shuffled order."""
     order = random.Random(0)
     for contestant in contestants:
         contestant.run()

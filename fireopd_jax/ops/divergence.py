@@ -68,9 +68,9 @@ def head_divergence(
     likewise with `teacher_softcap`; `logit_scale` is 1 / temperature for both. Differentiable in
     `hidden` and `head`. Matrix products accumulate in float32; their operands, the gradient of the
     logits among them, have the dtype of the inputs. Both models use the first `valid` token ids, by
-    default the vocabulary size of the smaller head. A NaN in `hidden` affects its own position
-    only, and no gradient if the cotangent there is 0. Options as in `HeadOptions`; both heads have
-    the same `head_layout`.
+    default the vocabulary size of the smaller head. A NaN in the hidden states of a position
+    affects that position only, and no gradient if the cotangent there is 0. Options as in
+    `HeadOptions`; both heads have the same `head_layout`.
 
     Raises TypeError or ValueError for arguments that do not fit, for sharding with `reference`, and
     for a sharded vocabulary with heads of different sizes or with `adaptive_kl`. The divergences
@@ -84,18 +84,7 @@ def head_divergence(
     transposed = head_layout == "dv"
     rows = head.shape[int(transposed)], teacher_head.shape[int(transposed)]
     shape = hidden.shape[:-1]
-    for each in rows:
-        check_sharding(sharding, each)
-    if sharding is not None:
-        if implementation == PLAIN:
-            raise ValueError(
-                f"implementation {PLAIN!r} computes full logits and does not support sharding"
-            )
-        if sharding.vocabulary and (rows[0] != rows[1] or divergence.adaptive):
-            raise ValueError(
-                "a sharded vocabulary needs heads of one size, and does not support adaptive_kl, "
-                "whose threshold is computed from whole rows of logits"
-            )
+    _check_sharding(divergence, sharding, rows, implementation)
     count = math.prod(shape)
     tokens = -(-count // (sharding.token_shards if sharding else 1))
     # Seven arrays (logits, log-probabilities, mixture, terms, slopes) exist for each chunk: smaller
@@ -115,6 +104,27 @@ def head_divergence(
     operands = (flat, head, of_teacher, teacher_head, scale)
     values: Any = (_reference if implementation == PLAIN else _chunked)(*operands, pair)
     return values[:count].reshape(shape)
+
+
+def _check_sharding(
+    divergence: Divergence,
+    sharding: HeadSharding | None,
+    rows: tuple[int, int],
+    implementation: str | None,
+) -> None:
+    """Raise ValueError for a sharding that the heads, implementation or divergence exclude."""
+    for each in rows:
+        check_sharding(sharding, each)
+    if sharding is not None:
+        if implementation == PLAIN:
+            raise ValueError(
+                f"implementation {PLAIN!r} computes full logits and does not support sharding"
+            )
+        if sharding.vocabulary and (rows[0] != rows[1] or divergence.adaptive):
+            raise ValueError(
+                "a sharded vocabulary needs heads of one size, and does not support adaptive_kl, "
+                "whose threshold is computed from whole rows of logits"
+            )
 
 
 def _flat_padded(states: Array, sharding: HeadSharding | None) -> Array:

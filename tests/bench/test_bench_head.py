@@ -113,7 +113,7 @@ def test_a_kernel_that_cannot_run_is_one_line(monkeypatch, capsys, tmp_path, wid
     assert error == "fireopd: --implementations: pallas_tpu " + (
         "runs on TPU only, this machine has CPU; here run: reference, chunked\n"
         if width == "4"
-        else "cannot do this: width 100000 in float32 is too wide for blocks of 44 MiB\n"
+        else "does not support this: width 100000 in float32 is too wide for blocks of 44 MiB\n"
     )
     assert not list(tmp_path.iterdir())
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from fireopd_jax.bench import load as bench
-from fireopd_jax.bench.load import bench_load, in_a_process, measure, programs, write_random
+from fireopd_jax.bench.load import bench_load, measure, measure_in_process, programs, write_random
 from fireopd_jax.config import UserError
 from fireopd_jax.models.hf_load import open_folder, read_config
 
@@ -38,7 +38,7 @@ def test_a_load_is_measured(folder, kept, factor):
 
 
 def test_the_whole_is_printed_and_written(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "in_a_process", measure)
+    monkeypatch.setattr(bench, "measure_in_process", measure)
     depths = []
 
     def quick(depth):
@@ -78,4 +78,4 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="--dtype: expected float32 or bfloat16, got 'int8'"):
         bench_load(None, 1.0, "int8", 1)
     with pytest.raises(UserError, match=r"no config\.json; expected a model folder"):
-        in_a_process(tmp_path, None)
+        measure_in_process(tmp_path, None)

@@ -29,7 +29,7 @@ def contestant(name, cpu, wall, tokens=40):
 
 def test_ratios_are_of_medians_and_of_the_best_of_the_others():
     work = workload.Workload("x", np.zeros((2, 3)), np.array([1, 3]), np.array([10, 30]))
-    found = bench.figures(
+    found = bench.summary(
         work,
         1,
         Statistics(drawn=3, slot_steps=4),
@@ -62,7 +62,7 @@ def test_the_workloads_are_what_they_are_said_to_be():
 
 def test_against_hugging_face_the_engine_has_its_best_number_of_cores():
     work = workload.Workload("x", np.zeros((1, 3)), np.array([1]), np.array([40]))
-    found = bench.figures(
+    found = bench.summary(
         work,
         1,
         Statistics(),
@@ -91,11 +91,11 @@ def test_an_engine_of_one_core_counts_its_own_seconds():
 def test_elsewhere_the_clock_counts_and_each_rival_by_what_it_did():
     work = workload.Workload("x", np.zeros((1, 3)), np.array([1]), np.array([10]))
     ours = contestant("engine", [2.0], [1.0])
-    found = bench.figures(work, 1, Statistics(), [ours], False)
+    found = bench.summary(work, 1, Statistics(), [ours], False)
     assert found["ratio_to_hf"] is None and found["ratio_to_static"] is None
     assert found["useful_tokens_per_second"] == 40
     part = contestant("hf generate", [0.1], [2.0], tokens=10)
-    found = bench.figures(work, 1, Statistics(), [ours, part], False)
+    found = bench.summary(work, 1, Statistics(), [ours, part], False)
     assert found["ratio_to_hf"] == found["wall_ratio_to_hf"] == 8
     assert [each["useful_tokens"] for each in found["contestants"]] == [40, 10]
 
@@ -104,7 +104,7 @@ def test_the_floor_counts_weights_once_a_step_and_all_that_a_token_looks_at():
     model = LanguageModel(dataclasses.replace(workload.SMALL, dtype="bfloat16"), 64)
     params = jax.eval_shape(model.init, jax.random.key(0))
     work = workload.Workload("x", np.zeros((2, 3), int), np.array([3, 1]), np.array([2, 4]))
-    found = bench.floor(model, params, work, Statistics(steps=12), 2, 1e9)
+    found = bench.memory_floor(model, params, work, Statistics(steps=12), 2, 1e9)
     c = model.config
     layer = 2 * c.hidden_size * (8 + 4) * 32 + 3 * c.hidden_size * c.intermediate_size
     norms = (c.num_hidden_layers * 2 + 1) * c.hidden_size + c.num_hidden_layers * 2 * 32

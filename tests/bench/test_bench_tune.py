@@ -41,14 +41,14 @@ def test_every_chunk_has_its_row_and_the_usual_one_is_marked(monkeypatch, capsys
     (entry,) = table["device kinds"].values()
     assert list(table) == ["device kinds"] and list(table["device kinds"]) == ["cpu"]
     assert set(entry) == {"jax", "rows"}
-    for role, way in CASES:
+    for role, pass_name in CASES:
         rows = [row for row in entry["rows"] if row["role"] == role]
         # Chunks beyond the vocabulary are the vocabulary.
         assert sorted(row["chunk"] for row in rows) == [16, 32, 64]
         assert [row["chunk"] for row in rows if row["default"]] == [64]
         assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
         for row in rows:
-            assert row["implementation"] == "chunked" and row["pass"] == way
+            assert row["implementation"] == "chunked" and row["pass"] == pass_name
             assert row["shape"] == OF_SMALL
             assert row["seconds"] > 0 and row["scratch_mib"] > 0
     printed = capsys.readouterr().out
