@@ -1,4 +1,4 @@
-"""The benchmark of the head: whole and well-formed; its times are nobody's test."""
+"""The benchmark of the head: complete and well-formed output; times are not tested."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The benchmark of loading: whole and well-formed; its times are nobody's test."""
+"""The benchmark of loading: complete and well-formed output; times are not tested."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The comparison of rollouts: what is measured of whom, and the ratios that are told."""
+"""The rollout benchmark: what is measured of each contestant, and the reported ratios."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def test_ratios_are_of_medians_and_of_the_best_of_the_others():
     assert [each["cpu_seconds"] for each in found["contestants"]] == [2, 6, 8, 10]
 
 
-def test_the_workloads_are_what_they_are_said_to_be():
+def test_workloads_have_their_documented_lengths():
     ragged, equal = workload.workloads("small", 16)
     assert ragged.length.min() >= 8 and ragged.length.max() <= 64 and len(ragged.length) == 64
     assert 35 < np.median(ragged.response) < 50 and ragged.room > 4 * np.median(ragged.response)
@@ -60,7 +60,7 @@ def test_the_workloads_are_what_they_are_said_to_be():
     assert [each.knobs.max_tokens for each in asked] == ragged.response.tolist()
 
 
-def test_against_hugging_face_the_engine_has_its_best_number_of_cores():
+def test_ratio_to_hugging_face_uses_the_engines_best_number_of_cores():
     work = workload.Workload("x", np.zeros((1, 3)), np.array([1]), np.array([40]))
     found = bench.summary(
         work,
@@ -88,7 +88,7 @@ def test_an_engine_of_one_core_counts_its_own_seconds():
         assert 0 < cpu < 1.1 * wall + 0.1
 
 
-def test_elsewhere_the_clock_counts_and_each_rival_by_what_it_did():
+def test_off_cpu_rates_are_by_wall_clock_and_each_contestants_own_tokens():
     work = workload.Workload("x", np.zeros((1, 3)), np.array([1]), np.array([10]))
     ours = contestant("engine", [2.0], [1.0])
     found = bench.summary(work, 1, Statistics(), [ours], False)
@@ -100,7 +100,7 @@ def test_elsewhere_the_clock_counts_and_each_rival_by_what_it_did():
     assert [each["useful_tokens"] for each in found["contestants"]] == [40, 10]
 
 
-def test_the_floor_counts_weights_once_a_step_and_all_that_a_token_looks_at():
+def test_memory_floor_counts_weights_per_step_and_attended_positions():
     model = LanguageModel(dataclasses.replace(workload.SMALL, dtype="bfloat16"), 64)
     params = jax.eval_shape(model.init, jax.random.key(0))
     work = workload.Workload("x", np.zeros((2, 3), int), np.array([3, 1]), np.array([2, 4]))
@@ -129,7 +129,7 @@ def test_the_floor_counts_weights_once_a_step_and_all_that_a_token_looks_at():
         ({"cache": "dense_gpu"}, "--cache dense_gpu runs on GPU only, this machine has CPU"),
     ],
 )
-def test_what_it_does_not_know_is_refused(options, message):
+def test_unknown_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         bench.bench_rollout(**{"compare": None, "slots": 4, "rounds": 1, "file": None} | options)
 

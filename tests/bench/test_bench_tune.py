@@ -1,4 +1,4 @@
-"""The table of block sizes: complete, and nothing that stands in it is lost."""
+"""The table of block sizes: complete, and existing entries are kept."""
 
 import copy
 import json
@@ -98,7 +98,7 @@ def test_a_file_that_cannot_be_written_is_one_line(monkeypatch, capsys, tmp_path
     assert "taken: cannot be written: " in error and error.count("\n") == 1
 
 
-def test_what_does_not_compile_is_skipped_and_says_why(monkeypatch, capsys, tmp_path):
+def test_sizes_that_do_not_compile_are_listed_with_the_reason(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(PLATFORMS, "pallas_tpu", "cpu")
     file = tmp_path / "table.json"
     assert call(monkeypatch, *SMALL, "1", "--json", str(file)) == 0

@@ -97,7 +97,7 @@ def test_a_named_kernel_is_not_replaced():
         lowered("cpu", implementation="pallas_tpu")
 
 
-def test_a_named_kernel_that_cannot_says_why():
+def test_a_named_kernel_that_cannot_run_raises_its_reason():
     half = jnp.zeros((2, 8), jnp.float16)
     with pytest.raises(ValueError, match=r"implementation 'pallas_tpu': .*float16"):
         head_topk(half, half, jnp.zeros(2, jnp.int32), k=1, implementation="pallas_tpu")

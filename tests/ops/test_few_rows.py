@@ -39,7 +39,7 @@ def test_a_cpu_has_the_matrix_on_the_left_of_few_rows(rows, shape):
     assert len(products) == 1 and f"= {shape}" in products[0], products
 
 
-def test_elsewhere_nothing_is_turned():
+def test_other_platforms_do_not_transpose_the_product():
     lowered = jax.jit(few_rows_product).trace(*operands(16)).lower(lowering_platforms=("tpu",))
     assert "optimization_barrier" not in lowered.as_text()
     here = jax.jit(few_rows_product).lower(*operands(16)).as_text()

@@ -191,7 +191,7 @@ def test_scale_is_traced_and_has_no_gradient(implementation):
 
 
 @pytest.mark.parametrize(("implementation", "born"), [("chunked", False), ("reference", True)])
-def test_logits_stay_unborn(implementation, born):
+def test_no_array_has_the_size_of_the_logits(implementation, born):
     tokens, vocabulary = 11, 53
     hidden, head, ids, cotangents = make_inputs(tokens, vocabulary)
 

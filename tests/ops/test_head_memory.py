@@ -1,4 +1,4 @@
-"""Scratch memory that the compiler plans: it does not depend on the machine's mood."""
+"""Scratch memory that the compiler plans: unlike times, it is the same on every run."""
 
 import jax
 import jax.numpy as jnp

@@ -118,7 +118,7 @@ def test_repeated_ids_collect_their_cotangents(implementation):
 
 @EACH
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_padding_of_the_support_is_silent(implementation, broken):
+def test_padding_of_the_support_has_no_value_and_no_gradient(implementation, broken):
     hidden, head, ids, support, cotangents = make_inputs(3, 13, 4)
     options = {"implementation": implementation, "chunk": 5}
     support = support.at[:, 2:].set(jnp.asarray([-1, 13], jnp.int32))
@@ -144,7 +144,7 @@ def test_padding_is_impossible_in_a_row_of_nan_too(implementation):
     assert np.isnan(stats.support_logprob[1, 1:][support[1, 1:] >= 0]).all()
 
 
-def test_only_the_support_is_asked():
+def test_gradient_of_the_support_alone():
     hidden, head, ids, support, cotangents = make_inputs(4, 13, 3)
     support = jnp.maximum(support, 0)
     zero = jnp.zeros(4, jnp.float32)
@@ -197,7 +197,7 @@ def test_leading_axes_are_kept(implementation):
 
 
 @pytest.mark.parametrize(("implementation", "born"), [("chunked", False), ("reference", True)])
-def test_logits_stay_unborn(implementation, born):
+def test_no_array_has_the_size_of_the_logits(implementation, born):
     tokens, vocabulary = 11, 53
     inputs = make_inputs(tokens, vocabulary, 3)
 

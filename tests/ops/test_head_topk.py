@@ -222,7 +222,7 @@ def test_no_row_is_sorted_whole(k):
     assert max(sorted_widths("chunked", k), default=0) <= k
 
 
-def test_logits_stay_unborn():
+def test_no_array_has_the_size_of_the_logits():
     inputs = make_inputs(11, 53)
     text = jax.jit(lambda *arrays: head_topk(*arrays, k=3, chunk=8)).lower(*inputs).as_text()
     assert "tensor<11x8xf32>" in text
@@ -231,7 +231,7 @@ def test_logits_stay_unborn():
 
 @pytest.fixture
 def without_shape_checks():
-    """The hook of the tests would speak first; users have none."""
+    """Disable the shape hook of the tests, which would raise first; users have none."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -216,8 +216,8 @@ def test_extreme_logits_equal_oracle(spread):
         check(hidden * spread, head, ids, make_settings())
 
 
-def test_no_id_is_likelier_than_the_likeliest():
-    """Its logit is another sum, rounded otherwise: the kernel's goes over three slices."""
+def test_no_id_exceeds_the_maximum_logit():
+    """The id's logit is summed in another order than the kernel's, which adds three slices."""
     hidden, head, ids = normal(width=384)
     config = make_settings(k=1, blocks=Blocks(128, 128, 128))
     likeliest = run(hidden, head, ids, config).top_ids[:, 0]
