@@ -25,7 +25,7 @@ from fireopd_jax.bench.head import write_whole
 from fireopd_jax.config import UserError
 from fireopd_jax.recipe.schema import Config, load_config, with_method
 from fireopd_jax.session.setup import Setup, set_up
-from fireopd_jax.sharding.mesh import place_rows, place_whole
+from fireopd_jax.sharding.mesh import replicate, shard_rows
 from fireopd_jax.training.programs import Beside, make_programs
 from fireopd_jax.training.update import init_state
 from fireopd_jax.types import Prompts, Rollout
@@ -103,7 +103,7 @@ def contestant(setup: Setup, config: Config, name: str, rollout: Rollout) -> Con
     programs = make_programs(setup, method, config.optim)
     key = jax.random.key(0)
     whole = [
-        place_whole(setup.mesh, jax.jit(spec.model.init)(jax.random.fold_in(key, i)))
+        replicate(setup.mesh, jax.jit(spec.model.init)(jax.random.fold_in(key, i)))
         for i, spec in enumerate((setup.student, *setup.teachers))
     ]
     student, *teachers = whole
@@ -114,9 +114,9 @@ def contestant(setup: Setup, config: Config, name: str, rollout: Rollout) -> Con
     lent_teacher = teachers[0] if method.loss.divergence_from_teacher is not None else None
     state = init_state(programs.learner(student), programs.optimizer)
     rest = batch, jnp.float32(1), None, lent_teacher
-    update = programs.update.lower(place_whole(setup.mesh, state), *rest).compile()
+    update = programs.update.lower(replicate(setup.mesh, state), *rest).compile()
     # The update donates its input state and returns the next one.
-    kept = [place_whole(setup.mesh, state)]
+    kept = [replicate(setup.mesh, state)]
 
     def run_update() -> Any:
         kept[0], metrics = update(kept[0], *rest)
@@ -150,7 +150,7 @@ def random_rollout(setup: Setup) -> Rollout:
         finished=np.ones(rows, bool),
         version=np.zeros((rows, room), np.int32),
     )
-    return place_rows(setup.mesh, rollout)
+    return shard_rows(setup.mesh, rollout)
 
 
 def print_table(result: Row) -> None:

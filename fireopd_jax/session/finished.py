@@ -21,7 +21,7 @@ from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.session.fits import check_cache, check_divisible
 from fireopd_jax.session.session import grade, make_generate
 from fireopd_jax.session.setup import ModelSpec, load_spec, set_up
-from fireopd_jax.sharding.mesh import place_rows, place_whole
+from fireopd_jax.sharding.mesh import replicate, shard_rows
 
 
 def open_model(
@@ -76,7 +76,7 @@ def evaluate_model(run: Path, name: str, overrides: Sequence[str]) -> dict[str, 
         index = slugs.index(name)
         spec, indices = setup.teachers[index], setup.own_rows(indices, index)
     check_cache(config, setup.mesh, {name: spec.model.config})
-    params = place_whole(setup.mesh, params)
+    params = replicate(setup.mesh, params)
     draw = make_generate(setup, spec)
     samples = config.eval.samples
     batches = -(-len(indices) * samples // config.eval_batch_size)
@@ -85,7 +85,7 @@ def evaluate_model(run: Path, name: str, overrides: Sequence[str]) -> dict[str, 
             setup,
             spec,
             lambda prompts, sampling: draw(
-                params, place_rows(setup.mesh, prompts), sampling, jnp.int32(0)
+                params, shard_rows(setup.mesh, prompts), sampling, jnp.int32(0)
             ),
             indices,
             samples,

@@ -18,7 +18,7 @@ from fireopd_jax.runs.folder import RunFolder
 from fireopd_jax.runs.tracking import Log, progress
 from fireopd_jax.runtime.signals import Interrupted, StopFlag
 from fireopd_jax.session.setup import ModelSpec, Setup
-from fireopd_jax.sharding.mesh import by_rows, place_rows, place_whole
+from fireopd_jax.sharding.mesh import by_rows, replicate, shard_rows
 from fireopd_jax.text.chat import decode
 from fireopd_jax.types import Array, Prompts, Rollout
 
@@ -46,8 +46,8 @@ class Session:
         if key not in self.generators:
             self.generators[key] = make_generate(self.setup, spec)
         # Placed as the counter of an update is: a program is compiled for where its inputs are.
-        version = place_whole(self.setup.mesh, jnp.int32(0) if version is None else version)
-        return self.generators[key](params, place_rows(self.setup.mesh, prompts), sampling, version)
+        version = replicate(self.setup.mesh, jnp.int32(0) if version is None else version)
+        return self.generators[key](params, shard_rows(self.setup.mesh, prompts), sampling, version)
 
     def evaluate(
         self,

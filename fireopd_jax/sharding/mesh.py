@@ -58,12 +58,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place_rows(mesh: Mesh, tree: Tree) -> Tree:
+def shard_rows(mesh: Mesh, tree: Tree) -> Tree:
     """Put the arrays of a batch onto the mesh, split by rows."""
     return jax.device_put(tree, by_rows(mesh))
 
 
-def place_whole(mesh: Mesh, tree: Tree) -> Tree:
+def replicate(mesh: Mesh, tree: Tree) -> Tree:
     """Put arrays onto every device of the mesh."""
     return jax.device_put(tree, replicated(mesh))
 

@@ -29,7 +29,7 @@ from fireopd_jax.runs.completions import write_completions
 from fireopd_jax.runs.tracking import Tracker
 from fireopd_jax.runtime.compilation import CompileCounter
 from fireopd_jax.session.session import Session
-from fireopd_jax.sharding.mesh import by_rows, place_rows, place_whole
+from fireopd_jax.sharding.mesh import by_rows, replicate, shard_rows
 from fireopd_jax.text.chat import decode
 from fireopd_jax.training.alarms import Alarms
 from fireopd_jax.training.loop import run_steps
@@ -108,7 +108,7 @@ class Distillation:
         self.home.mkdir(parents=True, exist_ok=True)
         learner = self.programs.learner(self.start)
         state = init_state(learner, self.programs.optimizer, self.recent)
-        state = place_whole(self.session.setup.mesh, state)
+        state = replicate(self.session.setup.mesh, state)
         self.checkpoints = Checkpoints(
             self.home / "checkpoints", keep=run.keep, keep_best=run.keep_best
         )
@@ -172,7 +172,7 @@ class Distillation:
         given = given_rows(prompts, fraction, stream(self.config.run.seed, "on-policy"))
         own = without(prompts, given)
         rollout = self.session.generate(student, params, own, self.sampling, version)
-        return self.mix(rollout, place_rows(self.session.setup.mesh, prompts), given)
+        return self.mix(rollout, shard_rows(self.session.setup.mesh, prompts), given)
 
     def report(self, done: int, step: Step) -> dict[str, object]:
         """Write a finished step's metrics and samples; tell what to show."""

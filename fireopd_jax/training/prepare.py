@@ -24,7 +24,7 @@ from fireopd_jax.runs.tracking import progress
 from fireopd_jax.runtime.signals import Interrupted
 from fireopd_jax.session.session import Session, as_teacher
 from fireopd_jax.session.setup import ModelSpec
-from fireopd_jax.sharding.mesh import place_whole, replicated
+from fireopd_jax.sharding.mesh import replicate, replicated
 from fireopd_jax.training.sft import supervise
 
 Make = Callable[[Path], Params]
@@ -59,7 +59,7 @@ def random_params(session: Session, spec: ModelSpec) -> Params:
     """Draw parameters from the run's seed and the model's name."""
     seed = stream(session.setup.config.run.seed, f"init {spec.name}")
     key = jax.random.key(seed, impl="threefry2x32")
-    return place_whole(session.setup.mesh, jax.jit(spec.model.init)(key))
+    return replicate(session.setup.mesh, jax.jit(spec.model.init)(key))
 
 
 def _shapes(session: Session, spec: ModelSpec) -> Params:

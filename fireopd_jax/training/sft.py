@@ -24,7 +24,7 @@ from fireopd_jax.recipe.optim import SftConfig
 from fireopd_jax.runs.checkpoints import Checkpoints
 from fireopd_jax.runs.tracking import Tracker
 from fireopd_jax.runtime.signals import StopFlag
-from fireopd_jax.sharding.mesh import place_rows, place_whole, replicated
+from fireopd_jax.sharding.mesh import replicate, replicated, shard_rows
 from fireopd_jax.training.loop import run_steps
 from fireopd_jax.training.update import (
     Metrics,
@@ -92,7 +92,7 @@ def supervise(
         out_shardings=(whole, whole),
     )
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=whole)
-    state = place_whole(mesh, init_state(copy(params), optimizer))
+    state = replicate(mesh, init_state(copy(params), optimizer))
     checkpoints = Checkpoints(home / "checkpoints", keep=1)
     start = 0
     if checkpoints.latest() is not None:
@@ -105,7 +105,7 @@ def supervise(
         losses = dict(tracker.history("loss"))
 
         def advance(state, step):
-            return update(state, place_rows(mesh, next(loader)))
+            return update(state, shard_rows(mesh, next(loader)))
 
         def report(step: int, metrics: Metrics) -> dict[str, object]:
             values = results(metrics)

@@ -22,7 +22,7 @@ from fireopd_jax.method.batch import assemble
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.recipe.schema import load_config
-from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, place_rows, place_whole
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate, shard_rows
 from fireopd_jax.training.update import gradients
 from fireopd_jax.types import Array, Batch, Rollout, Scores
 from fireopd_jax.verify import cases, expected, reference, reference_batch, reference_stages
@@ -48,7 +48,7 @@ class Models:
 
     def on(self, mesh: Mesh) -> "Models":
         """Lay the models whole on each device."""
-        params = (place_whole(mesh, each) for each in (self.student, self.teacher, self.base))
+        params = (replicate(mesh, each) for each in (self.student, self.teacher, self.base))
         return Models(self.model, *params, mesh=mesh)
 
 
@@ -78,7 +78,7 @@ def rows(methods: Sequence[str] | None = None, with_decoder: str = "fire_opd") -
         yield Row(f"{name}: loss", float(error), LOSS_BOUND)
         others = {
             "padding, micro-batches": programs.run(models, method, padded, count // 2),
-            f"padding, {mesh.size} devices": programs.run(spread, method, place_rows(mesh, padded)),
+            f"padding, {mesh.size} devices": programs.run(spread, method, shard_rows(mesh, padded)),
         }
         for what, (_, other) in others.items():
             yield relative(f"{name}: {what}", pairs(other, whole), GRADIENT_BOUND)

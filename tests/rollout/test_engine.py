@@ -15,7 +15,7 @@ import pytest
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.runtime.compilation import CompileCounter
-from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, place_rows, place_whole
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate, shard_rows
 from tests.cases import make_prompts, random_params, tiny_model
 
 ROWS, WIDTH, ROOM = 8, 5, 6
@@ -215,7 +215,7 @@ def test_knobs_compile_nothing():
 def test_eight_devices_draw_what_one_draws():
     mesh = make_mesh(MeshConfig(data=8))
     stop = (int(unstopped().tokens[0, 2]),)
-    prompts, params = place_rows(mesh, PROMPTS), place_whole(mesh, PARAMS)
+    prompts, params = shard_rows(mesh, PROMPTS), replicate(mesh, PARAMS)
     rollout = jax.jit(
         lambda p, x, s: generate(MODEL, p, x, s, jnp.int32(4), max_tokens=ROOM, mesh=mesh)
     )(params, prompts, Sampling.of(stop, ROOM, 3, top_p=0.95))

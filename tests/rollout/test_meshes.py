@@ -18,7 +18,7 @@ from fireopd_jax.rollout.requests import Knobs, Request
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.serving import Engine
 from fireopd_jax.session.fits import check_cache
-from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, place_rows, place_whole
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate, shard_rows
 from tests.cases import make_prompts, random_params, tiny_model
 
 ROWS, WIDTH, ROOM = 8, 6, 8
@@ -40,7 +40,7 @@ def drawn(data, tensor, memory=DENSE):
             max_tokens=ROOM, slots=3, memory=memory, mesh=mesh,
         )
     )  # fmt: skip
-    rollout = run(place_whole(mesh, random_params(MODEL)), place_rows(mesh, PROMPTS))
+    rollout = run(replicate(mesh, random_params(MODEL)), shard_rows(mesh, PROMPTS))
     return jax.device_get(rollout)
 
 
@@ -67,7 +67,7 @@ def test_any_mesh_draws_what_one_device_draws(data, tensor, memory):
 def engine(data, tensor, model=MODEL):
     mesh = make_mesh(MeshConfig(data=data, tensor=tensor))
     made = Engine(model, width=WIDTH, room=ROOM, seed=3, slots=2, rows=4, chunk_steps=5, mesh=mesh)
-    made.load(place_whole(mesh, random_params(model)), version=4)
+    made.load(replicate(mesh, random_params(model)), version=4)
     return made
 
 

@@ -20,7 +20,7 @@ from fireopd_jax.rollout.requests import Budget, Knobs, Request
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.serving import Engine
 from fireopd_jax.runtime.compilation import CompileCounter
-from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, place_whole
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate
 from tests.cases import make_prompts, random_params, tiny_model
 
 WIDTH, ROOM, ROWS = 20, 24, 14
@@ -112,7 +112,7 @@ def test_slots_chunks_and_layout_change_nothing(settings, evicts):
 
 def test_eight_replicas_draw_what_one_draws():
     mesh = make_mesh(MeshConfig(data=8))
-    made = engine(params=place_whole(mesh, PARAMS), slots=2, rows=2, mesh=mesh)
+    made = engine(params=replicate(mesh, PARAMS), slots=2, rows=2, mesh=mesh)
     check(made.generate(requests()))
 
 

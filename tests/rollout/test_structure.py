@@ -11,7 +11,7 @@ from fireopd_jax.models.layers import Turned
 from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.serving import Engine
-from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, place_whole
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate
 from tests.cases import random_params, tiny_model
 
 VOCABULARY = 5000
@@ -70,7 +70,7 @@ def test_nothing_of_the_vocabulary_is_sorted():
 
 def test_replicas_do_not_wait_for_one_another():
     mesh = make_mesh(MeshConfig(data=4))
-    params = place_whole(mesh, random_params(MODEL))
+    params = replicate(mesh, random_params(MODEL))
     _, program = compiled(MODEL, params, mesh=mesh)
     text = program.as_text()
     for operation in ("all-reduce", "all-gather", "collective-permute", "all-to-all"):

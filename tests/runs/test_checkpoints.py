@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fireopd_jax.runs.checkpoints import Checkpoints, restore_params, save_model
-from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, place_whole
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate
 from fireopd_jax.types import pytree
 
 POSITION = {"position": 3, "data": "abc", "seed": 7}
@@ -37,13 +37,13 @@ def assert_same_bits(one, other):
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     mesh = make_mesh(MeshConfig())
-    state = place_whole(mesh, make_state(5))
+    state = replicate(mesh, make_state(5))
     first = Checkpoints(tmp_path, keep=2)
     assert first.latest() is None
     first.save(5, state, POSITION)
     first.close()
     again = Checkpoints(tmp_path, keep=2)
-    step, restored, position = again.restore(place_whole(mesh, make_state(0)))
+    step, restored, position = again.restore(replicate(mesh, make_state(0)))
     again.close()
     assert (step, position) == (5, POSITION)
     assert_same_bits(restored, state)

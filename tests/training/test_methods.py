@@ -17,7 +17,7 @@ from fireopd_jax.method.reweighting import Uniform
 from fireopd_jax.method.scoring import TopK, WholeVocabulary
 from fireopd_jax.ops.formulas import ReverseKL
 from fireopd_jax.recipe.schema import load_config
-from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, place_rows, place_whole
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate, shard_rows
 from fireopd_jax.training.run import train
 from fireopd_jax.training.update import gradients
 from fireopd_jax.verify import reference as oracle
@@ -72,8 +72,8 @@ def test_micro_batches_padding_and_devices_change_nothing(name):
     assert float(same) == pytest.approx(float(loss), rel=1e-5)
     mesh = make_mesh(MeshConfig())
     assert mesh.size == 8
-    placed = (place_whole(mesh, each) for each in (STUDENT, TEACHER))
-    spread, same = gradient(*placed, place_rows(mesh, make_rollout()), *STAGES[name])
+    placed = (replicate(mesh, each) for each in (STUDENT, TEACHER))
+    spread, same = gradient(*placed, shard_rows(mesh, make_rollout()), *STAGES[name])
     assert_close(spread, whole)
     assert float(same) == pytest.approx(float(loss), rel=1e-5)
 

@@ -18,7 +18,7 @@ from fireopd_jax.metrics import results
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.recipe.optim import OptimConfig
-from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, place_rows, place_whole
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate, shard_rows
 from fireopd_jax.training.update import (
     gradients,
     init_state,
@@ -186,7 +186,7 @@ def test_eight_devices_give_what_one_gives(whole, micro_batch_size):
         batch, _ = assemble(rollout, scores, *FIRE, "seq", 1)
         return gradients(MODEL, LOSS, params, batch, micro_batch_size=micro_batch_size)
 
-    grads, metrics = run(place_whole(mesh, STUDENT), place_rows(mesh, make_rollout()))
+    grads, metrics = run(replicate(mesh, STUDENT), shard_rows(mesh, make_rollout()))
     assert_close(grads, whole[0])
     assert results_of(metrics)["loss"] == pytest.approx(results_of(whole[1])["loss"], rel=1e-5)
 

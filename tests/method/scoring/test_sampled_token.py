@@ -17,7 +17,7 @@ from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
 from fireopd_jax.runtime.compilation import CompileCounter
 from fireopd_jax.session import fits
-from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, place_rows, place_whole
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate, shard_rows
 from fireopd_jax.types import Rollout
 from tests.cases import make_prompts, random_params, tiny_model
 
@@ -170,8 +170,8 @@ def test_no_gradient_passes():
 def test_eight_devices_score_what_one_scores():
     mesh = make_mesh(MeshConfig(data=8))
     rollout = make_case()
-    params, weights = place_whole(mesh, (PARAMS, WEIGHTS))
-    scores = program()(params, weights, place_rows(mesh, rollout), jnp.float32(1.0))
+    params, weights = replicate(mesh, (PARAMS, WEIGHTS))
+    scores = program()(params, weights, shard_rows(mesh, rollout), jnp.float32(1.0))
     check(scores, rollout, 1.0)
 
 
