@@ -1,1 +1,1 @@
-"""Rows of text to batches of prompts: sources, built-in tasks, and the pipeline."""
+"""Sources of text rows, built-in tasks, and the pipeline that makes batches of prompts."""

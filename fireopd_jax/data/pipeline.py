@@ -1,11 +1,10 @@
-"""From rows to the batches of prompts that a run draws, and to those that it is evaluated on.
+"""Batches of training prompts and of evaluation prompts, made from rows of text.
 
-    rows -> split -> encode -> PromptLoader (endless, shuffled, its position saved) -> Prompts
-                            -> eval_prompts (fixed)                                 -> Prompts
+    rows -> split -> encode -> PromptLoader (endless, shuffled, checkpointed) -> Prompts
+                            -> eval_prompts (fixed)                           -> Prompts
 
-All arrays are NumPy and of one static shape, so nothing downstream compiles twice. Which prompt
-comes n-th is a function of (data, seed, n) alone: the position in that stream is all there is to
-save.
+All arrays are NumPy and of one static shape, so nothing downstream compiles twice. The n-th prompt
+is a function of (data, seed, n) alone, so a checkpoint needs only the position in the stream.
 """
 
 import dataclasses
@@ -29,32 +28,33 @@ SAMPLE_IDS = 2**31
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Token ids of all rows, by row index; rows outside `kept` are never drawn."""
+    """Token ids of all rows, by row index; only rows in `kept` are used."""
 
     prompts: list[Int32[np.ndarray, " _"]]
     teacher_prompts: list[Int32[np.ndarray, " _"]]
-    """The same prompts in the template of each row's own teacher."""
+    """The same prompts in the chat template of each row's teacher."""
     references: list[Int32[np.ndarray, " _"] | None]
     route: Int32[np.ndarray, " N"]
     kept: Integer[np.ndarray, " M"]
-    """Indices of the rows whose prompts fit."""
+    """Indices of the rows whose prompts have at most `max_prompt_tokens` tokens."""
     max_prompt_tokens: int
     max_reference_tokens: int
     pad: int
     teacher_pads: tuple[int, ...]
     dropped_prompts: int
     dropped_references: int
-    """References too long for `max_reference_tokens`: their rows stay, without a reference."""
+    """References longer than `max_reference_tokens`; their rows stay, without a reference."""
 
 
 def split(
     rows: Sequence[Row], held_out: int
 ) -> tuple[Integer[np.ndarray, " M"], Integer[np.ndarray, " K"]]:
-    """Set `held_out` distinct prompts aside: indices of the rows to train on, and of the others.
+    """Return the indices of the training rows and of the rows of `held_out` distinct prompts.
 
     The prompts with the smallest SHA-256 are held out, so the choice does not depend on the order
-    of the rows, and rows of equal prompts fall on one side. The held-out rows come in the order of
-    their hashes: the first few are a fair sample, however the file is sorted.
+    of the rows, and rows with equal prompts are on the same side. The held-out rows are ordered by
+    hash: any first few of them are an unbiased sample, however the file is sorted. Raises
+    `UserError` if no training row would be left.
     """
     digests = [prompt_digest(row) for row in rows]
     distinct = sorted(set(digests))
@@ -71,7 +71,7 @@ def split(
 
 
 def prompt_digest(row: Row) -> bytes:
-    """Hash what a prompt says."""
+    """Return the SHA-256 of a prompt's roles and contents."""
     turns = [[message["role"], message["content"]] for message in row.prompt]
     return hashlib.sha256(json.dumps(turns).encode()).digest()
 
@@ -87,9 +87,10 @@ def encode(
     config: DataConfig,
     max_reference_tokens: int,
 ) -> Encoded:
-    """Tokenize all rows for the student and for each row's own teacher.
+    """Tokenize all rows for the student and for each row's teacher.
 
-    The teachers' tokenizers and template arguments are listed by route.
+    `route` indexes the teachers' tokenizers and template arguments. Raises `UserError` if no
+    prompt fits, or if one is too long and `config.overlong` is "error".
     """
     prompts = render(tokenizer, rows, template_kwargs)
     teacher_prompts = list(prompts)
@@ -122,7 +123,7 @@ def encode(
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Choose what fills a row up: any id of the model's vocabulary does, for lengths tell."""
+    """Return the padding id; any valid token id will do, because lengths mark the padding."""
     pad = tokenizer.pad_token_id
     return pad if isinstance(pad, int) else 0
 
@@ -130,7 +131,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def render(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], kwargs: Mapping[str, Any]
 ) -> list[Int32[np.ndarray, " _"]]:
-    """Tokenize the rows' prompts in one template."""
+    """Tokenize the rows' prompts with one chat template."""
     ids = prompt_ids(tokenizer, [row.prompt for row in rows], kwargs)
     return [np.asarray(row, np.int32) for row in ids]
 
@@ -138,7 +139,7 @@ def render(
 def fitting(
     rows: Sequence[Row], longest: Integer[np.ndarray, " N"], config: DataConfig
 ) -> Integer[np.ndarray, " M"]:
-    """Choose the rows whose prompts fit, or refuse the first that does not."""
+    """Return the indices of the rows whose prompts fit; raise as `config.overlong` asks."""
     limit = config.max_prompt_tokens
     over = np.flatnonzero(longest > limit)
     if len(over) and config.overlong == "error":
@@ -158,12 +159,12 @@ def fitting(
 def encode_references(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], limit: int
 ) -> tuple[list[Int32[np.ndarray, " _"] | None], int]:
-    """Tokenize the references that fit; also count those that do not."""
+    """Return the token ids of the references that fit, and the number of those that do not."""
     references: list[Int32[np.ndarray, " _"] | None] = [None] * len(rows)
-    having = [(index, row.reference) for index, row in enumerate(rows) if row.reference is not None]
+    given = [(index, row.reference) for index, row in enumerate(rows) if row.reference is not None]
     dropped = 0
-    ids = response_ids(tokenizer, [text for _, text in having]) if having else []
-    for (index, _), row in zip(having, ids, strict=True):
+    ids = response_ids(tokenizer, [text for _, text in given]) if given else []
+    for (index, _), row in zip(given, ids, strict=True):
         if len(row) <= limit:
             references[index] = np.asarray(row, np.int32)
         else:
@@ -172,9 +173,9 @@ def encode_references(
 
 
 class PromptLoader:
-    """Draw batches of training prompts without end, the rows of a group side by side.
+    """Endless iterator over batches of training prompts; the rows of a group are adjacent.
 
-    Each epoch has its own order. Batches run over the end of an epoch, so no row is left out.
+    Each epoch has its own order. A batch may span two epochs, so no row is left out.
     """
 
     def __init__(
@@ -187,15 +188,15 @@ class PromptLoader:
         seed: int,
         references: bool = False,
     ):
-        """Draw from those of `indices` that were kept and, if asked, that have a reference."""
+        """Draw from the kept rows of `indices`; with `references`, from those that have one."""
         drawn = [
             int(index)
             for index in np.intersect1d(indices, encoded.kept)
             if not references or encoded.references[index] is not None
         ]
         if not drawn:
-            lack = "a prompt that fits" + (" and a reference that fits" if references else "")
-            raise UserError(f"data: none of the {len(indices)} rows to train on has {lack}")
+            missing = "a prompt that fits" + (" and a reference that fits" if references else "")
+            raise UserError(f"data: none of the {len(indices)} training rows has {missing}")
         self.encoded = encoded
         self.prompts_per_step = prompts_per_step
         self.group_size = group_size
@@ -205,11 +206,11 @@ class PromptLoader:
         self.identity = {"data": data_digest(encoded, drawn, references), "seed": seed}
 
     def __iter__(self) -> Iterator[Prompts]:
-        """Return the loader: it has one position."""
+        """Return the loader itself: all iterators share its position."""
         return self
 
     def __next__(self) -> Prompts:
-        """Draw the next batch."""
+        """Return the next batch."""
         positions = self.position + np.arange(self.prompts_per_step, dtype=np.int64)
         rows = np.asarray([self.stream[int(position)] for position in positions], np.int32)
         self.position += self.prompts_per_step
@@ -224,11 +225,11 @@ class PromptLoader:
         )
 
     def get_state(self) -> dict[str, Any]:
-        """Say, in JSON's types, where the stream stands and of what it is."""
+        """Return the position and the stream's identity (data hash and seed), as JSON values."""
         return {"position": self.position, **self.identity}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position of the same stream."""
+        """Restore a saved position; raise `UserError` if it belongs to another stream."""
         for key, value in self.identity.items():
             if state[key] != value:
                 raise UserError(
@@ -240,7 +241,7 @@ class PromptLoader:
 
 
 def data_digest(encoded: Encoded, indices: Sequence[int], references: bool) -> str:
-    """Hash all that a stream yields, so that a position is not used on another one."""
+    """Return a hash of everything that a stream yields, to detect a position of another stream."""
     digest = hashlib.sha256()
     for index in indices:
         parts = [encoded.prompts[index], encoded.teacher_prompts[index]]
@@ -257,10 +258,10 @@ def eval_prompts(
     samples_per_prompt: int,
     batch_size: int,
 ) -> list[Prompts]:
-    """Lay the kept rows of `indices` out in batches of one shape, each prompt several times.
+    """Return the kept rows of `indices`, each `samples_per_prompt` times, in equal batches.
 
-    `sample_id` is row * samples_per_prompt + s, whatever the batch size. The last batch is filled
-    up with rows of length 0, of `row` and `sample_id` -1 and a group of their own.
+    `sample_id` is row * samples_per_prompt + s (mod 2^31), whatever the batch size. The last batch
+    is padded with rows of length 0, with `row` and `sample_id` -1 and a group of their own.
     """
     rows = indices[np.isin(indices, encoded.kept)].astype(np.int64)
     samples = np.arange(samples_per_prompt)
@@ -287,7 +288,7 @@ def collate(
     group: Int32[np.ndarray, " B"],
     references: bool,
 ) -> Prompts:
-    """Pad the named rows to their static widths; row -1 is padding."""
+    """Return the rows as `Prompts`, right-padded to static widths; row -1 is padding."""
     width = encoded.max_prompt_tokens
     teacher = np.asarray([encoded.route[row] if row >= 0 else 0 for row in rows], np.int32)
     pads = [encoded.teacher_pads[route] for route in teacher]
@@ -323,7 +324,7 @@ def collate(
 def padded(
     sequences: Sequence[Int32[np.ndarray, " _"] | None], width: int, pads: Sequence[int]
 ) -> tuple[Int32[np.ndarray, "B W"], Int32[np.ndarray, " B"]]:
-    """Right-pad each sequence with its own pad id; None is a row of length 0."""
+    """Return the right-padded sequences and their lengths; None becomes a row of length 0."""
     tokens = np.repeat(np.asarray(pads, np.int32)[:, None], width, axis=1)
     length = np.zeros(len(sequences), np.int32)
     for index, sequence in enumerate(sequences):

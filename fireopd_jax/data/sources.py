@@ -1,9 +1,9 @@
-"""From files and built-in tasks to rows, every mistake named by file, line and column.
+"""Rows of text from files and built-in tasks; errors name the file, the line and the column.
 
     .jsonl, .parquet, builtin:task -> records (origin, columns) -> Row -> route
 
-A row holds text only; `pipeline.py` turns it to tokens. Of a message only its role and content are
-read. A source is read whole, in order, and several sources are joined end to end.
+A row has text only; `pipeline.py` tokenizes it. Only the role and the content of a message are
+used. A source is read completely and in order; several sources are concatenated.
 """
 
 import dataclasses
@@ -28,28 +28,29 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 @config
 class DataConfig:
-    """Where the prompts come from."""
+    """Sources of the prompts."""
 
     path: str | tuple[str, ...] = "builtin:addition-2"
     """A .jsonl, .json (one object a line) or .parquet file, or a built-in task
-    (`builtin:addition-D`, `builtin:subtraction-D`); or a list of them, joined."""
+    (`builtin:addition-D`, `builtin:subtraction-D`); or a list of them, concatenated."""
     prompt_column: str = "prompt"
     """Column of the prompt: a text, or a list of messages with `role` and `content`."""
     answer_column: str | None = None
-    """Column of the answer that grades a response. null takes `answer` where a row has it."""
+    """Column of the answer that responses are graded against. null: `answer`, if a row has it."""
     reference_column: str | None = None
-    """Column of a reference response. null takes `reference` where a row has it."""
+    """Column of a reference response. null: `reference`, if a row has it."""
     teacher_column: str | None = None
-    """Column that names each row's teacher. null is for a single teacher."""
+    """Column with the name of each row's teacher. null: there is a single teacher."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 512
-    """Longest prompt, in tokens of the student and of the row's teacher; prompts pad to it."""
+    """Longest prompt, as tokenized for the student and for the row's teacher; prompts are padded
+    to this length."""
     overlong: Literal["drop", "error"] = "drop"
-    """What happens to a row whose prompt is longer: dropped and counted, or an error."""
+    """Rows with a longer prompt: `drop` drops and counts them, `error` raises an error."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt, and what is known of it."""
+    """One prompt, with its answer, its reference response and its teacher, where given."""
 
     prompt: tuple[Message, ...]
     answer: str | None
@@ -60,7 +61,7 @@ class Row:
 
 
 def read_rows(config: DataConfig) -> list[Row]:
-    """Read every row of every source."""
+    """Return the rows of all sources, in order."""
     paths = (config.path,) if isinstance(config.path, str) else config.path
     if not paths:
         raise UserError("data.path: the list is empty; expected a file or a built-in task")
@@ -70,7 +71,7 @@ def read_rows(config: DataConfig) -> list[Row]:
 def route(
     rows: Sequence[Row], teachers: Sequence[str], column: str | None
 ) -> Int32[np.ndarray, " N"]:
-    """Give each row the index of its teacher."""
+    """Return the index of each row's teacher; raise `UserError` on an unknown name."""
     if column is None:
         if len(teachers) != 1:
             raise UserError(
@@ -83,7 +84,7 @@ def route(
         if row.teacher not in index:
             name = "null" if row.teacher is None else repr(row.teacher)
             raise UserError(
-                f"{row.origin}: column {column!r} names no known teacher: {name}; "
+                f"{row.origin}: column {column!r} names an unknown teacher: {name}; "
                 f"known are {', '.join(teachers)}{nearest(row.teacher or '', teachers)}"
             )
     return np.asarray([index[row.teacher or ""] for row in rows], np.int32)
@@ -98,7 +99,7 @@ def records(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     file = Path(path).expanduser()
     if file.suffix not in SUFFIXES:
         raise UserError(
-            f"data.path: {path!r} is of no known kind; expected {', '.join(SUFFIXES)} "
+            f"data.path: {path!r} is of an unknown kind; expected {', '.join(SUFFIXES)} "
             f"or builtin:TASK{nearest(path, task_names())}"
         )
     if not file.is_file():
@@ -115,7 +116,7 @@ def records(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def json_records(file: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the number and the value of each line that is not blank."""
+    """Yield the line number and the value of each line that is not blank."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -129,14 +130,14 @@ def json_records(file: Path) -> Iterator[tuple[int, Any]]:
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{file}:{number}: malformed JSON at column {error.colno}: {error.msg}; "
-                    "expected one object a line"
+                    "expected one object per line"
                 ) from error
-            except (RecursionError, ValueError) as error:  # Nesting and digits have limits.
+            except (RecursionError, ValueError) as error:  # Too deep, or too many digits.
                 raise UserError(f"{file}:{number}: malformed JSON: {error}") from error
 
 
 def parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the number and the columns of each row, block by block."""
+    """Yield the row number and the columns of each row; reads one record batch at a time."""
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
@@ -150,13 +151,13 @@ def parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def parse_row(record: Mapping[str, Any], origin: str, config: DataConfig) -> Row:
-    """Check one record and keep what the configuration names."""
+    """Return the row of one record, with the columns that the configuration names."""
     prompt = column_value(record, config.prompt_column, "prompt_column", origin)
     return Row(
         prompt=parse_prompt(prompt, config.prompt_column, origin),
         answer=optional_text(record, "answer", config.answer_column, origin),
         reference=optional_text(record, "reference", config.reference_column, origin),
-        # No column is a teacher's by its name alone: routing is asked for.
+        # No default column name: rows are routed only if the configuration asks for it.
         teacher=config.teacher_column
         and optional_text(record, "teacher", config.teacher_column, origin),
         origin=origin,
@@ -166,7 +167,7 @@ def parse_row(record: Mapping[str, Any], origin: str, config: DataConfig) -> Row
 def optional_text(
     record: Mapping[str, Any], field: str, column: str | None, origin: str
 ) -> str | None:
-    """Read the named column, which must exist, or the one of the field's name, which may not."""
+    """Return the text of `column`, which must exist, or, if None, of `field`, if it exists."""
     if column is None and field not in record:
         return None
     value = column_value(record, column or field, f"{field}_column", origin)
@@ -174,7 +175,7 @@ def optional_text(
 
 
 def column_value(record: Mapping[str, Any], column: str, key: str, origin: str) -> Any:
-    """Look a column up, or say which columns there are."""
+    """Return a column's value; raise `UserError` with the existing columns if it is missing."""
     if column not in record:
         raise UserError(
             f"{origin}: no column {column!r} (data.{key}); the row has "
@@ -184,7 +185,7 @@ def column_value(record: Mapping[str, Any], column: str, key: str, origin: str) 
 
 
 def parse_prompt(value: Any, column: str, origin: str) -> tuple[Message, ...]:
-    """Make a conversation of a prompt, its trailing assistant message dropped."""
+    """Return a prompt as a conversation, without a trailing assistant message."""
     where = f"{origin}: column {column!r}"
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
@@ -208,7 +209,10 @@ def parse_prompt(value: Any, column: str, origin: str) -> tuple[Message, ...]:
 
 
 def plain_text(value: Any, column: str, origin: str) -> str | None:
-    """Write a text or a number as text: 18.0, as tables with gaps store it, is `18`."""
+    """Return a text or a number as text; whole floats lose `.0`, NaN and null become None.
+
+    Tables with missing values store integers as floats: 18.0 stands for `18`.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, float) and value.is_integer():
@@ -223,7 +227,7 @@ def plain_text(value: Any, column: str, origin: str) -> str | None:
 
 
 def check_unicode(text: str, where: str) -> None:
-    r"""Refuse half a character: JSON's \ud800 alone is no text that a tokenizer takes."""
+    r"""Raise on an unpaired surrogate, such as JSON's \ud800: tokenizers cannot encode it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -231,7 +235,7 @@ def check_unicode(text: str, where: str) -> None:
 
 
 def kind(value: Any) -> str:
-    """Name a value's type as JSON does."""
+    """Return the JSON name of a value's type."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
     numbers = {int: "a number", float: "a number", type(None): "null"}
     return {**names, **numbers}.get(type(value), type(value).__name__)

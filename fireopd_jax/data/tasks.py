@@ -1,10 +1,10 @@
-"""Tasks that are built in: arithmetic on numbers of D digits, graded exactly, nothing to download.
+"""Built-in tasks: arithmetic on numbers of D digits, graded exactly, without any download.
 
     builtin:addition-2   47+38   ->   7+8+0=5c1;4+3+1=8c0;85
     builtin:subtraction-2   91-38   ->   1-8-0=3b1;9-3-1=5b0;53
 
-The reference response works from the lowest digit up and writes each carry `c` or borrow `b` down,
-so that a small model can learn it. All rows of a task have prompts of one length.
+The reference response works from the lowest digit up and writes down each carry `c` or borrow `b`,
+so that a small model can learn it. All prompts of a task have the same length.
 """
 
 import random
@@ -18,7 +18,7 @@ OPERATIONS = {"addition": "+", "subtraction": "-"}
 
 
 def task_rows(name: str) -> list[dict[str, str]]:
-    """Write all rows of a built-in task, in an order that is always the same."""
+    """Return all rows of a built-in task, always in the same order; raise if it is unknown."""
     match = re.fullmatch(rf"builtin:({'|'.join(OPERATIONS)})-([1-9])", name)
     if match is None:
         raise UserError(
@@ -30,13 +30,13 @@ def task_rows(name: str) -> list[dict[str, str]]:
 
 
 def task_names() -> list[str]:
-    """List the built-in tasks."""
+    """Return the names of the built-in tasks."""
     return [f"builtin:{domain}-{digits}" for domain in OPERATIONS for digits in range(1, 10)]
 
 
 def operand_pairs(domain: str, digits: int) -> list[tuple[int, int]]:
-    """Choose distinct pairs: all of them in a shuffled order, or a draw of `ROWS_MAX`."""
-    # Python promises the sequence of random() over its versions, but not that of shuffle().
+    """Return distinct operand pairs: all of them, shuffled, or `ROWS_MAX` drawn at random."""
+    # Python guarantees the sequence of random() across versions, but not that of shuffle().
     generator = random.Random(SEED)
     size = 10**digits
     ordered = domain == "subtraction"
@@ -51,7 +51,7 @@ def operand_pairs(domain: str, digits: int) -> list[tuple[int, int]]:
 
 
 def arithmetic_row(domain: str, a: int, b: int, digits: int) -> dict[str, str]:
-    """Write one row: the prompt, its worked response, its answer and a hint that gives it away."""
+    """Return one row: prompt, answer, worked reference response, and a hint with the answer."""
     sign = OPERATIONS[domain]
     left, right = f"{a:0{digits}d}", f"{b:0{digits}d}"
     carry, segments = 0, []

@@ -36,7 +36,7 @@ from fireopd_jax.recipe.schema import (
 from fireopd_jax.rollout.sampling import Sampling, stream
 from fireopd_jax.sharding.mesh import make_mesh
 from fireopd_jax.text.chat import stop_ids
-from fireopd_jax.text.checks import Speaker, check_ids, check_teacher, valid_rows
+from fireopd_jax.text.checks import TokenizerFacts, check_ids, check_teacher, valid_rows
 from fireopd_jax.text.tokenizer import load_tokenizer, read_generation
 
 
@@ -60,10 +60,10 @@ class ModelSpec:
         return stop_ids(self.tokenizer, self.generation)
 
     @property
-    def speaker(self) -> Speaker:
-        """What the checks compare."""
+    def tokenizer_facts(self) -> TokenizerFacts:
+        """What `check_teacher` compares."""
         kwargs = self.config.chat_template_kwargs
-        return Speaker(self.name, self.tokenizer, self.tokenizer_name, self.stop, kwargs)
+        return TokenizerFacts(self.name, self.tokenizer, self.tokenizer_name, self.stop, kwargs)
 
     def limited(self, size: int) -> "ModelSpec":
         """Let the model say no id from `size` on."""
@@ -226,7 +226,12 @@ def set_up(config: Config) -> Setup:
     base = None if config.base is None else make_spec("base", config.base)
     others = teachers if base is None else (*teachers, base)
     for other in others:
-        check_teacher(student.speaker, other.speaker, config.checks.allow, aliased(student, other))
+        check_teacher(
+            student.tokenizer_facts,
+            other.tokenizer_facts,
+            config.checks.allow,
+            aliased(student, other),
+        )
     for spec in (student, *others):
         check_length(spec, config)
     # What a teacher has no token for, it cannot score.

@@ -1,10 +1,10 @@
-"""Between conversations and token ids, in the tokenizer's own chat template.
+"""Conversations to token ids and back, with the tokenizer's own chat template.
 
     conversation -> prompt_ids -> [sampler] -> decode -> text
     reference text -> response_ids
 
-A prompt ends where the assistant begins to speak. A response holds no special of the template but
-its end-of-sequence token.
+A prompt ends with the header of the assistant's turn. A response contains none of the template's
+special tokens, except the end-of-sequence token.
 """
 
 import re
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from fireopd_jax.config import UserError
 
 STOP_SLOTS = 8
-"""As many ids as the sampler can watch for."""
+"""Maximum number of stop ids: the size of the sampler's static array of them."""
 FIXED_ARGUMENTS = ("conversation", "add_generation_prompt", "tokenize", "return_dict", "padding")
 
 
@@ -33,7 +33,10 @@ def prompt_ids(
     conversations: Sequence[Sequence[Message]],
     template_kwargs: Mapping[str, Any],
 ) -> list[list[int]]:
-    """Render conversations up to the first token of the answer."""
+    """Return the token ids of each conversation, up to the first token of the response.
+
+    Raises `UserError` if the template is missing or rejects a prompt.
+    """
     check_template(tokenizer, template_kwargs)
     if not conversations:
         return []
@@ -50,12 +53,12 @@ def prompt_ids(
             **template_kwargs,
         )
     except TemplateError as error:
-        raise UserError(f"the chat template refuses a prompt: {error}") from error
+        raise UserError(f"the chat template rejects a prompt: {error}") from error
     return [list(row) for row in ids]  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> None:
-    """Refuse a missing template, and an argument that the template would silently ignore."""
+    """Raise on a missing template, or on an argument that the template would silently ignore."""
     if not tokenizer.chat_template:
         raise UserError(
             f"tokenizer {tokenizer.name_or_path!r} has no chat template: "
@@ -73,7 +76,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Encode responses as a model would write them, the end-of-sequence token last."""
+    """Return the token ids of responses, each followed by the end-of-sequence token."""
     end = stop_ids(tokenizer)[0]
     if not texts:
         return []
@@ -82,7 +85,7 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Turn ids to text, special tokens left out."""
+    """Return the text of token ids, without special tokens."""
     text = tokenizer.decode(
         [int(token) for token in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -93,9 +96,9 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def stop_ids(
     tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, Any] | None = None
 ) -> tuple[int, ...]:
-    """List the ids that end a response: the tokenizer's, then those of a generation config.
+    """Return the ids that end a response: the tokenizer's, then those of a generation config.
 
-    The first is the one that references end with.
+    References end with the first one. Raises `UserError` without one, or with over `STOP_SLOTS`.
     """
     end = tokenizer.eos_token_id
     if not isinstance(end, int):

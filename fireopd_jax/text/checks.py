@@ -1,9 +1,9 @@
-"""Whether a teacher's words mean the student's: checked from files alone, before any compute.
+"""Check that a teacher's token ids mean the student's tokens, before anything is computed.
 
-    student, teacher -> check_teacher -> nothing, or one line that names the option which allows it
+    student, teacher -> check_teacher -> None, or an error that names the option which allows it
 
-A teacher scores the student's token ids as they are. So every id that both know must be the same
-token; ids that no tokenizer knows only pad the head, and no model ever gives them probability.
+A teacher scores the student's token ids as they are, so an id in both vocabularies must be the same
+token in both. Ids beyond a tokenizer only pad the head; they are masked out of every distribution.
 """
 
 import dataclasses
@@ -28,31 +28,32 @@ LOGIT_FREE = (
 
 @config
 class ChecksConfig:
-    """What may differ between the student and its teachers, when it is meant."""
+    """Intended differences between the student and its teachers."""
 
     allow: tuple[Allowance, ...] = ()
-    """`eos` (how a response ends), `special_tokens` (a special or an added token), `template` (the
-    chat template), `thinking` (its arguments, such as enable_thinking)."""
+    """Differences to allow: `eos` (the tokens that end a response), `special_tokens` (special or
+    added tokens), `template` (the chat template), `thinking` (the template's arguments, such as
+    enable_thinking)."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Speaker:
-    """What there is to compare in a model before its parameters are read."""
+class TokenizerFacts:
+    """A model's tokenizer and the settings that decide how it is used; no parameters."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     tokenizer_name: str
     stop: tuple[int, ...]
-    """Ids that end a response, its usual one first."""
+    """Ids that end a response, the tokenizer's own first."""
     template_kwargs: Mapping[str, Any]
 
 
 def check_teacher(
-    student: Speaker, teacher: Speaker, allow: Collection[str], aliased: bool = False
+    student: TokenizerFacts, teacher: TokenizerFacts, allow: Collection[str], aliased: bool = False
 ) -> None:
-    """Refuse a teacher of another tokenizer, and a difference that `allow` does not name.
+    """Raise `UserError` on a teacher with another tokenizer, or a difference not in `allow`.
 
-    `aliased`: its end stands for the student's, so that they may differ.
+    `aliased`: the teacher's EOS token is exchanged with the student's, so they may differ.
     """
     if problem := _other_tokens(student, teacher):
         raise UserError(
@@ -64,59 +65,62 @@ def check_teacher(
             named = ", ".join([*allow, allowance])
             hint = ", or eos_alias of that teacher" if allowance == "eos" else ""
             raise UserError(
-                f"{teacher.name}: {problem}; if that is meant, set checks.allow=[{named}]{hint}"
+                f"{teacher.name}: {problem}; if that is intended, set checks.allow=[{named}]{hint}"
             )
 
 
 def valid_rows(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source: str) -> int | None:
-    """Count the rows of a head that are tokens; None where all are: nothing pads it.
+    """Return the number of head rows that are tokens, or None if the head has no padding rows.
 
-    Added tokens beyond the head, such as those of a model's vision part, are never drawn.
+    Added tokens beyond the head, such as those of a vision tower, are never sampled; regular ones
+    raise `UserError`.
     """
-    words = tokenizer.get_vocab()
-    size = max(words.values()) + 1
-    beyond = [word for word, index in words.items() if index >= vocab_size]
-    if regular := [word for word in beyond if word not in added_words(tokenizer)]:
+    vocabulary = tokenizer.get_vocab()
+    size = max(vocabulary.values()) + 1
+    beyond = [token for token, index in vocabulary.items() if index >= vocab_size]
+    if regular := [token for token in beyond if token not in added_tokens(tokenizer)]:
         raise UserError(
             f"{source}: vocab_size={vocab_size} is less than the {size} ids of its tokenizer; "
-            f"{_listed(regular)} would have no row"
+            f"{_listed(regular)} would have no row in the head"
         )
     return size if size < vocab_size else None
 
 
 def check_ids(what: str, sequences: Iterable[Int32[np.ndarray, " _"] | None], size: int) -> None:
-    """Refuse token ids that have no row: JAX would silently read another."""
+    """Raise `UserError` on ids >= `size`: JAX would silently read another row."""
     for ids in sequences:
         if ids is not None and (largest := int(ids.max(initial=0))) >= size:
-            raise UserError(f"{what} holds the token id {largest}, beyond the {size} ids there are")
+            raise UserError(f"{what} has the token id {largest}; ids must be below {size}")
 
 
-def added_words(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """List the tokens that were added to a trained vocabulary."""
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the tokens that were added to the tokenizer's trained vocabulary, with their ids."""
     return tokenizer.get_added_vocab()  # pyright: ignore[reportCallIssue, reportOptionalCall]
 
 
-def _words(speaker: Speaker) -> dict[int, str]:
-    return {index: word for word, index in speaker.tokenizer.get_vocab().items()}
+def _tokens_by_id(facts: TokenizerFacts) -> dict[int, str]:
+    return {index: token for token, index in facts.tokenizer.get_vocab().items()}
 
 
-def _other_tokens(student: Speaker, teacher: Speaker) -> str | None:
-    """Say where regular tokens differ; added tokens that one side lacks are no matter of this."""
+def _other_tokens(student: TokenizerFacts, teacher: TokenizerFacts) -> str | None:
+    """Return how the regular tokens differ; None if they do not, up to missing added tokens."""
     if student.tokenizer is teacher.tokenizer:
         return None
-    ours, theirs = _words(student), _words(teacher)
+    ours, theirs = _tokens_by_id(student), _tokens_by_id(teacher)
     for index in sorted(ours.keys() & theirs.keys()):
         if ours[index] != theirs[index]:
             return f"id {index} is {theirs[index]!r}, the student's {ours[index]!r}"
-    for one, other, speaker in ((theirs, ours, teacher), (ours, theirs, student)):
-        added = added_words(speaker.tokenizer)
-        if alone := [word for i, word in one.items() if i not in other and word not in added]:
-            return f"only {speaker.name} has {_listed(alone)}"
+    for one, other, facts in ((theirs, ours, teacher), (ours, theirs, student)):
+        added = added_tokens(facts.tokenizer)
+        if alone := [token for i, token in one.items() if i not in other and token not in added]:
+            return f"only {facts.name} has {_listed(alone)}"
     return None
 
 
-def _differences(student: Speaker, teacher: Speaker) -> Iterator[tuple[Allowance, str]]:
-    """List what may differ on purpose: the option that allows it, and what differs."""
+def _differences(
+    student: TokenizerFacts, teacher: TokenizerFacts
+) -> Iterator[tuple[Allowance, str]]:
+    """Yield each difference that may be intended, with the option that allows it."""
     ours, theirs = student.tokenizer, teacher.tokenizer
     if student.stop[0] not in teacher.stop or teacher.stop[0] not in student.stop:
         yield (
@@ -125,13 +129,13 @@ def _differences(student: Speaker, teacher: Speaker) -> Iterator[tuple[Allowance
             f"{_named(student, student.stop)}",
         )
     if ours is not theirs:
-        for problem in _special(student, teacher):
+        for problem in _special_token_differences(student, teacher):
             yield "special_tokens", problem
     if ours.chat_template != theirs.chat_template:
         yield (
             "template",
-            "its chat template is not the student's (each reads its own; the student's response "
-            "follows as it is)",
+            "its chat template is not the student's (each model gets its prompt in its own "
+            "template, followed by the student's response unchanged)",
         )
     for name in sorted({*student.template_kwargs, *teacher.template_kwargs}):
         mine, its = (s.template_kwargs.get(name, "unset") for s in (student, teacher))
@@ -142,24 +146,24 @@ def _differences(student: Speaker, teacher: Speaker) -> Iterator[tuple[Allowance
             )
 
 
-def _special(student: Speaker, teacher: Speaker) -> Iterator[str]:
-    ours, theirs = _words(student), _words(teacher)
-    for speaker, one, other in ((teacher, theirs, ours), (student, ours, theirs)):
+def _special_token_differences(student: TokenizerFacts, teacher: TokenizerFacts) -> Iterator[str]:
+    ours, theirs = _tokens_by_id(student), _tokens_by_id(teacher)
+    for facts, one, other in ((teacher, theirs, ours), (student, ours, theirs)):
         if alone := [one[index] for index in sorted(one.keys() - other.keys())]:
-            yield f"only {speaker.name} has the added {_listed(alone)}"
-    marked, its = _marked(student), _marked(teacher)
-    if unlike := sorted((marked ^ its) & ours.keys() & theirs.keys()):
-        yield f"{_listed([ours[i] for i in unlike])} is special to one and plain to the other"
+            yield f"only {facts.name} has the added {_listed(alone)}"
+    marked = _special_ids(student) ^ _special_ids(teacher)
+    if unlike := sorted(marked & ours.keys() & theirs.keys()):
+        yield f"{_listed([ours[i] for i in unlike])} is a special token for only one of the two"
     for role in ("bos_token", "unk_token"):
-        mine, word = (getattr(s.tokenizer, role) for s in (student, teacher))
-        if mine != word:
-            yield f"its {role} is {word!r}, the student's {mine!r}"
-    # The padding token plays no part: lengths tell what is padding.
+        mine, its = (getattr(s.tokenizer, role) for s in (student, teacher))
+        if mine != its:
+            yield f"its {role} is {its!r}, the student's {mine!r}"
+    # The padding token is not compared: lengths mark the padding.
 
 
-def _marked(speaker: Speaker) -> set[int]:
-    """Collect the ids that decoding leaves out."""
-    decoder: Any = speaker.tokenizer.added_tokens_decoder
+def _special_ids(facts: TokenizerFacts) -> set[int]:
+    """Return the ids of the special tokens, which decoding leaves out."""
+    decoder: Any = facts.tokenizer.added_tokens_decoder
     return {index for index, token in decoder.items() if token.special}
 
 
@@ -168,10 +172,10 @@ def _uses(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", str(template)) is not None
 
 
-def _named(speaker: Speaker, ids: Sequence[int]) -> str:
-    return " or ".join(repr(speaker.tokenizer.convert_ids_to_tokens(index)) for index in ids)
+def _named(facts: TokenizerFacts, ids: Sequence[int]) -> str:
+    return " or ".join(repr(facts.tokenizer.convert_ids_to_tokens(index)) for index in ids)
 
 
-def _listed(words: Sequence[str]) -> str:
-    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
-    return ", ".join(map(repr, words[:SHOWN])) + more
+def _listed(tokens: Sequence[str]) -> str:
+    more = f" and {len(tokens) - SHOWN} more" if len(tokens) > SHOWN else ""
+    return ", ".join(map(repr, tokens[:SHOWN])) + more

@@ -1,7 +1,7 @@
-"""From a name to a tokenizer: a local Hugging Face folder, or the built-in byte-level one.
+"""Tokenizers by name: those of local Hugging Face folders, and a built-in byte-level one.
 
-The built-in tokenizer has one id per byte, so it needs no file and no download, and every text
-survives the round trip. Nothing here reaches for the network, and no code of a folder is run.
+The built-in tokenizer has one id per byte, so it needs no file and no download, and decoding an
+encoded text returns it unchanged. Nothing here uses the network or runs code from a folder.
 """
 
 import functools
@@ -29,20 +29,25 @@ CHAT_TEMPLATE = (
 
 @functools.cache
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a local folder, or `builtin:bytes`. One name gives one object."""
+    """Return the tokenizer of a local folder, or `builtin:bytes`; raise if it cannot be loaded.
+
+    The same name always returns the same object.
+    """
     if name == BUILTIN:
         return byte_tokenizer()
     if name.startswith("builtin:"):
-        raise UserError(f"tokenizer {name!r}: no such built-in; did you mean {BUILTIN!r}?")
+        raise UserError(
+            f"tokenizer {name!r}: no such built-in tokenizer; did you mean {BUILTIN!r}?"
+        )
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(
-            f"tokenizer {name!r}: no such folder; expected a local folder that holds "
+            f"tokenizer {name!r}: no such folder; expected a local folder with "
             f"tokenizer.json, or {BUILTIN!r}"
         )
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         raise UserError(f"tokenizer {name!r}: the folder holds no tokenizer.json")
-    # Of a model type that it knows, AutoTokenizer builds the class anew, whatever the file says.
+    # For known model types AutoTokenizer builds that type's class, and may ignore tokenizer.json.
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
         return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -52,7 +57,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def read_generation(folder: Path) -> dict[str, Any]:
-    """Read a folder's generation_config.json, which may name further ends of a response."""
+    """Return a folder's generation_config.json, which may name more stop ids; {} without one."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return {}
@@ -66,7 +71,7 @@ def read_generation(folder: Path) -> dict[str, Any]:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the byte-level tokenizer: ids 0 to 255 are the bytes, the specials follow."""
+    """Return the byte-level tokenizer: ids 0 to 255 are the bytes, then the special tokens."""
     vocabulary = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore[reportAttributeAccessIssue]
@@ -85,9 +90,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def byte_symbols() -> list[str]:
-    """Name each byte by one visible character, as byte-level BPE files do.
+    """Return one visible character for each byte, as byte-level BPE files use them.
 
-    A printable Latin-1 byte is its own character. The others, in order, are those from 256.
+    A printable Latin-1 byte maps to itself; the others, in order, to the characters from U+0100.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in printable]

@@ -21,7 +21,7 @@ def row(text, reference=None):
 
 
 def other_teacher():
-    """A teacher that shouts, whose pad is another id."""
+    """A teacher tokenizer with an upper-casing template and another pad id."""
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = "{{ messages[0]['content'] | upper }}{{ '!' if loud }}"
     tokenizer.pad_token = "<|system|>"
@@ -52,7 +52,7 @@ def same(left, right):
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
 
 
-def test_the_split_is_by_content():
+def test_the_split_depends_on_the_prompts_text_alone():
     texts = [f"p{index % 20}" for index in range(50)]
     train, held = split([row(text) for text in texts], 6)
     assert sorted([*train, *held]) == list(range(50))
@@ -62,14 +62,14 @@ def test_the_split_is_by_content():
     assert chosen.isdisjoint({texts[index] for index in train})
     order = np.random.default_rng(0).permutation(50)
     _, again = split([row(texts[index]) for index in order], 6)
-    # Held-out rows come in the order of their hashes: the first few do not depend on the file.
+    # Held-out rows are ordered by hash: the first few do not depend on the order in the file.
     by_text = list(dict.fromkeys(texts[index] for index in held))
     assert list(dict.fromkeys(texts[order[index]] for index in again)) == by_text
     _, fewer = split([row(text) for text in texts], 5)
     assert list(dict.fromkeys(texts[index] for index in fewer)) == by_text[:5]
 
 
-def test_the_split_leaves_something_to_train_on():
+def test_the_split_must_leave_training_rows():
     rows = [row("a"), row("a"), row("b")]
     train, held = split(rows, 0)
     assert (train.tolist(), held.tolist()) == ([0, 1, 2], [])
@@ -118,7 +118,7 @@ def test_the_teachers_prompt_must_fit_too():
     assert encoded.kept.tolist() == [0]
 
 
-def test_what_is_too_long_is_dropped_and_counted():
+def test_prompts_and_references_that_are_too_long_are_dropped_and_counted():
     rows = [row("a" * 5, "abc"), row("a" * 6), row("b", "abcd"), row("c", "")]
     encoded = encoded_rows(rows)
     assert encoded.kept.tolist() == [0, 2, 3]
@@ -129,7 +129,7 @@ def test_what_is_too_long_is_dropped_and_counted():
     assert fourth.tolist() == [END]
 
 
-def test_what_is_too_long_may_be_an_error():
+def test_a_prompt_that_is_too_long_may_be_an_error():
     with pytest.raises(UserError, match=r"file:aaaaaa: the prompt has 9 tokens, over .*=8"):
         encoded_rows([row("a"), row("a" * 6)], overlong="error")
     with pytest.raises(UserError, match="none of 2 prompts fits into 8 tokens, the shortest has 9"):
@@ -149,7 +149,7 @@ def test_a_batch_holds_groups_side_by_side():
     assert all(getattr(batch, name).dtype == np.int32 for name in (*FIELDS, "group"))
 
 
-def test_batches_run_over_the_epochs_end_and_drop_nothing():
+def test_batches_span_epochs_and_drop_no_row():
     stream = loader(encoded_rows([row(text) for text in "abcdefg"]), np.asarray([0, 1, 3, 4, 6]))
     batches = [next(stream) for _ in range(5)]
     drawn = np.concatenate([batch.row[::2] for batch in batches]).reshape(3, 5)
@@ -160,7 +160,7 @@ def test_batches_run_over_the_epochs_end_and_drop_nothing():
     assert ids.tolist() == list(range(30))
 
 
-def test_the_seed_orders_the_stream():
+def test_the_order_of_the_stream_depends_on_the_seed():
     encoded = encoded_rows([row(chr(97 + index)) for index in range(20)])
     streams = [loader(encoded, prompts_per_step=20, seed=seed) for seed in (5, 5, 6)]
     first, again, other = [next(stream).row.tolist() for stream in streams]
@@ -169,7 +169,7 @@ def test_the_seed_orders_the_stream():
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 7])
 def test_a_restored_loader_goes_on_with_the_same_batches(steps):
-    # Six rows and three prompts a step: 2 stands at an epoch's edge, 1, 3 and 7 within one.
+    # Six rows and three prompts per step: 2 steps end an epoch; 1, 3 and 7 stop within one.
     encoded = encoded_rows([row(text) for text in "abcdef"])
     stream = loader(encoded)
     for _ in range(steps):
@@ -201,7 +201,7 @@ def test_a_position_of_other_data_is_refused():
         loader(encoded_rows([row(text) for text in "abcdef"]), seed=6).set_state(state)
 
 
-def test_references_come_with_the_rows_that_have_one():
+def test_with_references_only_rows_that_have_one_are_drawn():
     rows = [row("a", "r"), row("b"), row("c", "st"), row("d", "too long"), row("e" * 9, "u")]
     stream = loader(encoded_rows(rows), references=True, prompts_per_step=2, group_size=1)
     for _ in range(3):
@@ -217,7 +217,7 @@ def test_references_come_with_the_rows_that_have_one():
             assert decode(TOKENIZER, reference.tolist()) == rows[index].reference
     with pytest.raises(UserError, match="a reference that fits"):
         loader(encoded_rows([row("a"), row("b")]), references=True)
-    with pytest.raises(UserError, match="none of the 1 rows"):
+    with pytest.raises(UserError, match="none of the 1 training rows"):
         loader(encoded_rows(rows), np.asarray([4]))
 
 

@@ -155,7 +155,7 @@ def test_the_configuration_is_checked():
     assert all(field["description"] for field in fields.values())
 
 
-def test_rows_go_to_their_teachers():
+def test_routes_are_the_indices_of_the_teachers():
     rows = [row("math"), row("code"), row("math")]
     routes = route(rows, ["code", "math"], "domain")
     assert routes.dtype == np.int32
@@ -163,10 +163,10 @@ def test_rows_go_to_their_teachers():
     assert route(rows, ["only"], None).tolist() == [0, 0, 0]
 
 
-def test_routes_without_a_teacher_are_named():
+def test_unknown_teachers_are_named():
     with pytest.raises(UserError, match=r"f:7: .*'maths'; known are code, math \(did you .*'math'"):
         route([row("math"), row("maths")], ["code", "math"], "domain")
-    with pytest.raises(UserError, match="names no known teacher: null"):
+    with pytest.raises(UserError, match="names an unknown teacher: null"):
         route([row()], ["code"], "domain")
     with pytest.raises(UserError, match=r"data\.teacher_column: 2 teachers"):
         route([row()], ["code", "math"], None)

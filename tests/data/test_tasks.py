@@ -27,7 +27,7 @@ def test_the_worked_examples():
 
 
 @pytest.mark.parametrize("name", task_names())
-def test_every_row_is_true(name):
+def test_every_row_is_arithmetically_correct(name):
     rows = task_rows(name)
     digits = int(name[-1])
     sign = "+" if "addition" in name else "-"
@@ -55,7 +55,7 @@ def test_every_row_is_true(name):
         assert number + carry * 10**digits == value
 
 
-def test_small_tasks_are_whole_and_large_ones_drawn():
+def test_small_tasks_are_complete_and_large_ones_are_sampled():
     sizes = [len(task_rows(f"builtin:addition-{digits}")) for digits in (1, 2, 3, 9)]
     assert sizes == [100, 10_000, 20_000, 20_000]
     sizes = [len(task_rows(f"builtin:subtraction-{digits}")) for digits in (1, 2, 3)]

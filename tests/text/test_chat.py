@@ -17,7 +17,7 @@ def without(**attributes):
     return tokenizer
 
 
-def test_a_prompt_ends_where_the_assistant_speaks():
+def test_a_prompt_ends_with_the_assistants_header():
     short = [Message(role="user", content="1+2")]
     long = [
         Message(role="system", content="s"),
@@ -65,7 +65,7 @@ def test_decoding_leaves_specials_out_and_spaces_in():
     assert decode(TOKENIZER, [ASSISTANT, *ids, PAD]) == " a , b é"
 
 
-def test_a_generation_config_adds_ends():
+def test_a_generation_config_adds_stop_ids():
     assert stop_ids(TOKENIZER, {"eos_token_id": USER}) == (END, USER)
     assert stop_ids(TOKENIZER, {"eos_token_id": [USER, END, 7]}) == (END, USER, 7)
     assert stop_ids(TOKENIZER, {"eos_token_id": None, "top_p": 0.9}) == (END,)

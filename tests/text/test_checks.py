@@ -1,4 +1,4 @@
-"""What may differ between a student and its teachers, and what is refused before any compute."""
+"""Differences between student and teachers that are allowed, or refused before any compute."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ from fireopd_jax.config import UserError
 from fireopd_jax.recipe.schema import load_config
 from fireopd_jax.session.setup import set_up
 from fireopd_jax.text.chat import stop_ids
-from fireopd_jax.text.checks import Speaker, check_ids, check_teacher, valid_rows
+from fireopd_jax.text.checks import TokenizerFacts, check_ids, check_teacher, valid_rows
 from fireopd_jax.text.tokenizer import BUILTIN, CHAT_TEMPLATE, load_tokenizer
 from fireopd_jax.training.run import train
 
@@ -24,8 +24,8 @@ TINY = (
 )
 
 
-def speaker(name="student", tokenizer=TOKENIZER, generation=None, **kwargs):
-    return Speaker(name, tokenizer, f"of {name}", stop_ids(tokenizer, generation), kwargs)
+def facts(name="student", tokenizer=TOKENIZER, generation=None, **kwargs):
+    return TokenizerFacts(name, tokenizer, f"of {name}", stop_ids(tokenizer, generation), kwargs)
 
 
 def changed(*added, **attributes):
@@ -53,10 +53,10 @@ def refusal(student, teacher, allow=()):
     return str(caught.value)
 
 
-def test_equal_tokenizers_need_not_be_one_object(tmp_path):
+def test_equal_tokenizers_may_be_different_objects(tmp_path):
     TOKENIZER.save_pretrained(tmp_path)
-    check_teacher(speaker(), speaker("teacher x"), ())
-    check_teacher(speaker(), speaker("teacher x", load_tokenizer(str(tmp_path))), ())
+    check_teacher(facts(), facts("teacher x"), ())
+    check_teacher(facts(), facts("teacher x", load_tokenizer(str(tmp_path))), ())
 
 
 def test_ids_beyond_the_tokenizer_pad_the_head():
@@ -70,7 +70,7 @@ def test_ids_beyond_the_tokenizer_pad_the_head():
 
 def test_ids_without_a_row_are_refused():
     check_ids("a prompt", [np.array([3, 7], np.int32), None, np.array([], np.int32)], 8)
-    with pytest.raises(UserError, match="a prompt holds the token id 8, beyond the 8 ids"):
+    with pytest.raises(UserError, match="a prompt has the token id 8; ids must be below 8"):
         check_ids("a prompt", [np.array([3], np.int32), np.array([8, 2], np.int32)], 8)
 
 
@@ -78,8 +78,8 @@ def test_other_tokens_are_refused_whatever_is_allowed(tmp_path):
     def swap(vocabulary):
         vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
 
-    teacher = speaker("teacher x", rewritten(tmp_path / "swapped", swap))
-    message = refusal(speaker(), teacher, ("eos", "special_tokens", "template", "thinking"))
+    teacher = facts("teacher x", rewritten(tmp_path / "swapped", swap))
+    message = refusal(facts(), teacher, ("eos", "special_tokens", "template", "thinking"))
     assert "teacher x: its tokenizer (of teacher x) differs from the student's (of student)" in (
         message
     )
@@ -88,16 +88,18 @@ def test_other_tokens_are_refused_whatever_is_allowed(tmp_path):
 
 
 def test_regular_tokens_that_one_side_lacks_are_another_tokenizer(tmp_path):
-    # Each has a word more than the bytes, at ids that only it has.
+    # Each has one token more than the bytes, at an id that the other does not have.
     student, teacher = (
-        speaker(name, rewritten(tmp_path / name, lambda words, i=i: words.update({"ab": i})))
+        facts(
+            name, rewritten(tmp_path / name, lambda vocabulary, i=i: vocabulary.update({"ab": i}))
+        )
         for name, i in (("student", 300), ("teacher x", 301))
     )
     assert "only teacher x has 'ab'" in refusal(student, teacher)
 
 
 @pytest.mark.parametrize(
-    "student, teacher, option, words",
+    "student, teacher, option, text",
     [
         ({}, {"tokenizer": changed(eos_token="<|user|>")}, "eos",
          "ends responses with '<|user|>', the student with '<|end|>'"),
@@ -107,7 +109,7 @@ def test_regular_tokens_that_one_side_lacks_are_another_tokenizer(tmp_path):
          "only student has the added '<think>'"),
         ({"tokenizer": changed("<x>")},
          {"tokenizer": changed(AddedToken("<x>", special=True))}, "special_tokens",
-         "'<x>' is special to one and plain to the other"),
+         "'<x>' is a special token for only one of the two"),
         ({}, {"tokenizer": changed(bos_token="<|user|>")}, "special_tokens",
          "its bos_token is '<|user|>', the student's None"),
         ({}, {"tokenizer": changed(chat_template="{{ messages }}")}, "template",
@@ -120,35 +122,35 @@ def test_regular_tokens_that_one_side_lacks_are_another_tokenizer(tmp_path):
          "enable_thinking='unset', the student's enable_thinking=True"),
     ],
 )  # fmt: skip
-def test_a_difference_is_refused_until_it_is_allowed(student, teacher, option, words):
-    student, teacher = speaker(**student), speaker("teacher x", **teacher)
+def test_a_difference_is_refused_until_it_is_allowed(student, teacher, option, text):
+    student, teacher = facts(**student), facts("teacher x", **teacher)
     others = tuple({"eos", "special_tokens", "template", "thinking"} - {option})
     for allow in ((), others):
         message = refusal(student, teacher, allow)
-        assert words in message
+        assert text in message
         assert message.startswith("teacher x: ")
         assert f"set checks.allow=[{', '.join([*allow, option])}]" in message
     check_teacher(student, teacher, (option,))
 
 
-def test_the_padding_token_plays_no_part():
-    check_teacher(speaker(), speaker("teacher x", changed(pad_token="<|system|>")), ())
+def test_the_padding_token_may_differ():
+    check_teacher(facts(), facts("teacher x", changed(pad_token="<|system|>")), ())
 
 
-def test_a_generation_config_may_name_more_ends():
-    student = speaker(generation={"eos_token_id": [END, 10]})
+def test_a_generation_config_may_name_more_stop_ids():
+    student = facts(generation={"eos_token_id": [END, 10]})
     assert student.stop == (END, 10)
-    check_teacher(student, speaker("teacher x"), ())
-    check_teacher(student, speaker("teacher x", changed(eos_token="<|user|>"),
+    check_teacher(student, facts("teacher x"), ())
+    check_teacher(student, facts("teacher x", changed(eos_token="<|user|>"),
                                    {"eos_token_id": [END, 259]}), ("eos",))  # fmt: skip
-    # The student's usual end is one of the teacher's, but not the other way round.
-    teacher = speaker("teacher x", changed(eos_token="<|user|>"), {"eos_token_id": END})
-    assert "checks.allow=[eos]" in refusal(speaker(), teacher)
+    # The student's own EOS is one of the teacher's stop ids, but not the other way round.
+    teacher = facts("teacher x", changed(eos_token="<|user|>"), {"eos_token_id": END})
+    assert "checks.allow=[eos]" in refusal(facts(), teacher)
 
 
-def test_arguments_that_one_template_does_not_know_are_a_matter_of_the_template():
-    student = speaker(tokenizer=changed(chat_template=THINKING), enable_thinking=False)
-    check_teacher(student, speaker("teacher x"), ("template",))
+def test_arguments_unknown_to_one_template_are_no_separate_difference():
+    student = facts(tokenizer=changed(chat_template=THINKING), enable_thinking=False)
+    check_teacher(student, facts("teacher x"), ("template",))
 
 
 def settings(tmp_path, student, teacher, *others):
@@ -166,7 +168,7 @@ def settings(tmp_path, student, teacher, *others):
     )
 
 
-def test_each_model_reads_its_own_template_and_arguments(tmp_path):
+def test_each_models_prompts_use_its_own_template_and_arguments(tmp_path):
     def thinking(mark):
         return changed(chat_template=THINKING.replace("<think>", mark))
 
@@ -184,13 +186,13 @@ def test_each_model_reads_its_own_template_and_arguments(tmp_path):
         assert ids[:-1].tolist() == theirs[:-1].tolist()
 
 
-def test_heads_of_other_padding_fit(tmp_path):
+def test_heads_may_be_padded_differently(tmp_path):
     setup = set_up(settings(tmp_path, TOKENIZER, TOKENIZER))
     for spec, rows in ((setup.student, 288), (setup.teachers[0], 320)):
         assert (spec.model.vocab_size, spec.model.valid) == (rows, SIZE)
 
 
-def test_the_student_says_nothing_that_a_teacher_has_no_token_for(tmp_path):
+def test_the_student_never_samples_tokens_that_a_teacher_lacks(tmp_path):
     allowed = "checks.allow=[special_tokens]"
     setup = set_up(settings(tmp_path / "a", changed("<think>"), TOKENIZER, allowed))
     assert (setup.student.model.size, setup.teachers[0].model.size) == (SIZE, SIZE)
@@ -200,11 +202,11 @@ def test_the_student_says_nothing_that_a_teacher_has_no_token_for(tmp_path):
 
 def test_a_prompt_with_an_id_beyond_the_head_is_refused(tmp_path):
     config = settings(tmp_path, TOKENIZER, TOKENIZER, "student.architecture.vocab_size=258")
-    with pytest.raises(UserError, match="student: a prompt holds the token id 260"):
+    with pytest.raises(UserError, match="student: a prompt has the token id 260"):
         set_up(config)
 
 
-def test_a_teachers_end_may_stand_for_the_students(tmp_path):
+def test_a_teachers_eos_may_be_exchanged_with_the_students(tmp_path):
     other = changed(eos_token="<|user|>")
     with pytest.raises(UserError, match=r"checks\.allow=\[eos\], or eos_alias of that teacher"):
         set_up(settings(tmp_path / "a", TOKENIZER, other))

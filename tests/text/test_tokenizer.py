@@ -43,7 +43,7 @@ def test_saving_and_loading_changes_nothing(tmp_path):
     tokenizer = load_tokenizer(BUILTIN)
     tokenizer.save_pretrained(tmp_path)
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "é <|end|> x"}]
-    # Ours, and the plain way of a user who knows nothing of this package.
+    # With this package, and with transformers alone.
     for loaded in (load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(str(tmp_path))):
         assert loaded.get_vocab() == tokenizer.get_vocab()
         assert loaded.special_tokens_map == tokenizer.special_tokens_map
@@ -60,7 +60,7 @@ def test_saving_and_loading_changes_nothing(tmp_path):
         )
 
 
-def test_one_name_gives_one_object():
+def test_the_same_name_returns_the_same_object():
     assert load_tokenizer(BUILTIN) is load_tokenizer(BUILTIN)
 
 
@@ -77,7 +77,7 @@ def test_mistakes_are_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_the_file_decides_and_not_the_model_beside_it(tmp_path):
+def test_tokenizer_json_counts_and_not_the_model_type_beside_it(tmp_path):
     tokenizer = load_tokenizer(BUILTIN)
     tokenizer.save_pretrained(tmp_path)
     # AutoTokenizer would build Qwen 2's own class, which adds a token.
