@@ -1,9 +1,9 @@
-"""Sums that merge exactly: over rows, micro-batches and devices, with one division at the end.
+"""Metrics as sums and counts, merged over rows, micro-batches and devices, divided once.
 
     values, mask -> Mean(total, count) -> merge -> results: {name: float}
 
-A mean of means is never taken, so no split of the batch changes a number. Sums are float32; counts
-are exact up to 2^24.
+There is never a mean of means, so splitting the batch changes no result beyond rounding. Sums are
+float32; counts are exact up to 2^24.
 """
 
 from collections.abc import Mapping
@@ -18,58 +18,58 @@ from fireopd_jax.types import Array, pytree
 
 @pytree
 class Mean:
-    """A mean before its division."""
+    """A mean as its sum and its count, before the division."""
 
     total: Float32[Array, "*stack"]
     count: Float32[Array, "*stack"]
 
     @staticmethod
     def of(values: Shaped[Array, "*shape"], where: Bool[Array, "*shape"] | None = None) -> "Mean":
-        """Sum the values where `where` is true; what stands elsewhere, even NaN, does not count."""
+        """Sum the values where `where` is true; values elsewhere, even NaN, are ignored."""
         total = jnp.sum(values, where=where, dtype=jnp.float32)
         if where is None:
             return Mean(total, jnp.asarray(values.size, jnp.float32))
         return Mean(total, jnp.sum(where, dtype=jnp.float32))
 
     def merge(self, other: "Mean") -> "Mean":
-        """Join with the sums of other values."""
+        """Add the sum and the count of other values."""
         return Mean(self.total + other.total, self.count + other.count)
 
     def fold(self) -> "Mean":
-        """Join along the leading axis that a scan has stacked."""
+        """Merge along the leading axis, which a scan has stacked."""
         return Mean(self.total.sum(0), self.count.sum(0))
 
     def result(self) -> Float32[Array, ""] | np.float32:
-        """Return total / count; NaN of nothing."""
+        """Return total / count; NaN if count is 0."""
         return self.total / self.count
 
 
 @pytree
 class Max:
-    """A largest value, and of how many."""
+    """The largest value, and the number of values."""
 
     value: Float32[Array, "*stack"]
     count: Float32[Array, "*stack"]
 
     @staticmethod
     def of(values: Shaped[Array, "*shape"], where: Bool[Array, "*shape"] | None = None) -> "Max":
-        """Take the largest of the values where `where` is true."""
+        """Return the largest of the values where `where` is true."""
         value = jnp.max(jnp.asarray(values, jnp.float32), where=where, initial=-jnp.inf)
         if where is None:
             return Max(value, jnp.asarray(values.size, jnp.float32))
         return Max(value, jnp.sum(where, dtype=jnp.float32))
 
     def merge(self, other: "Max") -> "Max":
-        """Join with the largest of other values."""
+        """Merge with the largest of other values."""
         return Max(jnp.maximum(self.value, other.value), self.count + other.count)
 
     def fold(self) -> "Max":
-        """Join along the leading axis that a scan has stacked."""
+        """Merge along the leading axis, which a scan has stacked."""
         return Max(self.value.max(0), self.count.sum(0))
 
     def result(self) -> Float32[Array, ""] | np.float32:
-        """Return the largest value; NaN of nothing."""
-        # count / count is 1, or NaN at 0: the same expression serves device and host arrays.
+        """Return the largest value; NaN if count is 0."""
+        # count / count is 1, or NaN at 0: works for device and host arrays alike.
         return self.value * (self.count / self.count)
 
 
@@ -84,7 +84,7 @@ def merge(one, other):
 
 
 def results(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Fetch every sum in one transfer, then divide on the host."""
+    """Return the metrics as floats: one transfer to the host, then the divisions."""
     fetched: dict[str, Metric] = jax.device_get(dict(metrics))
     with np.errstate(all="ignore"):
         return {name: float(metric.result()) for name, metric in fetched.items()}

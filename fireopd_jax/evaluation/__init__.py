@@ -1,1 +1,1 @@
-"""Responses to marks: exact graders of final answers."""
+"""Evaluation: exact graders of final answers, and avg@k over held-out problems."""

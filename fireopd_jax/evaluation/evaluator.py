@@ -1,4 +1,4 @@
-"""Draw responses to held-out problems and grade them: avg@k with its interval.
+"""Sample responses to held-out problems and grade them: avg@k with its 95 % interval.
 
 prompts -> generate -> decode -> grade -> avg@k over problems
 """
@@ -20,49 +20,50 @@ from fireopd_jax.types import Prompts, Rollout
 
 @config
 class EvalConfig:
-    """How a model is evaluated."""
+    """Settings of the evaluation."""
 
     problems: NonNegativeInt = 256
-    """Problems held out of the training rows; 0 evaluates nothing."""
+    """Number of problems held out from training; 0 turns the evaluation off."""
     samples: PositiveInt = 8
-    """Responses a problem: the k of avg@k."""
+    """Responses per problem: the k of avg@k."""
     batch_size: PositiveInt | None = None
-    """Responses drawn at a time; by default as many as a step draws, by the same program."""
+    """Responses sampled at a time. null: as many as in a training step, with the same program."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """Of the responses; 0 is greedy."""
+    """Sampling temperature of the responses; 0 is greedy."""
     top_p: UnitInterval = 1.0
-    """Nucleus of the responses."""
+    """Nucleus sampling mass of the responses."""
     every: NonNegativeInt = 0
-    """Steps between evaluations of the student in training; 0 is none."""
+    """Steps between evaluations of the student during training; 0 turns them off."""
     every_problems: PositiveInt = 64
-    """How many of the problems those use, with one response each."""
+    """Number of problems in the evaluations during training, with one response each."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """Grades of one model."""
+    """Grades of one model's responses."""
 
     samples: int
     scores: tuple[float, ...]
-    """Share of right responses, a problem."""
+    """Fraction of correct responses, one value per problem."""
     mean_length: float
+    """Mean response length in tokens."""
     finished: float
-    """Share of responses that ended before the limit."""
+    """Fraction of responses that ended before the length limit."""
 
     @property
     def mean(self) -> float:
-        """avg@k: the mean over problems of the share of right responses."""
+        """avg@k: the mean over problems of the fraction of correct responses; NaN without any."""
         return float(np.mean(self.scores)) if self.scores else float("nan")
 
     @property
     def interval(self) -> float:
-        """Half the width of avg@k's 95 % interval: 1.96 standard errors, clustered by problem."""
+        """Half-width of avg@k's 95 % interval: 1.96 standard errors, clustered by problem."""
         if len(self.scores) < 2:
             return float("nan")
         return float(1.96 * np.std(self.scores, ddof=1) / len(self.scores) ** 0.5)
 
     def summary(self) -> dict[str, float | int]:
-        """Give the figures that are kept."""
+        """Return the figures that are logged and saved."""
         return {
             f"avg@{self.samples}": self.mean,
             "interval_95": self.interval,
@@ -82,8 +83,12 @@ def evaluate(
     advance: Callable[[int], None] = lambda rows: None,
     out: Path | None = None,
 ) -> EvalResult:
-    """Grade `samples` responses to each problem; `out` gets one line a response."""
-    right: dict[int, list[bool]] = {}
+    """Sample and grade `samples` responses per problem.
+
+    Padding rows (`row` < 0) are ignored; `advance` is called after each batch; `out` is written as
+    JSON lines, one per response.
+    """
+    grades_by_row: dict[int, list[bool]] = {}
     lengths: list[int] = []
     finished: list[bool] = []
     lines: list[str] = []
@@ -93,7 +98,7 @@ def evaluate(
             row = int(prompts.row[i])
             text = decode(np.asarray(rollout.tokens[i][rollout.mask[i]]))
             correct = grade(text, answers(row))
-            right.setdefault(row, []).append(correct)
+            grades_by_row.setdefault(row, []).append(correct)
             lengths.append(int(rollout.mask[i].sum()))
             finished.append(bool(rollout.finished[i]))
             if out is not None:
@@ -105,7 +110,7 @@ def evaluate(
         out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return EvalResult(
         samples=samples,
-        scores=tuple(float(np.mean(grades)) for grades in right.values()),
+        scores=tuple(float(np.mean(grades)) for grades in grades_by_row.values()),
         mean_length=float(np.mean(lengths)) if lengths else float("nan"),
         finished=float(np.mean(finished)) if finished else float("nan"),
     )

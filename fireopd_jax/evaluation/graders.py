@@ -1,22 +1,24 @@
-r"""Exact grading: the final answer of a response, compared as text in one normal form.
+r"""Exact grading: the final answer of a response, compared as text in a normal form.
 
     response -> final_answer -> normal -> equal to the normal form of the answer?
 
-Where the final answer stands, the first rule that applies:
+The final answer is found by the first rule that applies:
 
-1. After the last `####` (to the end of its line) or in the last `\boxed{...}`, whichever is later.
-   An open brace is a response cut off: no answer.
-2. Else in the last segment, which begins after the last `;` or line break. A segment with `=` is
-   working and no answer. In a response of digits and `+-=cb;` alone (the built-in tasks' form) it
-   must be a bare number. Else it is the segment's last number, or, without any, the segment itself.
+1. The text after the last `####` (to the end of its line) or in the last `\boxed{...}`, whichever
+   is later. An unclosed brace means that the response was cut off: no answer.
+2. Else the last segment, which begins after the last `;` or line break. A segment with `=` is
+   intermediate work, not an answer. In a response of digits and `+-=cb;` alone (the form of the
+   built-in tasks) the segment must be a bare number. Otherwise the answer is the segment's last
+   number, or, without any number, the whole segment.
 
-No answer is the empty text, which is never right. These functions accept any text and never raise.
+A missing answer is the empty text, which is never correct. These functions accept any text and
+never raise.
 """
 
 import re
 
 MARK = re.compile(r"####|\\boxed\s*\{")
-SIGN = r"(?:(?<![\w)\]}])[-+])?"  # Not the minus between two terms.
+SIGN = r"(?:(?<![\w)\]}])[-+])?"  # Not a minus between two terms.
 WHOLE = r"(?:[0-9]+(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 NUMBER = re.compile(rf"{SIGN}(?:\\?\$)?(?<![\w.])(?:{WHOLE}(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?")
 BUILTIN_FORM = re.compile(r"[0-9+\-=cb;\s]*")
@@ -24,9 +26,9 @@ BARE_NUMBER = re.compile(r"-?[0-9]+")
 
 
 def grade(text: str, answer: str) -> bool:
-    """Say whether a response ends in the answer.
+    """Return whether the final answer of a response equals the answer.
 
-    The answer may be bare, or a worked solution that marks its own end with `####` or a box.
+    `answer` may be bare, or a worked solution that marks its final answer with `####` or a box.
     """
     expected = marked_answer(answer)
     if expected is None:
@@ -35,7 +37,7 @@ def grade(text: str, answer: str) -> bool:
 
 
 def final_answer(text: str) -> str:
-    """Take the final answer of a response, in its normal form; empty if there is none."""
+    """Return the final answer of a response in normal form; empty if there is none."""
     marked = marked_answer(text)
     if marked is not None:
         return marked
@@ -49,7 +51,7 @@ def final_answer(text: str) -> str:
 
 
 def marked_answer(text: str) -> str | None:
-    """Take what the last mark announces, None where there is no mark."""
+    """Return the answer at the last `####` or box in normal form; None without such a mark."""
     marks = list(MARK.finditer(text))
     if not marks:
         return None
@@ -65,7 +67,10 @@ def marked_answer(text: str) -> str | None:
 
 
 def normal(answer: str) -> str:
-    """Write an answer in one way: `$1,450.00` and `01450.` are `1450`; words lose their ends."""
+    """Return an answer in normal form: `$1,450.00` and `01450.` become `1450`.
+
+    Text that is not a number only loses `$`, outer spaces, final periods and thousands commas.
+    """
     answer = answer.replace("\\$", "").replace("$", "").strip().rstrip(".").rstrip()
     answer = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", answer)
     number = re.fullmatch(r"([-+]?)([0-9]*)(?:\.([0-9]*))?", answer)

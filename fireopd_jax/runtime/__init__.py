@@ -1,1 +1,1 @@
-"""Settings of the process: XLA flags and the compilation cache."""
+"""Process-wide settings: XLA flags, the compilation cache, and signals."""

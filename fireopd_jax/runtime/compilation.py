@@ -1,8 +1,8 @@
-"""What XLA compiles: kept on disk between runs, and counted within one.
+"""JAX's persistent compilation cache, and a counter of compilations.
 
     jit -> compile, or read from the cache -> CompileCounter.count
 
-A compile that the disk cache answers counts too: the program was new to this process all the same.
+A program that is loaded from the disk cache counts too: it was new to this process.
 """
 
 import functools
@@ -12,12 +12,12 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-# Recorded around every backend compile, also when the persistent cache answers it.
+# JAX records this event for every backend compile, also when the persistent cache has the program.
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
 def cache_folder() -> Path:
-    """`$FIREOPD_CACHE_DIR`, else `fireopd_jax` in the user's cache folder."""
+    """Return `$FIREOPD_CACHE_DIR`, else `fireopd_jax` in the user's cache folder."""
     if folder := os.environ.get("FIREOPD_CACHE_DIR"):
         return Path(folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -49,14 +49,14 @@ class _Total:
 
 @functools.cache
 def _total() -> _Total:
-    """The process's one listener: JAX keeps every listener that it is given."""
+    """Return the process's only listener: JAX never removes a registered listener."""
     total = _Total()
     jax.monitoring.register_event_duration_secs_listener(total)
     return total
 
 
 class CompileCounter:
-    """Backend compilations since this counter was made."""
+    """Number of backend compilations since this counter was created."""
 
     def __init__(self):
         self._total = _total()
@@ -64,5 +64,5 @@ class CompileCounter:
 
     @property
     def count(self) -> int:
-        """How many programs were compiled, or read from the cache, so far."""
+        """Number of programs compiled, or loaded from the cache, so far."""
         return self._total.count - self._start

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a flag that a loop looks at between two steps."""
+"""SIGINT and SIGTERM as a flag that a loop checks between two steps."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ class Interrupted(Exception):
 
 
 class StopFlag:
-    """True once SIGINT or SIGTERM has come; a second one interrupts at once."""
+    """True after the first SIGINT or SIGTERM; a second one raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -20,7 +20,7 @@ class StopFlag:
         return self.signal is not None
 
     def __call__(self, number: int, _: object) -> None:
-        """Take a signal."""
+        """Record a signal; the second one raises KeyboardInterrupt."""
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
@@ -28,12 +28,15 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopFlag]:
-    """Catch the signals while the block runs (in the main thread; elsewhere they are not ours)."""
+    """Catch SIGINT and SIGTERM inside the block, and restore the old handlers after it.
+
+    Only the main thread may install handlers; in any other thread nothing is caught.
+    """
     flag = StopFlag()
     old = {}
-    ours = threading.current_thread() is threading.main_thread()
+    is_main = threading.current_thread() is threading.main_thread()
     try:
-        for number in (signal.SIGINT, signal.SIGTERM) if ours else ():
+        for number in (signal.SIGINT, signal.SIGTERM) if is_main else ():
             old[number] = signal.signal(number, flag)
         yield flag
     finally:

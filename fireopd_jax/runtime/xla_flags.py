@@ -1,6 +1,6 @@
-"""What XLA is told before JAX starts, by environment; knows nothing of JAX.
+"""XLA flags, set in the environment before JAX starts; this module does not import JAX.
 
-XLA reads its flags once, so these functions come first. A flag that the user has set stays.
+XLA reads its flags once, so call these functions first. A flag that the user has set is kept.
 """
 
 import os
@@ -13,9 +13,9 @@ EFFORT = "--xla_backend_optimization_level"
 
 
 def several_cpu_devices() -> None:
-    """Ask for eight devices on the CPU where none, or one, is asked for.
+    """Set eight virtual CPU devices, unless the user has set more than one.
 
-    Other platforms do not look at it.
+    Other platforms ignore the flag.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     asked = re.search(rf"{DEVICES}=(\d+)", flags)
@@ -26,10 +26,10 @@ def several_cpu_devices() -> None:
 
 
 def compile_quickly_on_cpu() -> None:
-    """Let LLVM stop at its first level where JAX can only find a CPU.
+    """Set LLVM's optimization level to 1 if JAX can only find a CPU.
 
-    The programs are as fast as at the third, XLA's default, and there in two thirds of the time.
-    GPUs read the flag too, and would lose by it.
+    Programs run as fast as at level 3, XLA's default, and compile in two thirds of the time. On
+    GPUs the flag takes effect too and would cost speed, so it is not set there.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if EFFORT not in flags and only_cpu():
@@ -37,7 +37,7 @@ def compile_quickly_on_cpu() -> None:
 
 
 def only_cpu() -> bool:
-    """Tell whether JAX is bound to the CPU, or nothing is installed that would find more."""
+    """Return whether JAX is limited to the CPU, or no plugin for another platform is installed."""
     if asked := os.environ.get("JAX_PLATFORMS"):
         return asked == "cpu"
     plugins = entry_points(group="jax_plugins")

@@ -1,11 +1,11 @@
-"""The mesh, and what lies on which of its axes.
+"""The device mesh, and what is sharded over its axes.
 
-    data      replicas, each of which draws its own rows
-    tensor    devices of a replica: they share a model's heads, its MLPs and its vocabulary there
+    data      replicas; each samples the rollouts of its own rows
+    tensor    devices of a replica; attention heads, MLPs and vocabulary are sharded over them
 
-That is how rows are drawn. Where rows are scored and learnt from they lie over all devices, and
-parameters and optimizer state lie whole on each. The axes are Auto: the compiler inserts the
-collectives, so statistics over the row axis are global by construction.
+These are the roles during rollouts. Scoring and training shard the rows over all devices, and
+replicate parameters and optimizer state. The axes are Auto: the compiler inserts the collectives,
+so statistics over the row axis are global by construction.
 """
 
 from collections.abc import Sequence
@@ -24,20 +24,20 @@ AXES = ("data", "tensor")
 
 @config
 class MeshConfig:
-    """How the devices are laid."""
+    """Shape of the device mesh."""
 
     data: PositiveInt | None = None
-    """Replicas that draw rows of their own; by default as many as the devices make."""
+    """Number of replicas, each with its own rollout rows. null: all devices, divided by tensor."""
     tensor: PositiveInt = 1
-    """Devices of a replica, which share the model and its cache while they draw."""
+    """Devices per replica; during rollouts the model and its KV cache are sharded over them."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Lay the devices as the configuration says."""
+    """Return the mesh of the configuration; raise `UserError` if the devices do not suffice."""
     devices = devices if devices is not None else jax.devices()
     if config.data is None and len(devices) % config.tensor:
         raise UserError(
-            f"mesh.tensor={config.tensor}: does not divide the {len(devices)} devices; give "
+            f"mesh.tensor={config.tensor}: does not divide the {len(devices)} devices; set "
             "mesh.data too, to leave some of them idle"
         )
     shape = config.data or len(devices) // config.tensor, config.tensor
@@ -49,29 +49,29 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:
-    """Sharding of arrays whose leading axis is the batch."""
+    """Return the sharding that splits the leading axis (the rows) over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of arrays that every device holds whole."""
+    """Return the sharding of arrays that are replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def shard_rows(mesh: Mesh, tree: Tree) -> Tree:
-    """Put the arrays of a batch onto the mesh, split by rows."""
+    """Shard the arrays of a batch over all devices of the mesh, along the rows."""
     return jax.device_put(tree, by_rows(mesh))
 
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
-    """Put arrays onto every device of the mesh."""
+    """Replicate arrays on every device of the mesh."""
     return jax.device_put(tree, replicated(mesh))
 
 
 def micro_batches(tree: Tree, count: int) -> Tree:
     """Split the rows into `count` micro-batches by stride: [B, ...] -> [count, B / count, ...].
 
-    A stride leaves every device its own rows; contiguous blocks would be gathered.
+    With a stride every device keeps its own rows; contiguous blocks would need a gather.
     """
 
     def split(x: Array) -> Array:
@@ -81,7 +81,7 @@ def micro_batches(tree: Tree, count: int) -> Tree:
 
 
 def join_micro_batches(tree: Tree) -> Tree:
-    """Undo `micro_batches`."""
+    """Join micro-batches in the original row order: the inverse of `micro_batches`."""
 
     def join(x: Array) -> Array:
         return x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])

@@ -1,4 +1,4 @@
-"""avg@k over problems, and the line that each response leaves."""
+"""avg@k over problems, and the JSON line of each response."""
 
 import json
 

@@ -24,7 +24,7 @@ from fireopd_jax.evaluation.graders import final_answer, grade
         (".50", "0.5"),
     ],
 )
-def test_final_answer_reads_each_form(text, answer):
+def test_final_answer_of_each_form(text, answer):
     assert final_answer(text) == answer
 
 
@@ -44,7 +44,7 @@ def test_final_answer_reads_each_form(text, answer):
         "the end ####",
     ],
 )
-def test_a_response_without_an_end_has_no_answer(text):
+def test_a_response_without_a_final_answer_has_none(text):
     assert final_answer(text) == ""
     assert not grade(text, "")
 
@@ -59,12 +59,12 @@ def test_grade_compares_values_and_not_spelling():
 
 
 @pytest.mark.parametrize("task", ["builtin:addition-2", "builtin:subtraction-1"])
-def test_references_are_right_and_cut_ones_are_not(task):
+def test_references_are_correct_and_truncated_ones_are_not(task):
     for row in task_rows(task)[:200]:
         reference, answer = row["reference"], row["answer"]
         assert grade(reference, answer)
         for end in range(reference.rindex(";") + 1):
-            # Only the very first operand, alone, may pass for a bare answer.
+            # Only an operand on its own may be mistaken for a bare answer.
             assert end == 1 or not grade(reference[:end], answer) or reference[end - 2] == ";"
 
 
