@@ -1,6 +1,6 @@
-"""What is verified on: states and heads of two models, small models, ragged rollouts.
+"""Inputs of the verification: states and heads of two models, small models, ragged rollouts.
 
-Everything is drawn by NumPy from fixed seeds, so that every machine verifies the same.
+Everything is drawn by NumPy from fixed seeds, so that every machine verifies the same cases.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from fireopd_jax.verify.reference_losses import Seen
 
 VOCABULARY, WIDTH, TEACHER_WIDTH = 320, 16, 24
 LENGTHS, ROOM = (6, 4, 0, 1, 5), 6
-"""Response tokens of each row, and room for them: one row is empty, most are padded."""
+"""Response lengths, and the padded length T: one row is empty, most are padded."""
 SCALE = 1.25
-"""One over the temperature, of both models."""
+"""Inverse temperature of both models."""
 HEAD: HeadOptions = {"logit_scale": SCALE, "chunk": 128}
-"""The vocabulary takes several chunks of logits."""
+"""The chunk is smaller than the vocabulary, so that the logits take several chunks."""
 K, SLOTS = 8, 17
-"""Words of a model's list, and slots of the largest support: both lists and the token."""
+"""Token ids in a model's top-K list, and in the largest support: both lists and the token."""
 SMALL_VOCABULARY = 64
 
 
@@ -36,18 +36,21 @@ class States:
     """Final hidden states and heads of a student and its teacher."""
 
     hidden: Float32[Array, "B T D"]
-    """Of the student that learns."""
+    """Of the student under training."""
     old: Float32[Array, "B T D"]
-    """Of the student when it was scored."""
+    """Of the student at scoring time."""
     base: Float32[Array, "B T D"]
-    """Of the base policy, which has the student's head."""
+    """Of the base policy, which shares the student's head."""
     head: Float32[Array, "V D"]
     teacher_hidden: Float32[Array, "B T E"]
     teacher_head: Float32[Array, "V E"]
 
 
 def make_states(*, equal: bool = False, later: bool = False) -> States:
-    """Draw two models; with `equal` they are the same, with `later` the student has moved on."""
+    """Return the states of two random models.
+
+    `equal`: the two have the same logits. `later`: the student has been updated since scoring.
+    """
     rng = np.random.default_rng(0)
 
     def draw(size: float, *shape: int) -> Array:
@@ -55,12 +58,12 @@ def make_states(*, equal: bool = False, later: bool = False) -> States:
 
     at = len(LENGTHS), ROOM
     hidden, head = draw(1.0, *at, WIDTH), draw(0.4, VOCABULARY, WIDTH)
-    # Models that agree on some words, as a student and its teacher do.
+    # The teacher shares part of the student's logits, so that their top-K lists overlap.
     teacher_hidden = jnp.concatenate([hidden, draw(1.0, *at, TEACHER_WIDTH - WIDTH)], axis=2)
     teacher_head = jnp.concatenate([head, draw(0.4, VOCABULARY, TEACHER_WIDTH - WIDTH)], axis=1)
     moved, base = draw(0.1, *at, WIDTH), draw(0.4, *at, WIDTH)
     if equal:
-        # The same logits from a wider state: what is new in it is zero.
+        # The same logits from a wider state: the extra dimensions are zero.
         more = TEACHER_WIDTH - WIDTH
         teacher_hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, more)))
         teacher_head = jnp.pad(head, ((0, 0), (0, more)))
@@ -69,12 +72,12 @@ def make_states(*, equal: bool = False, later: bool = False) -> States:
 
 
 def make_mask() -> Bool[np.ndarray, "B T"]:
-    """Return which tokens are of a response."""
+    """Return the mask of the response tokens."""
     return np.arange(ROOM)[None] < np.array(LENGTHS)[:, None]
 
 
 def dummy_rollout(seed: int = 1) -> Rollout:
-    """Draw responses of the two models' vocabulary; their prompts mean nothing."""
+    """Return random responses over the models' vocabulary, with placeholder prompts."""
     rng = np.random.default_rng(seed)
     mask = make_mask()
     rows = np.arange(len(mask), dtype=np.int32)
@@ -94,21 +97,23 @@ def dummy_rollout(seed: int = 1) -> Rollout:
 def score(
     states: States, rollout: Rollout, kind: Kind = "teacher", sampled: bool = False
 ) -> Scores:
-    """Say of the tokens what `scoring` says, from the states of both models."""
+    """Return what the package's scoring stages return, computed from the models' states."""
     tokens, options = jnp.asarray(rollout.tokens), HEAD
     own = head_topk(states.old, states.head, tokens, k=K, **options)
     theirs = head_topk(states.teacher_hidden, states.teacher_head, tokens, k=K, **options)
     base = head_stats(states.base, states.head, tokens, **options)
     lists = (own.top_ids, own.top_logprob), (theirs.top_ids, theirs.top_logprob)
-    told = head_gather(states.teacher_hidden, states.teacher_head, tokens, own.top_ids, **options)
+    gathered = head_gather(
+        states.teacher_hidden, states.teacher_head, tokens, own.top_ids, **options
+    )
     support = make_support(
         kind,
         *lists,
-        told.support_logprob,
+        gathered.support_logprob,
         sampled=(tokens, theirs.logprob) if sampled else None,
         size=VOCABULARY,
     )
-    # One shape for all: a program of the heads serves every support.
+    # Supports are padded to one shape, so that one compiled program serves them all.
     empty = ((0, 0), (0, 0), (0, SLOTS - support.ids.shape[-1]))
     support = Support(
         jnp.pad(support.ids, empty, constant_values=-1),
@@ -124,12 +129,12 @@ def score(
 
 
 def logits(hidden: Array, head: Array, scale: float = 1.0) -> np.ndarray:
-    """Return the logits [B, T, V] in float64: what the references read."""
+    """Return the logits [B, T, V] in float64, the input of the references."""
     return scale * (np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T)
 
 
 def see(states: States, rollout: Rollout, scores: Scores) -> Seen:
-    """Hand the case to the references."""
+    """Return the case as the input of the references."""
     assert scores.support is not None
     return Seen(
         z=logits(states.hidden, states.head, SCALE),
@@ -145,10 +150,10 @@ def see(states: States, rollout: Rollout, scores: Scores) -> Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Bigram(LanguageModel):
-    """A model whose state is that of the last word alone: it compiles in a quarter of the time."""
+    """A model whose state depends on the last token only; it compiles in a quarter of the time."""
 
     def init(self, key: Array) -> Params:
-        """Draw fresh parameters."""
+        """Return random parameters."""
         shape = self.vocab_size, self.config.hidden_size
         keys = jax.random.split(key)
         return {
@@ -157,7 +162,7 @@ class Bigram(LanguageModel):
         }
 
     def bind(self, params: Params) -> Any:
-        """Give what has the head."""
+        """Return an object with the head as an attribute."""
         return types.SimpleNamespace(head=params["head"])
 
     def response_hidden(
@@ -171,14 +176,14 @@ class Bigram(LanguageModel):
         adapters: Any = None,
         remat: Any = "none",
     ) -> tuple[Float32[Array, "B T D"], Float32[Array, "V D"]]:
-        """Return the states that predict each response token, and the head that reads them."""
+        """Return the states that predict each response token, and the head."""
         sequence, _, _ = lay(prompt, prompt_length, tokens, mask)
         hidden = jnp.asarray(params["last"])[sequence]
         return predicting(hidden, prompt_length, prompt.shape[1]), params["head"]
 
 
 def bigram() -> LanguageModel:
-    """Return the smallest model, without parameters."""
+    """Return the bigram model, without parameters."""
     return Bigram(small_model().config, SMALL_VOCABULARY)
 
 
@@ -196,12 +201,12 @@ def small_model() -> LanguageModel:
 
 
 def random_params(model: LanguageModel, seed: int) -> Params:
-    """Draw parameters far from the initial ones: logits are spread."""
+    """Return random parameters that are far from the initial ones, so that logits are spread."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> Array:
         noise = rng.standard_normal(leaf.shape)
-        # Norms have one axis a layer: around 1. Matrices keep the size of what they multiply.
+        # Norm scales (one vector per layer) are around 1; matrices preserve the input's scale.
         small = len(leaf.shape) < 2 or leaf.shape[-2] == model.config.num_hidden_layers
         wide = noise * max(leaf.shape[-2] ** -0.5, 0.25) if len(leaf.shape) > 1 else noise
         value = 1 + 0.2 * noise if small else wide
@@ -211,7 +216,7 @@ def random_params(model: LanguageModel, seed: int) -> Params:
 
 
 def small_rollout(rows: int, more: int = 0) -> Rollout:
-    """Draw prompts and responses, one row of them empty, with `more` columns of padding."""
+    """Return random prompts and responses; one in eight rows is empty, `more` padding columns."""
     rng = np.random.default_rng(2)
     length = np.resize([6, 3, 0, 1, 4, 6, 2, 5], rows)
     prompt_length = rng.integers(1, 4, rows).astype(np.int32)

@@ -1,6 +1,6 @@
-"""The command `fireopd verify`: all comparisons, their tables, the verdict.
+"""The command `fireopd verify`: run all comparisons, print their tables, report failures.
 
-objectives, statistics, invariance -> rows -> tables, JSON -> did all pass
+objectives, statistics, invariance -> rows -> tables, JSON -> whether all rows passed
 """
 
 import json
@@ -28,7 +28,7 @@ PARTS: Mapping[str, Part] = {
 
 
 def verify(file: Path | None = None) -> bool:
-    """Run the parts, print their tables, write the rows as JSON; tell whether all have passed."""
+    """Run all parts, print their tables, write the rows to `file`; return whether all passed."""
     if file is not None and not file.parent.is_dir():
         raise UserError(f"{file}: no such folder {str(file.parent)!r}")
     start = time.perf_counter()
@@ -52,7 +52,7 @@ def verify(file: Path | None = None) -> bool:
 
 
 def write(file: Path, devices: list[Any], rows: list[Row], seconds: float) -> None:
-    """Write what was compared, and where."""
+    """Write the rows, the device and JAX's version as JSON."""
     result = {
         "device": devices[0].device_kind,
         "platform": devices[0].platform,

@@ -1,7 +1,7 @@
-"""From the package's configuration of a stage to the reference that it is held against.
+"""The expected results of a stage: dispatch from its configuration to the NumPy reference.
 
-No formula stands here: what a stage computes is in `losses`, `filtering`, `reweighting` and `ops`,
-what it should is in `reference` and its neighbours `reference_batch`, `_stages` and `_losses`.
+This module has no formulas. The stages are in `losses`, `filtering`, `reweighting` and `ops`; the
+references are in `reference`, `reference_batch`, `reference_stages` and `reference_losses`.
 """
 
 import functools
@@ -49,7 +49,7 @@ Values = tuple[np.ndarray, np.ndarray]
 
 
 def divergence(config: Any) -> Any:
-    """Find the reference of a divergence: logits of student and teacher -> value, gradient."""
+    """Return a divergence's reference: (student's, teacher's logits) -> (value, gradient)."""
     if isinstance(config, ReverseKL):
         return reference.reverse_kl
     if isinstance(config, ForwardKL):
@@ -66,7 +66,7 @@ def divergence(config: Any) -> Any:
 
 
 def loss(config: Any, seen: Seen, shift: np.ndarray | None = None) -> Values:
-    """Ask the reference of a loss; `shift` [B] is what graded responses add to advantages."""
+    """Compute the reference of a loss; `shift` [B] is added to advantages (Uni-OPD's margin)."""
     if isinstance(config, SampledReverseKL):
         advantage = reference_losses.advantages(
             seen,
@@ -97,7 +97,7 @@ def loss(config: Any, seen: Seen, shift: np.ndarray | None = None) -> Values:
 
 
 def on_support(config: SupportDivergence, seen: Seen) -> Values:
-    """Ask the reference of a divergence on a support."""
+    """Compute the reference of a divergence on a support."""
     if config.head == "tail_sample":
         return reference_losses.tail_sample(seen)
     if config.head == "renormalised":
@@ -118,9 +118,10 @@ def on_support(config: SupportDivergence, seen: Seen) -> Values:
 
 
 def keep(config: Any, stats: dict[str, np.ndarray], mask: np.ndarray, **of_batch: Any) -> Any:
-    """Ask the reference of a filter; `stats` are log-probs, entropies and exact KL [B, T] by name.
+    """Compute the reference of a filter: bool [B] for rows, or [B, T] for tokens.
 
-    `of_batch` may hold what `Rows` does, and `gap` [B].
+    `stats` are log-probabilities, entropies and the exact reverse KL, [B, T] each; `of_batch` may
+    have the fields of `Rows`, and `gap` [B].
     """
     log_q, log_p = stats["teacher_logprob"], stats["student_logprob"]
     if isinstance(config, KeepAll):
@@ -183,7 +184,7 @@ def keep(config: Any, stats: dict[str, np.ndarray], mask: np.ndarray, **of_batch
 def weight(
     config: Any, stats: dict[str, np.ndarray], mask: np.ndarray, kept: Any, **of_batch: Any
 ) -> Any:
-    """Ask the reference of a weighting; `of_batch` may hold `teacher` and `vocab_size`."""
+    """Compute the reference of the weights; `of_batch` may have `teacher` and `vocab_size`."""
     if isinstance(config, Uniform):
         return mask.astype(float)
     if isinstance(config, ConfidenceConfusion):

@@ -1,7 +1,7 @@
-"""Every loss with every option against the reference: values, gradients to states and head.
+"""Compare every loss and option with the NumPy reference: values, gradients to states and head.
 
-states, heads -> statistics of the heads -> loss -> gradient      the package's, jitted, float32
-logits -> reference -> gradient to logits -> to states and head   NumPy, float64
+states, heads -> token statistics -> loss -> gradient                     package, jitted, float32
+logits -> reference -> gradient to logits -> gradient to states and head  NumPy, float64
 """
 
 import dataclasses
@@ -36,28 +36,28 @@ from fireopd_jax.verify.reference_batch import coefficients
 from fireopd_jax.verify.table import Row, absolute, relative
 
 VALUE_BOUND, GRADIENT_BOUND = 1e-5, 1e-5
-"""Of the largest value, of the largest element: float32 rounds at 6e-8, sums of hundreds more."""
+"""Relative to the largest value and gradient element; float32 rounds at 6e-8, long sums worse."""
 NOTHING = 1e-6
-"""Largest value and gradient, of those in the order of 1, that count for zero."""
+"""Bound for values and gradients that must be zero; typical ones are of order 1."""
 
 FEW = (ReverseKL(), ForwardKL(), JensenShannon(beta=0.3))
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A loss, and what it is verified on."""
+    """A loss, and the case that it is verified on."""
 
     loss: Any
     support: Kind = "teacher"
     sampled: bool = False
     later: bool = False
-    """The student has moved since it was scored: the ratio is not 1, and clipped here and there."""
+    """The student was updated after scoring: the ratio is not 1, and is clipped at some tokens."""
     vanishes: bool = True
-    """A student that is its teacher has neither loss nor gradient."""
+    """Loss and gradient are zero if the student equals the teacher."""
 
     @property
     def name(self) -> str:
-        """Name the kind and every option that is not the default."""
+        """The kind, and every option that is not the default."""
         words = [describe(self.loss)]
         if self.support != "teacher" or self.sampled:
             words.append(f"on {self.support}" + (" + sampled" if self.sampled else ""))
@@ -65,7 +65,7 @@ class Objective:
 
 
 def describe(config: Any) -> str:
-    """Write a configuration as its kind and the fields that are not the default."""
+    """Return a configuration as text: its kind, and the fields that are not the default."""
     words = [config.kind]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -79,7 +79,7 @@ OBJECTIVES: tuple[Objective, ...] = (
     Objective(SampledReverseKL()),
     Objective(SampledReverseKL(), later=True),
     Objective(SampledReverseKL(clip=0.05, importance_cap=1.5), later=True),
-    # Beyond 1 the teacher is not where this ends.
+    # Above 1 the optimum is not the teacher.
     Objective(SampledReverseKL(extrapolation=1.25), vanishes=False),
     Objective(SampledReverseKL(floor=-1.0, ceiling=0.5)),
     Objective(SampledReverseKL(baseline="exact_kl")),
@@ -95,7 +95,7 @@ OBJECTIVES: tuple[Objective, ...] = (
     Objective(SupportDivergence(), "union", sampled=True),
     Objective(SupportDivergence(head="tail_bucket"), "student"),
     Objective(SupportDivergence(head="score"), "intersection", sampled=True),
-    # Zero in the mean over what is drawn, not for each token.
+    # Zero in the mean over sampled tokens, not for each token.
     Objective(SupportDivergence(head="tail_sample"), vanishes=False),
     Objective(SupportDivergence(head="tail_sample"), later=True, vanishes=False),
     Objective(SupportPolicyGradient(weight="student")),
@@ -124,7 +124,7 @@ OBJECTIVES: tuple[Objective, ...] = (
 
 
 class Programs:
-    """What is compiled: once for every support, each divergence, each loss."""
+    """Compiled programs: one per shape of support, divergence and loss."""
 
     def __init__(self):
         self.score = compiled(cases.score, 2, 3)
@@ -133,7 +133,7 @@ class Programs:
         self._differentiate = compiled(differentiate, 0)
 
     def run(self, loss: Any, states: States, batch: Batch) -> tuple[Array, tuple[Array, Array]]:
-        """Return the loss of each token, and the gradients of its weighted sum: state and head."""
+        """Return the loss [B, T], and its weighted sum's gradients to states and head."""
         divergence = getattr(loss, "divergence_from_teacher", None)
         own = states.hidden, states.head
         student = self._read(divergence, own, states, batch)
@@ -144,7 +144,7 @@ class Programs:
 def read_heads(
     divergence: Divergence | None, own: tuple[Array, Array], states: States, batch: Batch
 ) -> TokenStats:
-    """Read what the update reads from states and head of the student."""
+    """Compute the student's token statistics from states and head, as the update does."""
     support = batch.scores.support
     assert support is not None
     tokens = jnp.asarray(batch.rollout.tokens)
@@ -165,12 +165,12 @@ def pull_back(
     batch: Batch,
     cotangent: TokenStats,
 ) -> tuple[Array, Array]:
-    """Bring a gradient back from the statistics to state and head."""
+    """Backpropagate a gradient from the token statistics to states and head."""
     return jax.vjp(lambda own: read_heads(divergence, own, states, batch), own)[1](cotangent)[0]
 
 
 def differentiate(loss: Any, student: TokenStats, batch: Batch) -> tuple[TokenStats, Array]:
-    """Return the gradient of the weighted sum to the statistics, and the loss [B, T]."""
+    """Return the weighted sum's gradient to the token statistics, and the loss [B, T]."""
 
     def total(student: TokenStats) -> tuple[Array, Array]:
         each = loss(student, batch)
@@ -180,7 +180,7 @@ def differentiate(loss: Any, student: TokenStats, batch: Batch) -> tuple[TokenSt
 
 
 def rows(objectives: Sequence[Objective] = OBJECTIVES) -> Iterator[Row]:
-    """Verify each objective: value, gradient, and what is left where the teacher is the student."""
+    """Verify each objective: value, gradient, and both at zero if the models are equal."""
     programs, rollout = Programs(), cases.dummy_rollout()
 
     def of(objective: Objective) -> Iterator[Row]:
@@ -192,7 +192,7 @@ def rows(objectives: Sequence[Objective] = OBJECTIVES) -> Iterator[Row]:
 
 
 def make_batch(states: States, rollout: Rollout, objective: Objective, programs: Programs) -> Batch:
-    """Score the case; weights are random, so that no token counts like another."""
+    """Score the case and return a batch; random weights, so that all tokens count differently."""
     scores = programs.score(states, rollout, objective.support, objective.sampled)
     mask = np.asarray(rollout.mask)
     weight = np.random.default_rng(4).uniform(0.5, 1.5, mask.shape) * mask
@@ -201,7 +201,7 @@ def make_batch(states: States, rollout: Rollout, objective: Objective, programs:
 
 
 def against_reference(objective: Objective, programs: Programs, rollout: Rollout) -> Iterator[Row]:
-    """Compare with the reference on two different models."""
+    """Compare value and gradient with the reference, on two different models."""
     states = cases.make_states(later=objective.later)
     batch = make_batch(states, rollout, objective, programs)
     value, (d_hidden, d_head) = programs.run(objective.loss, states, batch)
@@ -215,7 +215,7 @@ def against_reference(objective: Objective, programs: Programs, rollout: Rollout
 
 
 def teacher_is_student(objective: Objective, programs: Programs, rollout: Rollout) -> Iterator[Row]:
-    """Compare with zero where the two models are one."""
+    """Compare value and gradient with zero, on two equal models."""
     states = cases.make_states(equal=True)
     batch = make_batch(states, rollout, objective, programs)
     value, gradient = programs.run(objective.loss, states, batch)

@@ -1,8 +1,8 @@
-"""Comparisons side by side, and programs that are compiled once for all of them.
+"""Run comparisons in parallel threads, with programs that are compiled once for all of them.
 
 function, items -> rows, in the order of the items
 
-Compiling takes nearly all the time, on one core each.
+Nearly all the time is compilation, which uses one core per program.
 """
 
 import os
@@ -19,15 +19,15 @@ from fireopd_jax.verify.table import Row
 Item = TypeVar("Item")
 
 QUICK: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
-"""On a CPU: without LLVM's passes, those of XLA stay."""
+"""Compiler options for the CPU: no LLVM optimizations; XLA's own passes stay on."""
 if version("jaxlib").startswith("0.10."):
-    # The emitters of before, gone since: half the time to compile.
+    # JAX 0.10 still has the older emitters, which compile in half the time.
     QUICK["xla_cpu_use_fusion_emitters"] = False
 
 
 def compiled(function: Callable[..., Any], *static: int) -> Callable[..., Any]:
-    """Jit a function; who asks for what another thread compiles waits for it."""
-    # A function of its own: one that was compiled elsewhere would be taken from there.
+    """Return the jitted function; threads that need the same program compile it only once."""
+    # A new function object: otherwise jit could reuse a program compiled with other options.
     run = jax.jit(
         lambda *arguments: function(*arguments),
         static_argnums=static,
@@ -46,10 +46,10 @@ def compiled(function: Callable[..., Any], *static: int) -> Callable[..., Any]:
 def in_parallel(
     function: Callable[[Item], Iterable[Row]], items: Iterable[Item], threads: int | None = None
 ) -> Iterator[Row]:
-    """Give the rows of each item; by default as many threads as the machine has cores, up to 8."""
+    """Yield the rows of each item; by default one thread per core, at most 8."""
 
     def run(item: Item) -> list[Row]:
-        # Formulas are verified, not the short floats that some devices multiply by default.
+        # The formulas are verified, not the low-precision matmuls that some devices use by default.
         with jax.default_matmul_precision("highest"):
             return list(function(item))
 

@@ -1,4 +1,4 @@
-"""The objectives of one position in NumPy float64, with gradients; knows nothing of the package.
+"""The objectives of one position in NumPy float64, with gradients; independent of the package.
 
 z and z_q are the logits of student p and teacher q over the whole vocabulary; every function
 returns (value, gradient to z). `log_chain` turns dL/d log p(v) into dL/dz(v). A support is a list
@@ -69,7 +69,7 @@ def skewed_reverse_kl(z, z_q, alpha):
 def adaptive_kl(z, z_q, mu):
     """W FKL + (1 - w) RKL, w = sum_H |q - p| / sum_V |q - p|, without a gradient.
 
-    H: the most probable tokens of q, as many as hold no more than mu, and the first in any case.
+    H: the most probable tokens of q whose total mass is at most mu; at least the first.
     """
     p, q, _, _ = _models(z, z_q)
     held, inside = 0.0, []
@@ -91,14 +91,14 @@ def _scatter(size, ids, values):
 
 
 def renormalised(z, z_q, support, divergence=reverse_kl):
-    """The divergence of p and q renormalised on the support: local support matching by default."""
+    """The divergence of p and q renormalised on the support; default: local support matching."""
     z, z_q, support = np.asarray(z, np.float64), np.asarray(z_q, np.float64), list(support)
     value, gradient = divergence(z[support], z_q[support])
     return value, _scatter(len(z), support, gradient)
 
 
 def head_autodiff(z, z_q, support):
-    """The counter-example: sum_S p rho with its plain gradient, which pushes mass out of S."""
+    """Counter-example: sum_S p rho with its plain gradient, which pushes mass out of S."""
     p, _, log_p, log_q = _models(z, z_q)
     rho = log_p - log_q
     inside = _scatter(len(p), support, np.ones(len(support)))
@@ -123,7 +123,7 @@ def score_form_of_forward_kl(z, z_q, support):
 def score_form_of_jensen_shannon(z, z_q, support, beta):
     """sum_S [beta q log q/m + (1 - beta) p log p/m], m = beta q + (1 - beta) p, 0 < beta < 1.
 
-    The linear parts of the two terms, beta (m - q) and (1 - beta) (m - p), cancel at each word.
+    The linear parts of the two terms, beta (m - q) and (1 - beta) (m - p), cancel at each token id.
     """
     p, q, log_p, log_q = _models(z, z_q)
     inside = _scatter(len(p), support, np.ones(len(support)))
@@ -149,12 +149,12 @@ def weighted_score(z, z_q, support, weight):
 
 
 def tail_bucket(z, z_q, support, divergence=reverse_kl):
-    """The divergence of the support and one bucket for all the rest."""
+    """The divergence over the support's tokens and one bucket for all other tokens."""
     p, q, _, _ = _models(z, z_q)
     support = list(support)
     rest = [v for v in range(len(p)) if v not in support]
     pairs = np.array([*p[support], p[rest].sum()]), np.array([*q[support], q[rest].sum()])
-    # In the logits log p of the buckets the gradient is that of the reduced softmax.
+    # With log p of the buckets as logits, the gradient is that of the reduced softmax.
     value, reduced = divergence(*np.log(pairs))
     # d log P_b / dz(v) = [v in b] p(v) / P_b - p(v); the reduced gradients sum to 0.
     gradient = np.zeros(len(p))
@@ -166,7 +166,7 @@ def tail_bucket(z, z_q, support, divergence=reverse_kl):
 def forward_kl_topk(z, z_q, support, normalise=False):
     """sum_S q (log q - log p), p over the whole vocabulary; gradient Z_q p - q on S.
 
-    `normalise` puts q / Z_q in place of q: EOPD's form by its other code.
+    `normalise` uses q / Z_q instead of q, as EOPD's other implementation does.
     """
     p, q, log_p, log_q = _models(z, z_q)
     inside = _scatter(len(p), support, np.ones(len(support)))
@@ -187,8 +187,8 @@ def cross_entropy_topk(z, z_q, support):
 def head_and_tail_sample(z, z_q, support, y, corrected=True):
     """sum_S p rho + [y not in S] rho(y): the value is unbiased for KL(p || q) under y ~ p.
 
-    As published the tail's gradient is rho(y) grad log p(y), which lacks grad (1 - Z_p): corrected,
-    (rho(y) + 1) grad log p(y).
+    The published gradient of the tail is rho(y) grad log p(y), which lacks grad (1 - Z_p); with
+    `corrected` it is (rho(y) + 1) grad log p(y).
     """
     p, _, log_p, log_q = _models(z, z_q)
     rho = log_p - log_q
@@ -216,7 +216,7 @@ def k1_reward(z, z_q, y, baseline=0.0):
 
 
 def k2_loss(z, z_q, y):
-    """(log p - log q)^2 / 2 of the sampled token."""
+    """(log p - log q)^2 / 2 at the sampled token."""
     _, _, log_p, log_q = _models(z, z_q)
     rho = log_p[y] - log_q[y]
     return rho**2 / 2, score_of(z, y, rho)

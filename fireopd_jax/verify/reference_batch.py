@@ -1,6 +1,6 @@
-"""The papers' equations in NumPy float64 with plain loops; knows nothing of the package.
+"""The papers' equations in NumPy float64 with plain loops; independent of the package.
 
-Arrays in, arrays out. Masked entries of the inputs are never read.
+Arrays in, arrays out. Masked entries of the inputs are never used.
 """
 
 import numpy as np
@@ -37,13 +37,13 @@ def head_gradients(hidden, head, ids, cotangents, scale=1.0):
 
 
 def head_logits(hidden, head, scale=1.0, softcap=None, valid=None):
-    """Scale * c tanh(hidden head^T / c) over the columns that exist."""
+    """Logits scale * c tanh(hidden head^T / c) over the first `valid` token ids."""
     x = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)[:valid].T
     return scale * (x if softcap is None else softcap * np.tanh(x / softcap))
 
 
 def head_topk(z, k):
-    """Ids and log-probabilities of the k largest, of equals the lowest id; -1 and -inf beyond."""
+    """Ids and log-probabilities of the k largest logits; ties: lowest id; padding: -1 and -inf."""
     ids, logprob = np.full((len(z), k), -1), np.full((len(z), k), -np.inf)
     for n, row in enumerate(z):
         lse = row.max() + np.log(np.exp(row - row.max()).sum())
@@ -54,7 +54,7 @@ def head_topk(z, k):
 
 
 def head_gather(z, ids, support_ids):
-    """Log-probability, entropy, log-sum-exp, log-probabilities of the support (-inf outside)."""
+    """Log-probability, entropy, log-sum-exp, and the support's log-probabilities (-inf for -1)."""
     rows, support = [], np.full(np.shape(support_ids), -np.inf)
     for n, row in enumerate(z):
         lse = row.max() + np.log(np.exp(row - row.max()).sum())
@@ -101,7 +101,7 @@ def trajectory_score(teacher_logprob, mask):
 
 
 def keep_rows(teacher_logprob, mask, drop_fraction, groups=None):
-    """Drop the floor(rho n) lowest of each group's n non-empty rows; of equals the earlier."""
+    """Drop the floor(rho n) lowest of each group's n non-empty rows; ties: the earlier row."""
     scores = trajectory_score(teacher_logprob, mask)
     groups = [0] * len(scores) if groups is None else list(groups)
     keep = np.zeros(len(scores), bool)
@@ -124,9 +124,9 @@ def keep_tokens(
     entropy_fraction,
     switch,
 ):
-    """REOPOLD: tokens of log q/p >= (ln floor) / (1 - floor); later those of high entropy.
+    """REOPOLD: tokens with log q/p >= (ln floor) / (1 - floor); later those with high entropy.
 
-    High is what reaches the (1 - fraction)-quantile of all tokens, interpolated between two.
+    High: at least the (1 - entropy_fraction)-quantile over all tokens, linearly interpolated.
     """
     teacher_logprob, student_logprob = (
         np.asarray(x, np.float64) for x in (teacher_logprob, student_logprob)
@@ -160,10 +160,10 @@ def progressive(teacher_logprob, student_logprob, mask, gamma):
 
 
 def overlap(z, z_q, k):
-    """Of two models' k most probable words at each position: see the names of what it returns.
+    """Overlap of two models' k most probable token ids at each position, as a dict of arrays.
 
-    ratio |S| / k of the common words S, masses sum_S p and sum_S q, and the advantage: the mean
-    over S of p^ (log q^ - log p^), p^ = p / sum_S p and q^ likewise; 0 of no common word.
+    With S the common ids: the ratio |S| / k, the masses sum_S p and sum_S q, and the advantage, the
+    mean over S of p^ (log q^ - log p^), p^ = p / sum_S p and q^ likewise; 0 if S is empty.
     """
     own, theirs = head_topk(z, k)[0], head_topk(z_q, k)[0]
     found = {name: [] for name in ("ratio", "student_mass", "teacher_mass", "advantage")}
@@ -180,14 +180,14 @@ def overlap(z, z_q, k):
 
 
 def support(kind, own, theirs, sampled=None):
-    """The set of words on which a position's student and teacher are compared; -1 is none."""
+    """The set of token ids on which student and teacher are compared; -1 marks an empty slot."""
     own, theirs = set(own) - {-1}, set(theirs) - {-1}
-    words = {"teacher": theirs, "student": own, "union": own | theirs, "intersection": own & theirs}
-    return words[kind] | ({sampled} if sampled is not None else set())
+    sets = {"teacher": theirs, "student": own, "union": own | theirs, "intersection": own & theirs}
+    return sets[kind] | ({sampled} if sampled is not None else set())
 
 
 def entropy_maximum(entropy, mask, rows, quantile=1.0):
-    """The quantile of the entropies of the tokens of `rows`, and no less than 1e-6."""
+    """The quantile of the token entropies of `rows`, at least 1e-6."""
     values = [entropy[i, t] for i in rows for t in range(mask.shape[1]) if mask[i, t]]
     return max(1e-6, np.quantile(values, quantile)) if values else 1e-6
 
@@ -239,7 +239,7 @@ def weights(
 
 
 def coefficients(mask, keep, aggregate="seq"):
-    """Each token's share of the loss. `keep` speaks of rows, or of tokens."""
+    """Each token's share of the loss; `keep` is bool [B] (rows) or [B, T] (tokens)."""
     keep = np.asarray(keep)
     kept = np.asarray(mask) & (keep if keep.ndim == 2 else keep[:, None])
     result = np.zeros(np.shape(mask))
@@ -262,7 +262,7 @@ def surrogate(advantage, difference, clip):
 
 
 def importance(old, drawn, cap):
-    """The weight min(e^(log p_old - log mu), cap) of a token that mu drew; 1 without a cap."""
+    """The weight min(e^(log p_old - log mu), cap) of a token sampled from mu; 1 without a cap."""
     return 1.0 if cap is None else min(np.exp(min(max(old - drawn, -20.0), 20.0)), cap)
 
 

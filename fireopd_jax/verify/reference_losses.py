@@ -1,9 +1,10 @@
-"""The losses of a batch in NumPy float64, with gradients; knows nothing of the package.
+"""The losses of a batch in NumPy float64, with gradients; independent of the package.
 
     logits of student, teacher and base policy, tokens, mask -> loss [B, T], gradient to z [B, T, V]
 
-The gradient is that of each position's own loss to its own logits: advantages have none. What a
-single position says is in `reference`; here is what looks at the sampled token or along a row.
+The gradient is that of each position's loss to the logits at that position; advantages have no
+gradient. The formulas of a single position are in `reference`; this module adds those that need
+the sampled token or the whole row.
 """
 
 import dataclasses
@@ -16,22 +17,22 @@ from fireopd_jax.verify.reference_batch import importance, surrogate
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What the models say at each response token."""
+    """The models' outputs at each response token."""
 
     z: np.ndarray
-    """Logits of the student that learns, [B, T, V]."""
+    """Logits of the student under training, [B, T, V]."""
     z_q: np.ndarray
-    """Of the teacher."""
+    """Logits of the teacher."""
     z_old: np.ndarray
-    """Of the student when it was scored."""
+    """Logits of the student at scoring time."""
     z_base: np.ndarray
-    """Of the base policy."""
+    """Logits of the base policy."""
     tokens: np.ndarray
     mask: np.ndarray
     support: np.ndarray
-    """Ids [B, T, S], -1 in empty slots."""
+    """Token ids [B, T, S], -1 in empty slots."""
     drawn: np.ndarray
-    """Log-probabilities of the sampler, [B, T]."""
+    """Log-probabilities under the sampling distribution, [B, T]."""
 
     def logprob(self, logits):
         """Return log p(y) [B, T], 0 where masked."""
@@ -49,15 +50,15 @@ class Seen:
         return out
 
     def positions(self):
-        """List (row, token) of the response tokens."""
+        """Return the (row, position) of each response token."""
         return list(zip(*np.nonzero(self.mask), strict=True))
 
-    def words(self, i, t):
-        """List the support of a position."""
+    def support_ids(self, i, t):
+        """Return the token ids of a position's support."""
         return [int(v) for v in self.support[i, t] if v >= 0]
 
     def collect(self, formula):
-        """Ask `formula(i, t)` for value and gradient at every response token."""
+        """Return the values and gradients of `formula(i, t)` at every response token."""
         value, gradient = np.zeros(self.mask.shape), np.zeros(self.z.shape)
         for i, t in self.positions():
             value[i, t], gradient[i, t] = formula(i, t)
@@ -65,22 +66,22 @@ class Seen:
 
 
 def over_vocabulary(seen, divergence):
-    """`divergence(z, z_q)` at every token."""
+    """Values and gradients of `divergence(z, z_q)` at every token."""
     return seen.collect(lambda i, t: divergence(seen.z[i, t], seen.z_q[i, t]))
 
 
 def over_support(seen, formula):
-    """`formula(z, z_q, support)` at every token."""
-    return seen.collect(lambda i, t: formula(seen.z[i, t], seen.z_q[i, t], seen.words(i, t)))
+    """Values and gradients of `formula(z, z_q, support)` at every token."""
+    return seen.collect(lambda i, t: formula(seen.z[i, t], seen.z_q[i, t], seen.support_ids(i, t)))
 
 
 def advantages(
     seen, extrapolation=1.0, exact_kl=False, floor=None, ceiling=None, gamma=0.0, shift=None
 ):
-    """A = lambda (log q - log b) - (log p - log b), + KL(p || q), held in bounds, discounted sum.
+    """A = lambda (log q - log b) - (log p - log b) + KL(p || q), clipped, then a discounted sum.
 
-    p is the student as it was scored, but in the baseline, which is of the student that learns.
-    `shift` is added to every advantage of a row, before the bounds.
+    p is the student at scoring time; only the KL baseline uses the student under training. `shift`
+    is added to every advantage of a row, before the clip to [floor, ceiling].
     """
     log_p, log_q, log_b = (seen.logprob(z) for z in (seen.z_old, seen.z_q, seen.z_base))
     value = extrapolation * (log_q - log_b) - (log_p - log_b)
@@ -122,9 +123,9 @@ def tail_sample(seen):
     new, old, teacher = (seen.logprob(z) for z in (seen.z, seen.z_old, seen.z_q))
 
     def formula(i, t):
-        words, y = seen.words(i, t), seen.tokens[i, t]
-        value, gradient = reference.head_autodiff(seen.z[i, t], seen.z_q[i, t], words)
-        if y in words:
+        support, y = seen.support_ids(i, t), seen.tokens[i, t]
+        value, gradient = reference.head_autodiff(seen.z[i, t], seen.z_q[i, t], support)
+        if y in support:
             return value, gradient
         ratio, rho = np.exp(new[i, t] - old[i, t]), new[i, t] - teacher[i, t]
         tail = reference.score_of(seen.z[i, t], y, ratio * (rho + 1))
@@ -134,10 +135,10 @@ def tail_sample(seen):
 
 
 def entropy_aware(seen, alpha, tau, normalise, clip):
-    """The policy gradient, and alpha sum_S q (log q - log p) where the teacher has H(q) > tau."""
+    """EOPD: the policy gradient, plus alpha sum_S q (log q - log p) where H(q) > tau."""
     value, gradient = policy_gradient(seen, advantages(seen), clip)
     more, more_gradient = over_support(
-        seen, lambda z, z_q, words: reference.forward_kl_topk(z, z_q, words, normalise)
+        seen, lambda z, z_q, support: reference.forward_kl_topk(z, z_q, support, normalise)
     )
     entropy = seen.entropy(seen.z_q)
     for i, t in seen.positions():
@@ -148,7 +149,7 @@ def entropy_aware(seen, alpha, tau, normalise, clip):
 
 
 def minillm(seen, clip):
-    """KL(p || q) of this token, and the policy gradient of the mean log q/p of those after it."""
+    """MiniLLM: KL(p || q) of this token, plus the policy gradient of the mean later log q/p."""
     reward = seen.logprob(seen.z_q) - seen.logprob(seen.z_old)
     later = np.zeros(seen.mask.shape)
     for i, t in seen.positions():

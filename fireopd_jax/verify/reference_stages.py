@@ -1,13 +1,13 @@
-"""Filters and weights beside the paper's, in NumPy float64 with plain loops; knows nothing of us.
+"""Filters and weights other than FiRe-OPD's, in NumPy float64; independent of the package.
 
-Masked entries of the inputs are never read. Rows and tokens are kept as booleans of [B] or [B, T].
+Masked entries of the inputs are never used. Filters return bool [B] (rows) or [B, T] (tokens).
 """
 
 import numpy as np
 
 
 def lengths(mask, fraction, longest):
-    """Drop the floor(rho n) longest, or shortest, of n non-empty rows; of equals the earlier."""
+    """Drop the floor(rho n) longest, or shortest, of n non-empty rows; ties: the earlier row."""
     rows = [i for i in range(len(mask)) if any(mask[i])]
     rows.sort(key=lambda i: (-1 if longest else 1) * int(np.sum(mask[i])))
     dropped = rows[: int(np.floor(fraction * len(rows) + 1e-9))]
@@ -15,7 +15,7 @@ def lengths(mask, fraction, longest):
 
 
 def windowed(score, mask, fraction, earlier):
-    """Drop rows that are among the floor(rho n) lowest of this batch and `earlier` scores."""
+    """Drop rows among the floor(rho n) lowest of the scores of this batch and of `earlier`."""
     keep, own = np.zeros(len(mask), bool), []
     for i in range(len(mask)):
         if any(mask[i]):
@@ -28,7 +28,7 @@ def windowed(score, mask, fraction, earlier):
 
 
 def largest(score, mask, fraction):
-    """Keep each row's ceil(rho L) largest; of equals the earlier."""
+    """Keep the ceil(rho L) tokens with the largest score in each row; ties: the earlier token."""
     keep = np.zeros(np.shape(mask), bool)
     for i in range(len(mask)):
         tokens = sorted(np.flatnonzero(mask[i]), key=lambda t: (-score[i][t], t))
@@ -37,7 +37,7 @@ def largest(score, mask, fraction):
 
 
 def tip(entropy, kl, mask, fraction):
-    """TIP: s = h + d - h d, entropy cut off at the 98 % quantile, both brought to [0, 1]."""
+    """TIP: score h + d - h d of entropy (capped at its 98 % quantile) and KL, scaled to [0, 1]."""
     inside = [(i, t) for i, t in zip(*np.nonzero(mask), strict=True)]
 
     def unit(values):
@@ -55,7 +55,7 @@ def tip(entropy, kl, mask, fraction):
 
 
 def hard_tokens(teacher_entropy, student_entropy, mask, fraction, alpha, beta):
-    """The tokens with the largest (1 + alpha c^T)(1 + beta c^S), maxima over the batch."""
+    """Keep the tokens with the largest (1 + alpha c^T)(1 + beta c^S); maxima over the batch."""
     inside = list(zip(*np.nonzero(mask), strict=True))
     tops = [max(float(x[at]) for at in inside) for x in (teacher_entropy, student_entropy)]
     score = np.zeros(np.shape(mask))
@@ -66,7 +66,7 @@ def hard_tokens(teacher_entropy, student_entropy, mask, fraction, alpha, beta):
 
 
 def prefix(teacher_logprob, student_logprob, mask, window, least):
-    """Tokens before the first at which the mean of log q/p over a window falls below a bound."""
+    """Keep each row's tokens before the windowed mean of log q/p first falls below `least`."""
     keep = np.zeros(np.shape(mask), bool)
     for i in range(len(mask)):
         gaps = []
@@ -79,17 +79,17 @@ def prefix(teacher_logprob, student_logprob, mask, window, least):
 
 
 def repetition(tokens, mask, n):
-    """The share of each row's n-grams that stood in it before."""
+    """The fraction of each row's n-grams that occurred earlier in the row."""
     rates = []
     for row, valid in zip(tokens, mask, strict=True):
-        said = [int(token) for token, real in zip(row, valid, strict=True) if real]
-        grams = [tuple(said[t : t + n]) for t in range(len(said) - n + 1)]
+        response = [int(token) for token, real in zip(row, valid, strict=True) if real]
+        grams = [tuple(response[t : t + n]) for t in range(len(response) - n + 1)]
         rates.append((len(grams) - len(set(grams))) / len(grams) if grams else 0.0)
     return np.array(rates)
 
 
 def special(tokens, teacher_logprob, student_logprob, mask, named, stop, bound, least):
-    """All tokens but those named, or of a median |log q/p| above the bound; never those of stop."""
+    """Drop tokens in `named`, or with a median |log q/p| above the bound; never those in `stop`."""
     gaps = {}
     for at in zip(*np.nonzero(mask), strict=True):
         gap = abs(float(teacher_logprob[at]) - float(student_logprob[at]))
@@ -105,7 +105,11 @@ def special(tokens, teacher_logprob, student_logprob, mask, named, stop, bound, 
 
 
 def margins(teacher_logprob, student_logprob, mask, group, correct, delta):
-    """Uni-OPD: + d / 2 of a group's right rows, - d / 2 of its wrong ones; and the gap of both."""
+    """Uni-OPD: shift of + d / 2 for a group's correct rows, - d / 2 for the others; and the gap.
+
+    gap: mean over correct minus mean over wrong rows of the row's mean log q/p; d = delta - gap, at
+    least 0.
+    """
     rows = [i for i in range(len(mask)) if any(mask[i])]
     mean = {
         i: np.mean([teacher_logprob[i][t] - student_logprob[i][t] for t in np.flatnonzero(mask[i])])

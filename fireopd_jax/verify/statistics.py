@@ -1,4 +1,4 @@
-"""What the objectives stand on against the reference: heads, supports, filters, weights, shares."""
+"""Compare heads, supports, filters, weights and coefficients with the NumPy reference."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -38,7 +38,7 @@ from fireopd_jax.verify.pool import compiled, in_parallel
 from fireopd_jax.verify.table import Row, differing, relative
 
 BOUND = 1e-5
-"""Of the largest value: float32 rounds at 6e-8, sums of hundreds more."""
+"""Relative to the largest value; float32 rounds at 6e-8, long sums worse."""
 
 TEACHERS = 2
 FILTERS = (
@@ -60,7 +60,7 @@ FILTERS = (
     (GapBound(largest=1.0), 0.0),
     (AllOf(filters=(Prefix(window=3, least=-1.0), TeacherQuantile(drop_fraction=0.3))), 0.0),
 )
-"""Each with the share of the updates that are done."""
+"""Filters, each with the progress of the run: the fraction of its updates that are done."""
 WEIGHTS = (
     Uniform(),
     ConfidenceConfusion(),
@@ -81,12 +81,12 @@ SUPPORTS: tuple[tuple[Kind, bool], ...] = (
 
 
 def rows() -> Iterator[Row]:
-    """Verify each statistic."""
+    """Verify heads, top-K lists, supports, overlap, filters, weights and coefficients."""
     states = cases.make_states()
-    bent: HeadOptions = {**HEAD, "softcap": 3.0, "valid": 300}
+    capped: HeadOptions = {**HEAD, "softcap": 3.0, "valid": 300}
     parts = (
         lambda: of_head("head", states, HEAD, None, None),
-        lambda: of_head("head softcap=3 valid=300", states, bent, 3.0, 300),
+        lambda: of_head("head softcap=3 valid=300", states, capped, 3.0, 300),
         lambda: of_lists(states),
         of_batches,
     )
@@ -100,7 +100,7 @@ def of_head(
     softcap: float | None,
     valid: int | None,
 ) -> Iterator[Row]:
-    """Verify log-prob, entropy, log-sum-exp and the log-probs at given ids, then the gradients."""
+    """Verify logprob, entropy, log-sum-exp and logprobs at given ids, and their gradients."""
     rng = np.random.default_rng(5)
     hidden, head = states.hidden.reshape(-1, cases.WIDTH), states.head
     count, size = len(hidden), valid or cases.VOCABULARY
@@ -124,7 +124,7 @@ def of_head(
     for what, ours, truth in zip(names, values, exact, strict=False):
         yield relative(f"{name}: {what}", [(ours, truth)], BOUND)
     found = (np.asarray(values[3])[inside], exact[3][inside])
-    yield relative(f"{name}: log-probs at given words", [found], BOUND)
+    yield relative(f"{name}: log-probs at given token ids", [found], BOUND)
     d_exact = reference_batch.head_gather_gradients(
         hidden, head, ids, support, to, SCALE, softcap, valid
     )
@@ -132,7 +132,7 @@ def of_head(
 
 
 def of_lists(states: States) -> Iterator[Row]:
-    """Verify the top-K lists, the supports made of them, and how far they overlap."""
+    """Verify the top-K lists, the supports made of them, and their overlap."""
     rollout = cases.dummy_rollout()
     tokens = jnp.asarray(rollout.tokens)
     own, theirs = compiled(
@@ -145,7 +145,7 @@ def of_lists(states: States) -> Iterator[Row]:
     z_q = cases.logits(states.teacher_hidden, states.teacher_head, SCALE).reshape(z.shape)
     lists = [reference_batch.head_topk(logits, K) for logits in (z, z_q)]
     ours = [np.asarray(x.top_ids).reshape(-1, K) for x in (own, theirs)]
-    yield differing("top-K: words", ours, [ids for ids, _ in lists])
+    yield differing("top-K: token ids", ours, [ids for ids, _ in lists])
     values = [(np.asarray(own.top_logprob).reshape(-1, K), lists[0][1])]
     yield relative("top-K: log-probs", values, BOUND)
     score = compiled(cases.score, 2, 3)
@@ -161,7 +161,7 @@ def of_lists(states: States) -> Iterator[Row]:
 def of_support(
     kind: Kind, sampled: bool, scores: Scores, lists: Any, z_q: np.ndarray, tokens: np.ndarray
 ) -> Iterator[Row]:
-    """Verify which words a support holds, each once, and what the teacher says of them."""
+    """Verify the token ids of a support, each once, and the teacher's logprobs of them."""
     assert scores.support is not None
     ids = np.asarray(scores.support.ids).reshape(len(z_q), -1)
     ours = [sorted(row[row >= 0].tolist()) for row in ids]
@@ -172,7 +172,7 @@ def of_support(
     ]
     name = f"support: {kind}" + (" + sampled" if sampled else "")
     wrong = sum(a != b for a, b in zip(ours, exact, strict=True))
-    yield Row(f"{name}: words", float(wrong), 0.0)
+    yield Row(f"{name}: token ids", float(wrong), 0.0)
     truth = reference_batch.head_gather(z_q, tokens, ids)[3]
     found = np.asarray(scores.support.teacher).reshape(ids.shape)
     inside = ids >= 0
@@ -180,14 +180,14 @@ def of_support(
 
 
 def of_batches() -> Iterator[Row]:
-    """Verify filters, weights and the shares of the tokens, on rows of two teachers."""
+    """Verify filters, weights and coefficients, on rows of two teachers."""
     rng = np.random.default_rng(6)
     count, room, size = 12, 7, 50
     lengths = rng.integers(1, room + 1, count)
     lengths[3] = 0
     mask = np.arange(room)[None] < lengths[:, None]
     names = ("student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
-    # What lies behind the mask is never read.
+    # NaN where masked: the stages must not use those values.
     stats = {
         name: np.where(mask, rng.exponential(2.0, mask.shape), np.nan).astype(np.float32)
         for name in names

@@ -1,6 +1,6 @@
-"""Rows of a verification: what was compared, how far off it is, how far it may be.
+"""Rows of the verification: name, error and bound of each comparison.
 
-arrays of ours, arrays of NumPy -> Row -> table, JSON
+arrays of the package, arrays of the reference -> Row -> table, JSON
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from rich.table import Table
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One comparison."""
+    """One comparison: its error, and the largest error that passes."""
 
     name: str
     error: float
@@ -22,19 +22,19 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Tell whether the error is within its bound; one that is no number is not."""
+        """Whether the error is within the bound; False if it is NaN."""
         return self.error <= self.bound
 
     def as_json(self) -> dict[str, Any]:
-        """Return what is written of it; an error that is no number becomes null."""
+        """Return the row as JSON values; an error that is not finite becomes null."""
         error = self.error if np.isfinite(self.error) else None
         return {"name": self.name, "error": error, "bound": self.bound, "pass": self.passed}
 
 
 def relative(name: str, pairs: Iterable[tuple[Any, Any]], bound: float) -> Row:
-    """Compare arrays: the largest difference over the largest value of each exact one.
+    """Return the worst relative error: largest difference over the exact array's largest value.
 
-    An exact array of zeros has no size: there the difference counts as it is.
+    If an exact array is all zeros, its largest difference counts unscaled.
     """
     worst = 0.0
     for ours, exact in pairs:
@@ -47,13 +47,13 @@ def relative(name: str, pairs: Iterable[tuple[Any, Any]], bound: float) -> Row:
 
 
 def absolute(name: str, pairs: Iterable[tuple[Any, Any]], bound: float) -> Row:
-    """Compare arrays: the largest difference."""
+    """Return the largest absolute difference."""
     gaps = [_gap(ours, exact)[0] for ours, exact in pairs]
     return Row(name, float(np.max(gaps, initial=0.0)), bound)
 
 
 def differing(name: str, ours: Any, exact: Any) -> Row:
-    """Compare what has no error but is equal or not: count the elements that differ."""
+    """Return the number of elements that differ, for ids and decisions; the bound is 0."""
     ours, exact = np.asarray(ours), np.asarray(exact)
     return Row(name, float(ours.shape != exact.shape or np.sum(ours != exact)), 0.0)
 
@@ -66,7 +66,7 @@ def _gap(ours: Any, exact: Any) -> tuple[float, np.ndarray]:
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
-    """Print the rows; one that fails stands out by its last word."""
+    """Print the rows as a table; the last column is `NO` for a row that fails."""
     table = Table(title=title, title_justify="left")
     table.add_column("name", no_wrap=True)
     for column in ("error", "bound", "pass"):
@@ -74,6 +74,6 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
     for row in rows:
         verdict = "yes" if row.passed else "NO"
         table.add_row(row.name, f"{row.error:.1e}", f"{row.bound:.1e}", verdict)
-    # A pipe has no width of its own, and names are long.
+    # Without a terminal the default width would cut off long names.
     widest = max((len(row.name) for row in rows), default=0)
     Console(width=max(Console().width, widest + 40)).print(table)

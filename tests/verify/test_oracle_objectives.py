@@ -1,4 +1,4 @@
-"""The oracle itself: the sixteen golden vectors, slopes, exact expectations, identities."""
+"""The oracle itself: sixteen golden vectors, finite differences, expectations, identities."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ SLOPES = {
 
 @pytest.mark.parametrize("name", SLOPES)
 def test_gradients_are_slopes(name):
-    """Of all that is a function of z alone: no stopped gradients."""
+    """Finite differences, for all formulas without stopped gradients."""
     z, q, _ = models()
     _, gradient = SLOPES[name](z, q)
     for v in range(len(z)):

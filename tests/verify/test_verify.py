@@ -1,4 +1,4 @@
-"""`fireopd verify`: what it compares, what it writes, and that a broken objective fails it."""
+"""`fireopd verify`: what it compares and writes; a broken objective fails its rows."""
 
 import ast
 import json
@@ -31,7 +31,7 @@ def call(monkeypatch, *arguments):
 
 
 def only(monkeypatch, *chosen):
-    """Let the command verify these objectives and nothing else."""
+    """Restrict the command to these objectives."""
     parts = {"Objectives": lambda: objectives.rows(chosen)}
     monkeypatch.setattr(command, "PARTS", parts)
 
@@ -97,7 +97,7 @@ def test_statistics_of_a_batch_pass():
     assert len(rows) == 30 and all(row.passed for row in rows)
 
 
-def test_one_method_under_any_cut():
+def test_one_method_under_micro_batches_padding_and_devices():
     rows = list(invariance.rows(["gkd"]))
     found = ["loss", "padding, micro-batches", "padding, 8 devices"]
     assert [row.name for row in rows] == [
@@ -106,7 +106,7 @@ def test_one_method_under_any_cut():
     assert all(row.passed for row in rows)
 
 
-def test_errors_are_what_they_say():
+def test_errors_of_the_comparisons():
     assert table.relative("", [([1.0, 4.0], [1.0, 5.0]), ([0.0], [0.0])], 1.0).error == 0.2
     assert table.relative("", [([1e-3], [0.0])], 1.0).error == 1e-3
     assert table.absolute("", [([1.0, 4.0], [1.0, 5.0])], 1.0).error == 1.0
@@ -119,7 +119,7 @@ def test_errors_are_what_they_say():
 
 
 @pytest.mark.parametrize("name", ["reference", "reference_batch", "reference_losses"])
-def test_the_reference_knows_only_numpy_and_itself(name):
+def test_the_reference_imports_only_numpy_and_itself(name):
     tree = ast.parse((HERE / f"{name}.py").read_text())
     allowed = ("numpy", "dataclasses", "fireopd_jax.verify.reference")
     for node in ast.walk(tree):
