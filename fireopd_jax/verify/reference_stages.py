@@ -1,4 +1,4 @@
-"""Filters and weights other than FiRe-OPD's, in NumPy float64; independent of the package.
+"""Filters and weights that are not in `reference_batch`; NumPy float64, without the package.
 
 Masked entries of the inputs are never used. Filters return bool [B] (rows) or [B, T] (tokens).
 """
