@@ -58,21 +58,21 @@ class Objective:
     @property
     def name(self) -> str:
         """The kind, and every option that is not the default."""
-        words = [describe(self.loss)]
+        parts = [describe(self.loss)]
         if self.support != "teacher" or self.sampled:
-            words.append(f"on {self.support}" + (" + sampled" if self.sampled else ""))
-        return ", ".join(words + (["an update later"] if self.later else []))
+            parts.append(f"on {self.support}" + (" + sampled" if self.sampled else ""))
+        return ", ".join(parts + (["an update later"] if self.later else []))
 
 
 def describe(config: Any) -> str:
     """Return a configuration as text: its kind, and the fields that are not the default."""
-    words = [config.kind]
+    parts = [config.kind]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name == "kind" or value == field.default:
             continue
-        words.append(f"{field.name}={describe(value) if hasattr(value, 'kind') else value}")
-    return " ".join(words)
+        parts.append(f"{field.name}={describe(value) if hasattr(value, 'kind') else value}")
+    return " ".join(parts)
 
 
 OBJECTIVES: tuple[Objective, ...] = (
