@@ -11,10 +11,11 @@ import pytest
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.ops import pallas_gpu_tile
-from fireopd_jax.ops.dispatch import has_one_hopper_gpu
+from fireopd_jax.ops.dispatch import one_hopper
+from fireopd_jax.ops.head import head_stats
 from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.sampling import Sampling
-from fireopd_jax.rollout.state import Shape, empty_requests, initial
+from fireopd_jax.rollout.state import Shape, empty_requests, initial_state
 from fireopd_jax.types import Prompts, Rollout, Scores, TokenStats
 
 
@@ -101,6 +102,41 @@ def random_params(model, seed=0):
     return jax.tree.unflatten(tree, leaves)
 
 
+def same_structure(params, model):
+    """Return whether `params` have the names and shapes of the model's parameters."""
+    expected = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.structure(params) == jax.tree.structure(expected) and all(
+        a.shape == b.shape
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True)
+    )
+
+
+def response_stats(
+    model,
+    params,
+    prompt,
+    prompt_length,
+    tokens,
+    mask,
+    temperature=1.0,
+    implementation=None,
+    chunk=None,
+    *,
+    adapters=None,
+    remat="none",
+):
+    """Return the log-probability of each response token and its distribution's entropy, f32[B, T].
+
+    Values where `mask` is false are arbitrary.
+    """
+    hidden, head = model.response_hidden(
+        params, prompt, prompt_length, tokens, mask, adapters=adapters, remat=remat
+    )
+    options = model.head_options(temperature, implementation, chunk)
+    stats = head_stats(hidden, head, tokens, **options)
+    return TokenStats(logprob=stats.logprob, entropy=stats.entropy)
+
+
 def make_prompts(lengths, width, vocab_size=32, seed=0, sample_id=None, teacher=None):
     """Return prompts of these lengths; the teachers' are others, longer by one. Padding is junk."""
     rng = np.random.default_rng(seed)
@@ -132,11 +168,11 @@ def through_cache(model, params, rows, prompt, memory, piece=8):
         tokens[i, : len(row)] = row
     order, held = jnp.arange(len(rows), dtype=jnp.int32), jnp.asarray(prompt)
     dtype = jnp.dtype(model.config.dtype)
-    relaid = jax.jit(model.relay)(params)
+    decode_params = jax.jit(model.to_decode_layout)(params)
 
     @jax.jit
-    def prefill(relaid, state, start):
-        decoder, layers = model.bind_relaid(relaid)
+    def prefill(decode_params, state, start):
+        decoder, layers = model.bind_decode(decode_params)
         at = jnp.broadcast_to(start + jnp.arange(piece), (len(rows), piece))
         new = jnp.take_along_axis(tokens, at, axis=1)
         mix = memory.prefill(state, start, dtype)
@@ -144,25 +180,25 @@ def through_cache(model, params, rows, prompt, memory, piece=8):
         return hidden, memory.with_prompt_cache(state, cache)
 
     @jax.jit
-    def decode(relaid, state, position):
-        decoder, layers = model.bind_relaid(relaid)
+    def decode(decode_params, state, position):
+        decoder, layers = model.bind_decode(decode_params)
         going = position < total
-        state = memory.advance(state, position, going)
+        state = memory.allocate_tokens(state, position, going)
         new = jnp.take_along_axis(tokens, jnp.minimum(position, capacity - 1)[:, None], axis=1)
         mix = memory.decode(state, position, going, dtype)
         cache = memory.slot_cache(state)
         hidden, cache = decoder.extend(layers, new, position[:, None], mix, cache)
         return hidden, memory.with_slot_cache(state, cache)
 
-    state = memory.open(memory.init(model.config, len(rows), len(rows), capacity), held)
+    state = memory.allocate_prompts(memory.init(model.config, len(rows), len(rows), capacity), held)
     parts = [[] for _ in rows]
     for start in range(0, int(prompt.max()), piece):
-        hidden, state = prefill(relaid, state, jnp.int32(start))
+        hidden, state = prefill(decode_params, state, jnp.int32(start))
         for i, length in enumerate(prompt):
             parts[i].append(hidden[i, : max(0, int(length) - start)])
-    state = jax.jit(lambda s: memory.seat(s, order, order, held, piece))(state)
+    state = jax.jit(lambda s: memory.insert(s, order, order, held, piece))(state)
     for t in range(int((total - prompt).max())):
-        hidden, state = decode(relaid, state, jnp.asarray(prompt + np.int32(t)))
+        hidden, state = decode(decode_params, state, jnp.asarray(prompt + np.int32(t)))
         for i in range(len(rows)):
             if prompt[i] + t < total[i]:
                 parts[i].append(hidden[i])
@@ -185,10 +221,10 @@ def qwen_loop(memory, dtype="bfloat16"):
     loop = Loop(model, memory, shape.piece)
 
     def start(key):
-        params = model.relay(model.init(key))
+        params = model.to_decode_layout(model.init(key))
         requests = empty_requests(64, 256, 768, Sampling.of((), 768, 0))
         cache = memory.init(config, shape.slots, shape.entries, shape.capacity)
-        return params, initial(requests, shape.slots, shape.entries, cache)
+        return params, initial_state(requests, shape.slots, shape.entries, cache)
 
     # Laid out as on the machine that it will be compiled for, which is no CPU.
     with mock.patch.object(jax, "default_backend", lambda: "accelerator"):

@@ -17,6 +17,7 @@ from fireopd_jax.verify import reference_batch as oracle
 from tests.cases import (
     make_prompts,
     random_params,
+    response_stats,
     skip_unless_hopper_kernels_run,
     through_cache,
     tiny_model,
@@ -170,7 +171,7 @@ def test_scores_and_gradients_equal_those_of_a_cpu():
     mask = np.arange(ROOM)[None] < rng.integers(1, ROOM, ROWS)[:, None]
 
     def score(params):
-        stats = model.response_stats(params, PROMPTS.tokens, PROMPTS.length, tokens, mask)
+        stats = response_stats(model, params, PROMPTS.tokens, PROMPTS.length, tokens, mask)
         return jnp.where(mask, stats.logprob + 0.1 * stats.entropy, 0).sum() / mask.sum()
 
     ours = on_gpu(jax.value_and_grad(score), params)

@@ -17,7 +17,7 @@ from fireopd_jax.config import UserError
 from fireopd_jax.models.hf_config import hf_config_json
 from fireopd_jax.models.hf_names import hf_tensors
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.rollout.engine import Memory, generate
+from fireopd_jax.rollout.engine import CacheLayout, generate
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.serving import Engine
 from fireopd_jax.types import Prompts
@@ -27,7 +27,7 @@ HF_THREADS, HF_BATCHES = (1, 2), (16, 64)
 
 
 def make_engine(
-    model: LanguageModel, params: Params, work: Workload, slots: int, memory: Memory
+    model: LanguageModel, params: Params, work: Workload, slots: int, memory: CacheLayout
 ) -> Engine:
     """Return a compiled engine for a workload, loaded with `params`."""
     rows, width = work.prompt.shape
@@ -47,8 +47,10 @@ def run_engine(engine: Engine, work: Workload) -> None:
             )
 
 
-def on_one_core(model: LanguageModel, work: Workload, slots: int, memory: Memory) -> Contestant:
-    """Return the engine in a process of one core, to compare with Hugging Face on one thread.
+def on_one_core(
+    model: LanguageModel, work: Workload, slots: int, memory: CacheLayout
+) -> Contestant:
+    """Let an engine answer in a process that has one core, as Hugging Face may with one thread.
 
     XLA starts as many threads as the process has cores, and two cost more CPU seconds than one.
     """
@@ -67,7 +69,7 @@ def on_one_core(model: LanguageModel, work: Workload, slots: int, memory: Memory
 
 
 def _answer_on_one_core(
-    pipe: Connection, model: LanguageModel, work: Workload, slots: int, memory: Memory
+    pipe: Connection, model: LanguageModel, work: Workload, slots: int, memory: CacheLayout
 ) -> None:
     """Generate all responses at each message on the pipe; reply with the CPU seconds used."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX starts its threads
@@ -84,7 +86,7 @@ def _answer_on_one_core(
 
 
 def static_batch(
-    model: LanguageModel, params: Params, work: Workload, batch: int, memory: Memory
+    model: LanguageModel, params: Params, work: Workload, batch: int, memory: CacheLayout
 ) -> Contestant:
     """Return a contestant that generates batch after batch: no slot is refilled."""
     rows = len(work.length)

@@ -35,7 +35,7 @@ from fireopd_jax.bench.head import write_whole
 from fireopd_jax.bench.workload import MODELS, Contestant, Workload, measure, workloads
 from fireopd_jax.config import UserError, nearest
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.rollout.engine import DENSE, Memory
+from fireopd_jax.rollout.engine import DENSE, CacheLayout
 from fireopd_jax.rollout.kv_dense_gpu import DenseGPU
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.kv_paged_gpu import PagedGPU
@@ -44,7 +44,7 @@ from fireopd_jax.session.fits import CACHES as NEEDS
 from fireopd_jax.session.fits import check_model
 
 PAGE = 64
-CACHES: dict[str, Memory] = {
+CACHES: dict[str, CacheLayout] = {
     "dense": DENSE,
     "dense_gpu": DenseGPU(),
     "paged": Paged(page_size=PAGE),
@@ -156,7 +156,7 @@ def memory_floor(
     That is the weights once per step, and per token the keys and values of all earlier positions.
     """
     c = model.config
-    shapes = jax.tree.leaves(jax.eval_shape(model.relay, params))
+    shapes = jax.tree.leaves(jax.eval_shape(model.to_decode_layout, params))
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)
     position = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     response = work.response.astype(np.int64)

@@ -28,7 +28,7 @@ from fireopd_jax.models.hf_load import load, resolve
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe.schema import ModelConfig
 from fireopd_jax.rollout.requests import Completion, Knobs, Request
-from fireopd_jax.rollout.sampling import stream
+from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.rollout.serving import Engine
 from fireopd_jax.runs.checkpoints import restore_params
 from fireopd_jax.runs.tracking import progress
@@ -99,7 +99,7 @@ def generate_to_file(
                 spec.model,
                 width=-(-max(map(len, ids)) // ALIGN) * ALIGN,
                 room=settings.max_tokens,
-                seed=stream(settings.seed, "generate"),
+                seed=seed_for(settings.seed, "generate"),
                 slots=slots,
                 text=lambda tokens: decode(spec.tokenizer, tokens),
                 mesh=mesh,

@@ -18,16 +18,16 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int32
 
 from fireopd_jax.models.decoder import Decoder, DecoderConfig, Layer, Remat
-from fireopd_jax.models.layers import Turned
+from fireopd_jax.models.layers import TransposedKernel
 from fireopd_jax.models.lora import Adapters
-from fireopd_jax.models.placement import place_relaid, tensor_devices
+from fireopd_jax.models.placement import shard_decode_layout, tensor_devices
 from fireopd_jax.models.quantized import Quantize, is_quantized, quantize_params
 from fireopd_jax.ops.dispatch import PLAIN
 from fireopd_jax.ops.few_rows import few_rows_product
-from fireopd_jax.ops.head import HeadOptions, head_stats
+from fireopd_jax.ops.head import HeadOptions
 from fireopd_jax.ops.logits import HeadSharding
 from fireopd_jax.sharding.mesh import AXES
-from fireopd_jax.types import Array, TokenStats
+from fireopd_jax.types import Array
 
 Params = dict[str, Any]
 """Nested dict of arrays."""
@@ -76,46 +76,46 @@ class LanguageModel:
         graph, _ = nnx.split(nnx.eval_shape(lambda: self._module(nnx.Rngs(0))))
         return nnx.merge(graph, params)
 
-    def relay(self, params: Params, mesh: Mesh | None = None) -> Params:
-        """Lay parameters out for decoding: a tree a layer, matrices in the type of the computation.
+    def to_decode_layout(self, params: Params, mesh: Mesh | None = None) -> Params:
+        """Return the parameters in the decode layout: layers unstacked, matrices in `config.dtype`.
 
-        They are split over the tensor axis of `mesh`. On a CPU, where nothing is split, kernels lie
-        transposed (`Turned`). A loop over layers that are stacked would make XLA hoist a second
-        copy of all of them.
+        With several devices on the `tensor` axis of `mesh`, the parameters are sharded over it; on
+        a single CPU device of a replica, kernels are transposed (`TransposedKernel`). Layers are
+        unstacked because a loop over stacked layers makes XLA hoist a second copy of all of them.
         """
         dtype = jnp.dtype(self.config.dtype)
         alone = mesh is None or tensor_devices(mesh) == 1
-        turns = alone and jax.default_backend() == "cpu"
+        transposed = alone and jax.default_backend() == "cpu"
 
         def cast(x: Any) -> Any:
             # Quantised kernels keep their scales, norms their weights.
             return x if is_quantized(x) or x.ndim < 2 else jnp.asarray(x, dtype)
 
-        def turn(path: tuple[Any, ...], leaf: Any) -> Any:
+        def transpose(path: tuple[Any, ...], leaf: Any) -> Any:
             kernel = path[-1].key == "kernel" and not is_quantized(leaf)
-            return Turned(leaf.T) if turns and kernel else leaf
+            return TransposedKernel(leaf.T) if transposed and kernel else leaf
 
         def layer(index: int) -> Params:
             own = jax.tree.map(
                 lambda leaf: cast(leaf[index]), params["layers"], is_leaf=is_quantized
             )
-            return jax.tree.map_with_path(turn, own, is_leaf=is_quantized)
+            return jax.tree.map_with_path(transpose, own, is_leaf=is_quantized)
 
         rest = {name: cast(leaf) for name, leaf in params.items() if name not in ("layers", "norm")}
         layers = tuple(layer(index) for index in range(self.config.num_hidden_layers))
-        relaid = rest | {"norm": params["norm"], "layers": layers}
+        decode_params = rest | {"norm": params["norm"], "layers": layers}
         if mesh is None or alone:
-            return relaid
-        return place_relaid(relaid, self.config, mesh)
+            return decode_params
+        return shard_decode_layout(decode_params, self.config, mesh)
 
-    def bind_relaid(self, relaid: Params) -> tuple[Decoder, list[Layer]]:
-        """Put what `relay` gives into the module and its layers."""
+    def bind_decode(self, decode_params: Params) -> tuple[Decoder, list[Layer]]:
+        """Return the module, and one module a layer, for parameters in the decode layout."""
         shapes = nnx.eval_shape(lambda: self._module(nnx.Rngs(0)))
         graph, stacked = nnx.split(shapes)
-        absent = nnx.to_pure_dict(stacked)["layers"]  # the decoder's own stack is not looked at
+        absent = nnx.to_pure_dict(stacked)["layers"]  # the decoder's own stack is never read
         layer, _ = nnx.split(shapes.layers)
-        layers = [nnx.merge(layer, each) for each in relaid["layers"]]
-        return nnx.merge(graph, relaid | {"layers": absent}), layers
+        layers = [nnx.merge(layer, each) for each in decode_params["layers"]]
+        return nnx.merge(graph, decode_params | {"layers": absent}), layers
 
     def logits(self, decoder: Decoder, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Give the logits of one position a row, float32: what the sampler draws from.
@@ -168,43 +168,17 @@ class LanguageModel:
         Differentiable in `params` and scaled `adapters`.
         """
         decoder = self.bind(params)
-        sequence, positions, visible = lay(prompt, prompt_length, tokens, mask)
+        sequence, positions, visible = concat_prompt_response(prompt, prompt_length, tokens, mask)
         if self.exchange is not None and self.config.tie_word_embeddings:
             # The rows that it reads by have changed places with those that it says by.
             one, other = self.exchange
             swapped = jnp.where(sequence == one, other, sequence)
             sequence = jnp.where(sequence == other, one, swapped)
         hidden = decoder(sequence, positions, visible, adapters=adapters, remat=remat)
-        return predicting(hidden, prompt_length, prompt.shape[1]), decoder.head
-
-    def response_stats(
-        self,
-        params: Params,
-        prompt: Int32[Array, "B P"],
-        prompt_length: Int32[Array, " B"],
-        tokens: Int32[Array, "B T"],
-        mask: Bool[Array, "B T"],
-        temperature: Float[Array, ""] | float = 1.0,
-        implementation: str | None = None,
-        chunk: int | None = None,
-        *,
-        adapters: Adapters | None = None,
-        remat: Remat = "none",
-    ) -> TokenStats:
-        """Score given responses: log-prob of each token and entropy of its distribution, f32[B, T].
-
-        Differentiable in `params` and scaled `adapters`. Values where `mask` is false mean nothing.
-        """
-        hidden, head = self.response_hidden(
-            params, prompt, prompt_length, tokens, mask, adapters=adapters, remat=remat
-        )
-        stats = head_stats(
-            hidden, head, tokens, **self.head_options(temperature, implementation, chunk)
-        )
-        return TokenStats(logprob=stats.logprob, entropy=stats.entropy)
+        return states_before_response_tokens(hidden, prompt_length, prompt.shape[1]), decoder.head
 
 
-def lay(
+def concat_prompt_response(
     prompt: Int32[Array, "B P"],
     prompt_length: Int32[Array, " B"],
     tokens: Int32[Array, "B T"],
@@ -228,18 +202,9 @@ def last_of_prompt(
     return jnp.take_along_axis(hidden, last, axis=1)[:, 0]
 
 
-def predicting(
+def states_before_response_tokens(
     hidden: Float[Array, "B S D"], prompt_length: Int32[Array, " B"], prompt_width: int
 ) -> Float[Array, "B T D"]:
     """Align: at index t stands the hidden state that predicts response token t."""
     first = last_of_prompt(hidden, prompt_length)
     return jnp.concatenate([first[:, None], hidden[:, prompt_width:-1]], axis=1)
-
-
-def same_structure(params: Params, model: LanguageModel) -> bool:
-    """Tell whether `params` have the names and shapes of `model`."""
-    expected = jax.eval_shape(model.init, jax.random.key(0))
-    return jax.tree.structure(params) == jax.tree.structure(expected) and all(
-        a.shape == b.shape
-        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True)
-    )

@@ -17,7 +17,7 @@ from fireopd_jax.types import Array, pytree
 
 
 @pytree
-class Turned:
+class TransposedKernel:
     """A kernel that lies transposed, as products of few rows on a CPU want it."""
 
     rows: Float[Array, "O I"]
@@ -34,10 +34,10 @@ class Linear(nnx.Linear):
     def __call__(self, x: Array) -> Array:
         """Multiply by the kernel, which may be quantised or turned."""
         rows, kernel = jnp.reshape(x, (-1, x.shape[-1])), self.kernel.get_value()
-        if not isinstance(kernel, Quantized | Turned):
+        if not isinstance(kernel, Quantized | TransposedKernel):
             return super().__call__(rows).reshape(*x.shape[:-1], -1)
         assert self.dtype is not None
-        if isinstance(kernel, Turned):
+        if isinstance(kernel, TransposedKernel):
             out = few_rows_product(rows.astype(self.dtype), kernel.rows.astype(self.dtype))
         else:
             out = multiply(rows, kernel, self.dtype)

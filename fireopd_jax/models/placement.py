@@ -35,8 +35,10 @@ def over_tensor(ndim: int, axis: int, parts: int, devices: int) -> PartitionSpec
     return PartitionSpec(*spec)
 
 
-def place_relaid(relaid: dict[str, Any], c: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
-    """Split the parameters that `LanguageModel.relay` has laid out."""
+def shard_decode_layout(
+    decode_params: dict[str, Any], c: DecoderConfig, mesh: Mesh
+) -> dict[str, Any]:
+    """Split the parameters that `LanguageModel.to_decode_layout` has laid out."""
     devices = tensor_devices(mesh)
     heads = {"q_proj": c.num_attention_heads, "o_proj": c.num_attention_heads}
     heads |= {"k_proj": c.num_key_value_heads, "v_proj": c.num_key_value_heads}
@@ -55,4 +57,4 @@ def place_relaid(relaid: dict[str, Any], c: DecoderConfig, mesh: Mesh) -> dict[s
                 spec = over_tensor(leaf.ndim, -2, heads.get(name, leaf.shape[-2]), devices)
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
-    return jax.tree_util.tree_map_with_path(place, relaid)
+    return jax.tree_util.tree_map_with_path(place, decode_params)

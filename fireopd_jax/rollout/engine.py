@@ -22,10 +22,10 @@ from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.meshes import over_data, replica_count, split_cache
 from fireopd_jax.rollout.sampling import Sampling
-from fireopd_jax.rollout.state import STOP, Requests, Shape, empty_requests, enqueue, initial
+from fireopd_jax.rollout.state import STOP, Requests, Shape, empty_requests, enqueue, initial_state
 from fireopd_jax.types import Prompts, Rollout
 
-Memory = Dense | Paged
+CacheLayout = Dense | Paged
 """How keys and values are kept."""
 DENSE = Dense()
 UNBOUNDED = 2**30
@@ -41,7 +41,7 @@ def generate(
     *,
     max_tokens: int,
     slots: int | None = None,
-    memory: Memory = DENSE,
+    memory: CacheLayout = DENSE,
     mesh: Mesh | None = None,
 ) -> Rollout:
     """Draw one response to each prompt.
@@ -60,7 +60,7 @@ def generate(
         count = requests.length.shape[0]
         cache = memory.init(model.config, shape.slots, shape.entries, shape.capacity)
         cache = split_cache(cache, memory, model, mesh)
-        state = initial(requests, shape.slots, shape.entries, cache)
+        state = initial_state(requests, shape.slots, shape.entries, cache)
         real = jnp.where(requests.length > 0, jnp.arange(count, dtype=jnp.int32), count)
         state = dataclasses.replace(state, ring=enqueue(state.ring, requests, real))
         loop = Loop(model, memory, shape.piece, mesh)
@@ -71,7 +71,7 @@ def generate(
     knobs = jax.tree.map(lambda knob: whole if knob.ndim == 0 else split, sampling.rows(rows))
     draw = over_data(draw, mesh, (whole, split, knobs, whole), split)
     tokens, count, logprob, model_logprob, finish, versions = draw(
-        model.relay(params, mesh), prompts, sampling.rows(rows), version
+        model.to_decode_layout(params, mesh), prompts, sampling.rows(rows), version
     )
     return Rollout(
         prompts=prompts,

@@ -68,17 +68,17 @@ class Dense:
 
         return DenseState(self._by_axis(wider, state.slots), self._by_axis(wider, state.entries))
 
-    def columns(self, state: DenseState) -> int:
+    def slot_capacity(self, state: DenseState) -> int:
         """Tell how many positions a slot has room for."""
         return jax.tree.leaves(state)[0].shape[self.axes[0]]
 
     # -- prompts
 
-    def fits(self, state: DenseState, length: Int32[Array, " R"]) -> Bool[Array, " R"]:
+    def fits_prompts(self, state: DenseState, length: Int32[Array, " R"]) -> Bool[Array, " R"]:
         """Tell which of the next prompts there is room for."""
         return jnp.ones(length.shape, bool)
 
-    def open(self, state: DenseState, length: Int32[Array, " R"]) -> DenseState:
+    def allocate_prompts(self, state: DenseState, length: Int32[Array, " R"]) -> DenseState:
         """Make room for the prompts in the entries."""
         return state
 
@@ -102,7 +102,7 @@ class Dense:
                 return jax.lax.dynamic_update_slice_in_dim(old, leaf, start, axis)
 
             kept = self._by_axis(put, (kept,), (new,))[0]
-            capacity = self.columns(state)
+            capacity = self.slot_capacity(state)
             pair = functools.partial(self._read, dtype=dtype)
             out = attend_piece(q, pair(new), lambda: pair(kept), start, capacity, window, scale)
             return out, kept
@@ -111,11 +111,11 @@ class Dense:
 
     # -- slots
 
-    def seats(self, state: DenseState, length: Int32[Array, " F"]) -> Bool[Array, " F"]:
+    def fits_slots(self, state: DenseState, length: Int32[Array, " F"]) -> Bool[Array, " F"]:
         """Tell which of the next requests there is room for in the slots."""
         return jnp.ones(length.shape, bool)
 
-    def seat(
+    def insert(
         self,
         state: DenseState,
         entry: Int32[Array, " F"],
@@ -139,12 +139,12 @@ class Dense:
         return DenseState(slots, state.entries)
 
     def ready(
-        self, state: DenseState, position: Array, active: Array, born: Array
+        self, state: DenseState, position: Array, active: Array, order: Array
     ) -> Bool[Array, " B"]:
         """Tell which slots can take one more token."""
         return active
 
-    def advance(self, state: DenseState, position: Array, going: Array) -> DenseState:
+    def allocate_tokens(self, state: DenseState, position: Array, going: Array) -> DenseState:
         """Make room for one more token in the slots that go on."""
         return state
 
@@ -165,7 +165,7 @@ class Dense:
     ) -> CachedAttention:
         """Attend from each slot's next position to it and all before; only `going` slots write."""
         rows = jnp.arange(position.shape[0])
-        capacity = self.columns(state)
+        capacity = self.slot_capacity(state)
         column = jnp.where(going, position, capacity)
 
         def mix(kept, window, q, k, v, scale):

@@ -96,17 +96,17 @@ class Paged:
             state, tables=wider(state.tables), entry_tables=wider(state.entry_tables)
         )
 
-    def columns(self, state: PagedState) -> int:
+    def slot_capacity(self, state: PagedState) -> int:
         """Tell how many positions a slot may have."""
         return state.tables.shape[1] * self.page_size
 
     # -- prompts
 
-    def fits(self, state: PagedState, length: Int32[Array, " R"]) -> Bool[Array, " R"]:
+    def fits_prompts(self, state: PagedState, length: Int32[Array, " R"]) -> Bool[Array, " R"]:
         """Tell which of the next prompts there is room for; one page stays for who decodes."""
         return jnp.cumsum(self._pages(length)) < state.top
 
-    def open(self, state: PagedState, length: Int32[Array, " R"]) -> PagedState:
+    def allocate_prompts(self, state: PagedState, length: Int32[Array, " R"]) -> PagedState:
         """Take pages for the prompts."""
         need = self._pages(length)
         before = jnp.cumsum(need) - need
@@ -138,18 +138,18 @@ class Paged:
             def whole() -> tuple[Array, Array]:
                 return self._rows(kept, tables, dtype)
 
-            capacity = self.columns(state)
+            capacity = self.slot_capacity(state)
             return attend_piece(q, new, whole, start, capacity, window, scale), kept
 
         return mix
 
     # -- slots
 
-    def seats(self, state: PagedState, length: Int32[Array, " F"]) -> Bool[Array, " F"]:
+    def fits_slots(self, state: PagedState, length: Int32[Array, " F"]) -> Bool[Array, " F"]:
         """Tell which of the next requests there is room for in the slots."""
         return jnp.cumsum(length % self.page_size > 0) <= state.top
 
-    def seat(
+    def insert(
         self,
         state: PagedState,
         entry: Int32[Array, " F"],
@@ -182,14 +182,14 @@ class Paged:
         )
 
     def ready(
-        self, state: PagedState, position: Array, active: Array, born: Array
+        self, state: PagedState, position: Array, active: Array, order: Array
     ) -> Bool[Array, " B"]:
         """Tell which slots can take one more token; where pages lack, the youngest wait."""
         need = self._lacks(state, position, active)
-        older = need[None] & (born[None] < born[:, None])
+        older = need[None] & (order[None] < order[:, None])
         return active & (~need | (older.sum(axis=1) < state.top))
 
-    def advance(self, state: PagedState, position: Array, going: Array) -> PagedState:
+    def allocate_tokens(self, state: PagedState, position: Array, going: Array) -> PagedState:
         """Take a page for each slot that goes on and has none for its next token."""
         need = self._lacks(state, position, going)
         rank = jnp.cumsum(need) - 1
@@ -227,7 +227,7 @@ class Paged:
 
     # -- what is held in vain
 
-    def garbage(self, state: PagedState, active: Array, entries: Array) -> Bool[Array, ""]:
+    def has_garbage(self, state: PagedState, active: Array, entries: Array) -> Bool[Array, ""]:
         """Tell whether pages are held by nobody who is alive."""
         none = state.free.shape[0]
         dead = (state.tables[:, 0] < none) & ~active

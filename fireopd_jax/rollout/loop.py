@@ -2,7 +2,7 @@
 
     while something waits or runs:
         prefill   when the entries are used up: the next R prompts that wait, in pieces of W tokens
-        seat      while a slot is free: copy a prompt's keys and values there
+        insert    while a slot is free: copy a prompt's keys and values there
         decode    until a slot is free and somebody waits: one token a slot and step
 
 Loops stand where branches would be more natural: a cache that passes through a branch is copied. A
@@ -30,10 +30,10 @@ from fireopd_jax.rollout.state import (
     NOT_FINITE,
     RUNNING,
     STOP,
+    EngineState,
     Entries,
     Requests,
     Slots,
-    State,
 )
 
 
@@ -50,33 +50,33 @@ class Loop:
     """Devices, if several: the loop is one replica's, which its `tensor` axis shares."""
 
     def run(
-        self, params: Params, state: State, steps: Int32[Array, ""], version: Int32[Array, ""]
-    ) -> State:
-        """Go on for at most `steps` decoding steps, with parameters that `relay` laid out."""
-        net = self.model.bind_relaid(params)
+        self, params: Params, state: EngineState, steps: Int32[Array, ""], version: Int32[Array, ""]
+    ) -> EngineState:
+        """Run at most `steps` decoding steps; `params` are in the decode layout."""
+        net = self.model.bind_decode(params)
         end = state.counters.steps + steps
 
-        def live(s: State) -> Bool[Array, ""]:
+        def live(s: EngineState) -> Bool[Array, ""]:
             return (s.slots.active.any() | (s.ring.size > 0)) & (s.counters.steps < end)
 
-        def refill(s: State) -> State:
+        def refill(s: EngineState) -> EngineState:
             s = jax.lax.while_loop(self.must_reclaim, self.reclaim, s)
             s = jax.lax.while_loop(self.can_prefill, lambda s: self.prefill(net, s), s)
-            return jax.lax.while_loop(self.can_seat, self.seat, s)
+            return jax.lax.while_loop(self.can_insert, self.insert, s)
 
-        def decode(s: State) -> State:
-            def going(s: State) -> Bool[Array, ""]:
-                waits = self.can_seat(s) | self.can_prefill(s) | self.must_reclaim(s)
+        def decode(s: EngineState) -> EngineState:
+            def going(s: EngineState) -> Bool[Array, ""]:
+                waits = self.can_insert(s) | self.can_prefill(s) | self.must_reclaim(s)
                 return self.ready(s).any() & ~waits & (s.counters.steps < end)
 
             s = jax.lax.while_loop(going, lambda s: self.decode(net, s, version), s)
-            return jax.lax.while_loop(self.starves, self.evict, s)
+            return jax.lax.while_loop(self.must_preempt, self.preempt, s)
 
         return jax.lax.while_loop(live, lambda s: decode(refill(s)), state)
 
     # -- prompts
 
-    def waiting(self, s: State) -> tuple[Array, Array, Array]:
+    def waiting(self, s: EngineState) -> tuple[Array, Array, Array]:
         """Give the next R sequences that wait: a row of each, how many rows want it, its length."""
         size, count = s.ring.row.shape[0], s.entries.left.shape[0]
         at = (s.ring.head + jnp.arange(size)) % size
@@ -88,22 +88,22 @@ class Loop:
         length = jnp.where(wanted > 0, s.requests.length[row] + s.requests.count[row] - 1, 0)
         return row, wanted, length
 
-    def can_prefill(self, s: State) -> Bool[Array, ""]:
+    def can_prefill(self, s: EngineState) -> Bool[Array, ""]:
         """Tell whether a slot is free, no prompt is there for it, and there is room for one."""
         free = (~s.slots.active).any() & (s.entries.left.sum() == 0) & (s.ring.size > 0)
         _, _, length = self.waiting(s)
-        return free & self.memory.fits(s.cache, length)[0]
+        return free & self.memory.fits_prompts(s.cache, length)[0]
 
-    def prefill(self, net: tuple[Decoder, list[Layer]], s: State) -> State:
+    def prefill(self, net: tuple[Decoder, list[Layer]], s: EngineState) -> EngineState:
         """Compute the next prompts, in pieces."""
         decoder, layers = net
         memory, width = self.memory, self.piece
         row, wanted, length = self.waiting(s)
-        taken = memory.fits(s.cache, length) & (wanted > 0)
+        taken = memory.fits_prompts(s.cache, length) & (wanted > 0)
         wanted, length = jnp.where(taken, wanted, 0), jnp.where(taken, length, 0)
         # The entries that were there are used up.
         cache = memory.reclaim(s.cache, s.slots.active, jnp.zeros_like(taken))
-        cache = memory.open(cache, length)
+        cache = memory.allocate_prompts(cache, length)
 
         def piece(carry):
             start, kept = carry
@@ -129,33 +129,33 @@ class Loop:
 
     # -- slots
 
-    def next_seats(self, s: State) -> tuple[Array, Array, Array]:
+    def next_inserts(self, s: EngineState) -> tuple[Array, Array, Array]:
         """Pair the next waiting rows that have an entry with free slots: slot, entry, length."""
         slots, count = s.slots.active.shape[0], s.entries.left.shape[0]
-        seats = min(slots, count)
-        slot = jnp.nonzero(~s.slots.active, size=seats, fill_value=slots)[0].astype(jnp.int32)
+        most = min(slots, count)
+        slot = jnp.nonzero(~s.slots.active, size=most, fill_value=slots)[0].astype(jnp.int32)
         upto = jnp.cumsum(s.entries.left)
-        rank = jnp.arange(seats)
+        rank = jnp.arange(most)
         entry = jnp.minimum((upto[None] <= rank[:, None]).sum(axis=1), count - 1)
         slot = jnp.where(rank < upto[-1], slot, slots)
         length = jnp.where(slot < slots, s.entries.length[entry], 0)
         # In order: where one does not fit, those after it wait too.
-        fits = jnp.cumprod(self.memory.seats(s.cache, length)).astype(bool)
+        fits = jnp.cumprod(self.memory.fits_slots(s.cache, length)).astype(bool)
         return jnp.where(fits, slot, slots), entry, length
 
-    def can_seat(self, s: State) -> Bool[Array, ""]:
+    def can_insert(self, s: EngineState) -> Bool[Array, ""]:
         """Tell whether a slot is free for a prompt that is there."""
         there = s.entries.left > 0
         return (~s.slots.active).any() & there.any() & self.fits_first(s)
 
-    def fits_first(self, s: State) -> Bool[Array, ""]:
+    def fits_first(self, s: EngineState) -> Bool[Array, ""]:
         """Tell whether the slots have room for the first of the prompts that are there."""
         first = s.entries.length[jnp.argmax(s.entries.left > 0)]
-        return self.memory.seats(s.cache, first[None])[0]
+        return self.memory.fits_slots(s.cache, first[None])[0]
 
-    def seat(self, s: State) -> State:
+    def insert(self, s: EngineState) -> EngineState:
         """Let waiting rows take free slots."""
-        slot, entry, length = self.next_seats(s)
+        slot, entry, length = self.next_inserts(s)
         slots, size = s.slots.active.shape[0], s.ring.row.shape[0]
         taken = slot < slots
         row = s.ring.row[(s.ring.head + jnp.arange(slot.shape[0])) % size]
@@ -165,40 +165,40 @@ class Loop:
         def write(old: Array, new: Array) -> Array:
             return old.at[slot].set(new, mode="drop")
 
-        born = s.counters.seated + jnp.arange(slot.shape[0])
-        seated = taken.sum(dtype=jnp.int32)
+        order = s.counters.inserted + jnp.arange(slot.shape[0])
+        inserted = taken.sum(dtype=jnp.int32)
         left = s.entries.left.at[entry].add(-taken.astype(jnp.int32))
         finish = requests.finish.at[jnp.where(taken & full, row, size)].set(LENGTH, mode="drop")
         return dataclasses.replace(
             s,
             requests=dataclasses.replace(requests, finish=finish),
             ring=dataclasses.replace(
-                s.ring, head=(s.ring.head + seated) % size, size=s.ring.size - seated
+                s.ring, head=(s.ring.head + inserted) % size, size=s.ring.size - inserted
             ),
             entries=dataclasses.replace(s.entries, left=left),
             slots=Slots(
                 row=write(s.slots.row, row),
                 token=write(s.slots.token, sequence_at(requests, row, length[:, None])[:, 0]),
                 position=write(s.slots.position, length),
-                born=write(s.slots.born, born),
+                order=write(s.slots.order, order),
                 active=write(s.slots.active, ~full),
             ),
-            cache=self.memory.seat(s.cache, entry, slot, length, self.piece),
-            counters=dataclasses.replace(s.counters, seated=s.counters.seated + seated),
+            cache=self.memory.insert(s.cache, entry, slot, length, self.piece),
+            counters=dataclasses.replace(s.counters, inserted=s.counters.inserted + inserted),
         )
 
-    def ready(self, s: State) -> Bool[Array, " B"]:
+    def ready(self, s: EngineState) -> Bool[Array, " B"]:
         """Tell which slots can go on."""
-        return self.memory.ready(s.cache, s.slots.position, s.slots.active, s.slots.born)
+        return self.memory.ready(s.cache, s.slots.position, s.slots.active, s.slots.order)
 
     def decode(
-        self, net: tuple[Decoder, list[Layer]], s: State, version: Int32[Array, ""]
-    ) -> State:
+        self, net: tuple[Decoder, list[Layer]], s: EngineState, version: Int32[Array, ""]
+    ) -> EngineState:
         """Process one token of each slot that can go on, and draw the next."""
         decoder, layers = net
         slots, requests, memory = s.slots, s.requests, self.memory
         going = self.ready(s)
-        cache = memory.advance(s.cache, slots.position, going)
+        cache = memory.allocate_tokens(s.cache, slots.position, going)
         mix = memory.decode(cache, slots.position, going, self.dtype)
         hidden, kept = decoder.extend(
             layers, slots.token[:, None], slots.position[:, None], mix, memory.slot_cache(cache)
@@ -250,36 +250,36 @@ class Loop:
 
     # -- room
 
-    def must_reclaim(self, s: State) -> Bool[Array, ""]:
+    def must_reclaim(self, s: EngineState) -> Bool[Array, ""]:
         """Tell whether somebody lacks room while some is held in vain."""
         if not self.memory.runs_out:
             return jnp.bool_(False)  # the compiler leaves the loop out
         memory, free = self.memory, (~s.slots.active).any() & (s.ring.size > 0)
         there = s.entries.left.sum() > 0
-        fits = memory.fits(s.cache, self.waiting(s)[2])[0]
+        fits = memory.fits_prompts(s.cache, self.waiting(s)[2])[0]
         waits = free & jnp.where(there, ~self.fits_first(s), ~fits)
         stalls = (s.slots.active & ~self.ready(s)).any()
-        return (waits | stalls) & memory.garbage(s.cache, s.slots.active, s.entries.left > 0)
+        return (waits | stalls) & memory.has_garbage(s.cache, s.slots.active, s.entries.left > 0)
 
-    def reclaim(self, s: State) -> State:
+    def reclaim(self, s: EngineState) -> EngineState:
         """Free the room that is held by nobody."""
         cache = self.memory.reclaim(s.cache, s.slots.active, s.entries.left > 0)
         return dataclasses.replace(s, cache=cache)
 
-    def starves(self, s: State) -> Bool[Array, ""]:
+    def must_preempt(self, s: EngineState) -> Bool[Array, ""]:
         """Tell whether slots run, and none of them has room to go on."""
         if not self.memory.runs_out:
             return jnp.bool_(False)
         return s.slots.active.any() & ~self.ready(s).any()
 
-    def evict(self, s: State) -> State:
+    def preempt(self, s: EngineState) -> EngineState:
         """Give up the computed prompts and the youngest slot; its row waits again, before all."""
         size = s.ring.row.shape[0]
-        youngest = jnp.argmax(jnp.where(s.slots.active, s.slots.born, -1))
+        youngest = jnp.argmax(jnp.where(s.slots.active, s.slots.order, -1))
         head = (s.ring.head - 1) % size
         # What was left of the entry that was in use starts a run of its own again.
         first = s.ring.first.at[s.ring.head].set(True).at[head].set(True)
-        evicted = dataclasses.replace(
+        preempted = dataclasses.replace(
             s,
             ring=dataclasses.replace(
                 s.ring,
@@ -290,9 +290,9 @@ class Loop:
             ),
             entries=jax.tree.map(jnp.zeros_like, s.entries),
             slots=dataclasses.replace(s.slots, active=s.slots.active.at[youngest].set(False)),
-            counters=dataclasses.replace(s.counters, evicted=s.counters.evicted + 1),
+            counters=dataclasses.replace(s.counters, preempted=s.counters.preempted + 1),
         )
-        return self.reclaim(evicted)
+        return self.reclaim(preempted)
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -98,7 +98,7 @@ class Sampling:
         return Sampling(seed=self.seed, **{name: knob[row] for name, knob in knobs.items()})
 
 
-def stream(seed: int, purpose: str) -> int:
+def seed_for(seed: int, purpose: str) -> int:
     """Derive the seed of one purpose (rollout, eval, a model's start): 32 bits of its SHA-256."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:4], "little")

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from fireopd_jax.config import UserError
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.rollout.engine import DENSE, Memory
+from fireopd_jax.rollout.engine import DENSE, CacheLayout
 from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.meshes import over_data, replica_count, state_shardings
 from fireopd_jax.rollout.requests import (
@@ -37,11 +37,11 @@ from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.state import (
     FINISH,
     RUNNING,
+    EngineState,
     Requests,
     Shape,
-    State,
     empty_requests,
-    initial,
+    initial_state,
     pick,
     remove,
     write,
@@ -64,7 +64,7 @@ class Statistics:
     prefills: int = 0
     prefilled: int = 0
     stalled: int = 0
-    evicted: int = 0
+    preempted: int = 0
     not_finite: int = 0
     overlong: int = 0
     compile_seconds: float = 0.0
@@ -87,7 +87,7 @@ class Engine:
         seed: int,
         slots: int | None = None,
         rows: int | None = None,
-        memory: Memory = DENSE,
+        memory: CacheLayout = DENSE,
         chunk_steps: int = 64,
         text: Callable[[Sequence[int]], str] | None = None,
         mesh: Mesh | None = None,
@@ -110,7 +110,7 @@ class Engine:
         self.capacity = self.capacities[0]
         self._runs: dict[int, Any] = {}
         self._params: Params | None = None
-        self._state: State | None = None
+        self._state: EngineState | None = None
         self._jit()
 
     @property
@@ -122,7 +122,7 @@ class Engine:
 
     def load(self, params: Params, version: int = 0) -> None:
         """Take parameters, laid out for decoding; the first time, compile."""
-        self._params = self._relay(params)
+        self._params = self._to_decode_layout(params)
         self.version = jnp.int32(version)
         if not self._runs:
             start = time.perf_counter()
@@ -273,7 +273,7 @@ class Engine:
         finish, count, counters = self._status()
         sums = {name: int(np.sum(value)) for name, value in vars(counters).items()}
         drawn, statistics = sums["drawn"], self.statistics
-        for name in ("steps", "drawn", "prefills", "prefilled", "stalled", "evicted"):
+        for name in ("steps", "drawn", "prefills", "prefilled", "stalled", "preempted"):
             setattr(statistics, name, getattr(statistics, name) + sums[name])
         statistics.slot_steps += sums["steps"] * self.shape.slots
         return finish, count, drawn
@@ -381,24 +381,26 @@ class Engine:
             specs = tuple(split if own else whole for own in stacked)
             return over_data(one, self.mesh, specs, split)
 
-        def run(params: Params, state: State, steps: Array, version: Array) -> State:
+        def run(params: Params, state: EngineState, steps: Array, version: Array) -> EngineState:
             return loop.run(params, _counting_anew(state), steps, version)
 
-        def make(capacity: int, seed: Array) -> State:
+        def make(capacity: int, seed: Array) -> EngineState:
             return jax.tree.map(
                 lambda x: jnp.broadcast_to(x, (self.replicas, *x.shape)),
-                self._initial(capacity, seed),
+                self._initial_state(capacity, seed),
             )
 
-        def grow(state: State, capacity: int) -> State:
-            def one(state: State) -> State:
+        def grow(state: EngineState, capacity: int) -> EngineState:
+            def one(state: EngineState) -> EngineState:
                 return dataclasses.replace(state, cache=self.memory.grow(state.cache, capacity))
 
             return on_replicas(one, True)(state)
 
         shapes = jax.eval_shape(functools.partial(make, self.capacity), self.seed)
         places = state_shardings(shapes, self.memory, self.model, self.mesh)
-        self._relay = jax.jit(lambda params: self.model.relay(params, self.mesh))
+        self._to_decode_layout = jax.jit(
+            lambda params: self.model.to_decode_layout(params, self.mesh)
+        )
         self._run = jax.jit(
             on_replicas(run, False, True, False, False), donate_argnums=1, out_shardings=places
         )
@@ -409,7 +411,7 @@ class Engine:
         self._remove = jax.jit(on_replicas(remove, True, True), donate_argnums=0)
         self._pick = jax.jit(on_replicas(pick, True, True))
 
-    def _shape_of(self, capacity: int) -> State:
+    def _shape_of(self, capacity: int) -> EngineState:
         """Describe a state, as its program will be given it."""
         state = jax.eval_shape(functools.partial(self._make, capacity), self.seed)
         places = state_shardings(state, self.memory, self.model, self.mesh)
@@ -419,12 +421,12 @@ class Engine:
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
         )
 
-    def _initial(self, capacity: int, seed: Array) -> State:
+    def _initial_state(self, capacity: int, seed: Array) -> EngineState:
         shape = self.shape
         cache = self.memory.init(self.model.config, shape.slots, shape.entries, capacity)
         sampling = dataclasses.replace(_no_knobs(), seed=seed)
         requests = empty_requests(self.rows, self.width, self.room, sampling)
-        return initial(requests, shape.slots, shape.entries, cache)
+        return initial_state(requests, shape.slots, shape.entries, cache)
 
     def _abort(self, at: tuple[int, int]) -> None:
         """Let a row neither run nor wait."""
@@ -441,8 +443,8 @@ def _same_prompt(one: Request, other: Request) -> bool:
     return np.array_equal(one.prompt, other.prompt)
 
 
-def _counting_anew(state: State) -> State:
+def _counting_anew(state: EngineState) -> EngineState:
     """Count from 0 again, but for the order of the slots."""
     zero = jax.tree.map(jnp.zeros_like, state.counters)
-    counters = dataclasses.replace(zero, seated=state.counters.seated)
+    counters = dataclasses.replace(zero, inserted=state.counters.inserted)
     return dataclasses.replace(state, counters=counters)

@@ -103,7 +103,7 @@ class Slots:
     row: Int32[Array, " B"]
     token: Int32[Array, " B"]
     position: Int32[Array, " B"]
-    born: Int32[Array, " B"]
+    order: Int32[Array, " B"]
     """Order in which the slots were taken."""
     active: Bool[Array, " B"]
 
@@ -118,14 +118,14 @@ class Counters:
     prefills: Int32[Array, ""]
     prefilled: Int32[Array, ""]
     """Prompt tokens that were computed."""
-    seated: Int32[Array, ""]
+    inserted: Int32[Array, ""]
     stalled: Int32[Array, ""]
     """Slots that waited for a page, summed over steps."""
-    evicted: Int32[Array, ""]
+    preempted: Int32[Array, ""]
 
 
 @pytree
-class State:
+class EngineState:
     """All of it. A state is given away to the function that changes it."""
 
     requests: Requests
@@ -152,14 +152,14 @@ def empty_requests(rows: int, width: int, room: int, sampling: Sampling) -> Requ
     )
 
 
-def initial(requests: Requests, slots: int, entries: int, cache: Any) -> State:
+def initial_state(requests: Requests, slots: int, entries: int, cache: Any) -> EngineState:
     """Make a state in which nothing waits and nothing runs."""
     rows = requests.length.shape[0]
 
     def zeros(*shape: int) -> Array:
         return jnp.zeros(shape, jnp.int32)
 
-    return State(
+    return EngineState(
         requests=requests,
         ring=Ring(zeros(rows), jnp.zeros(rows, bool), zeros(), zeros()),
         entries=Entries(zeros(entries), zeros(entries)),
@@ -209,7 +209,7 @@ def write(
     return requests, enqueue(ring, requests, rows)
 
 
-def remove(state: State, row: Int32[Array, ""]) -> State:
+def remove(state: EngineState, row: Int32[Array, ""]) -> EngineState:
     """Let a row neither run nor wait; row Q is none."""
     ring, size = state.ring, state.ring.row.shape[0]
     at = (ring.head + jnp.arange(size)) % size

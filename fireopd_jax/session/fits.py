@@ -13,7 +13,7 @@ from fireopd_jax.config import UserError
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
 from fireopd_jax.recipe.schema import Config
-from fireopd_jax.rollout.engine import Memory
+from fireopd_jax.rollout.engine import CacheLayout
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.state import Shape
 
@@ -72,7 +72,7 @@ def check_cache(config: Config, mesh: Mesh, drawing: Mapping[str, DecoderConfig]
         rollout.cache.pages(shape.slots, shape.entries, shape.capacity)
 
 
-def check_model(cache: Memory, model: DecoderConfig, name: str) -> None:
+def check_model(cache: CacheLayout, model: DecoderConfig, name: str) -> None:
     """Refuse a model whose keys and values this kind of cache cannot hold."""
     # As many pages as are needed: how many there are is another question.
     enough = dataclasses.replace(cache, tokens=None) if isinstance(cache, Paged) else cache

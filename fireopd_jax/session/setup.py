@@ -33,7 +33,7 @@ from fireopd_jax.recipe.schema import (
     TeacherConfig,
     methods,
 )
-from fireopd_jax.rollout.sampling import Sampling, stream
+from fireopd_jax.rollout.sampling import Sampling, seed_for
 from fireopd_jax.sharding.mesh import make_mesh
 from fireopd_jax.text.chat import stop_ids
 from fireopd_jax.text.checks import TokenizerFacts, check_ids, check_teacher, valid_rows
@@ -134,7 +134,7 @@ class Setup:
         return Sampling.of(
             (spec or self.student).stop,
             self.config.rollout.max_tokens,
-            stream(self.config.run.seed, purpose),
+            seed_for(self.config.run.seed, purpose),
             temperature=temperature,
             top_p=filters.get("top_p", 1.0),
             top_k=int(filters.get("top_k", 0)),

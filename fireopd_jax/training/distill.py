@@ -23,7 +23,7 @@ from fireopd_jax.metrics import merge, results
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe.schema import MethodConfig
 from fireopd_jax.rollout.mixing import given_rows, mix, without
-from fireopd_jax.rollout.sampling import stream
+from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.runs.checkpoints import Checkpoints
 from fireopd_jax.runs.completions import write_completions
 from fireopd_jax.runs.tracking import Tracker
@@ -85,7 +85,7 @@ class Distillation:
             session.setup.train,
             prompts_per_step=config.rollout.batch_size // config.rollout.group_size,
             group_size=config.rollout.group_size,
-            seed=stream(config.run.seed, "prompts"),
+            seed=seed_for(config.run.seed, "prompts"),
             references=config.rollout.on_policy_fraction < 1,
         )
         self.mix = jax.jit(mix, out_shardings=by_rows(session.setup.mesh))
@@ -169,7 +169,7 @@ class Distillation:
         student, fraction = self.session.setup.student, self.config.rollout.on_policy_fraction
         if fraction == 1:
             return self.session.generate(student, params, prompts, self.sampling, version)
-        given = given_rows(prompts, fraction, stream(self.config.run.seed, "on-policy"))
+        given = given_rows(prompts, fraction, seed_for(self.config.run.seed, "on-policy"))
         own = without(prompts, given)
         rollout = self.session.generate(student, params, own, self.sampling, version)
         return self.mix(rollout, shard_rows(self.session.setup.mesh, prompts), given)

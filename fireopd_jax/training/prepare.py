@@ -18,7 +18,7 @@ from fireopd_jax.models.hf_load import load, resolve
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.models.quantized import quantize_params
 from fireopd_jax.recipe.optim import SftConfig
-from fireopd_jax.rollout.sampling import stream
+from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.runs.checkpoints import restore_params, save_model
 from fireopd_jax.runs.tracking import progress
 from fireopd_jax.runtime.signals import Interrupted
@@ -57,7 +57,7 @@ def once(session: Session, spec: ModelSpec, name: str, make: Make) -> Params:
 
 def random_params(session: Session, spec: ModelSpec) -> Params:
     """Draw parameters from the run's seed and the model's name."""
-    seed = stream(session.setup.config.run.seed, f"init {spec.name}")
+    seed = seed_for(session.setup.config.run.seed, f"init {spec.name}")
     key = jax.random.key(seed, impl="threefry2x32")
     return replicate(session.setup.mesh, jax.jit(spec.model.init)(key))
 
@@ -155,7 +155,7 @@ def _loader(
         rows,
         prompts_per_step=config.batch_size,
         group_size=1,
-        seed=stream(session.setup.config.run.seed, f"sft {spec.name}"),
+        seed=seed_for(session.setup.config.run.seed, f"sft {spec.name}"),
         references=True,
     )
 

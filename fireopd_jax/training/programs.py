@@ -20,7 +20,7 @@ from fireopd_jax.method.filtering import AllOf, TeacherQuantile
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe.optim import OptimConfig
 from fireopd_jax.recipe.schema import MethodConfig
-from fireopd_jax.rollout.sampling import stream
+from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.session.setup import Setup, special_ids
 from fireopd_jax.sharding.mesh import by_rows, replicated
 from fireopd_jax.training.update import Metrics, TrainState, make_optimizer, make_update
@@ -122,7 +122,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
     if lora is None:
         learner, merge = copy, lambda start, learnt: learnt
     else:
-        key = jax.random.key(stream(config.run.seed, "lora"), impl="threefry2x32")
+        key = jax.random.key(seed_for(config.run.seed, "lora"), impl="threefry2x32")
         learner = jax.jit(functools.partial(lora.init, key), out_shardings=whole)
         merge = jax.jit(lora.merge, out_shardings=whole)
     return Programs(

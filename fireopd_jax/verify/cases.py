@@ -14,7 +14,12 @@ from jaxtyping import Bool, Float32, Int32
 
 from fireopd_jax.method.scoring.supports import Kind, make_support, overlap
 from fireopd_jax.models.decoder import DecoderConfig
-from fireopd_jax.models.language_model import LanguageModel, Params, lay, predicting
+from fireopd_jax.models.language_model import (
+    LanguageModel,
+    Params,
+    concat_prompt_response,
+    states_before_response_tokens,
+)
 from fireopd_jax.ops.head import HeadOptions, head_gather, head_stats, head_topk
 from fireopd_jax.types import Array, Prompts, Rollout, Scores, Support, TokenStats, pytree
 from fireopd_jax.verify.reference_losses import Seen
@@ -176,10 +181,10 @@ class Bigram(LanguageModel):
         adapters: Any = None,
         remat: Any = "none",
     ) -> tuple[Float32[Array, "B T D"], Float32[Array, "V D"]]:
-        """Return the states that predict each response token, and the head."""
-        sequence, _, _ = lay(prompt, prompt_length, tokens, mask)
+        """Return the states that predict each response token, and the head that reads them."""
+        sequence, _, _ = concat_prompt_response(prompt, prompt_length, tokens, mask)
         hidden = jnp.asarray(params["last"])[sequence]
-        return predicting(hidden, prompt_length, prompt.shape[1]), params["head"]
+        return states_before_response_tokens(hidden, prompt_length, prompt.shape[1]), params["head"]
 
 
 def bigram() -> LanguageModel:

@@ -12,7 +12,7 @@ from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.ops.attention import attend
 from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
-from tests.cases import random_params, through_cache, tiny_model
+from tests.cases import random_params, response_stats, through_cache, tiny_model
 
 MODEL = tiny_model(
     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False
@@ -100,8 +100,8 @@ def test_gradient_flows_to_every_parameter(tied):
     @jax.jit
     @jax.grad
     def gradient(params):
-        stats = model.response_stats(
-            params, tokens[:, :WIDTH], LENGTH, tokens[:, WIDTH:], visible[:, WIDTH:]
+        stats = response_stats(
+            model, params, tokens[:, :WIDTH], LENGTH, tokens[:, WIDTH:], visible[:, WIDTH:]
         )
         return stats.logprob.sum() + stats.entropy.sum()
 

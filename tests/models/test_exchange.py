@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.cases import random_params, tiny_model
+from tests.cases import random_params, response_stats, tiny_model
 
 OURS, ITS = 5, 9
 
@@ -26,7 +26,7 @@ def test_two_words_change_places_in_what_is_said_and_in_nothing_else(tied):
     mask = np.ones((6, 5), bool)
 
     def ask(model, params, tokens):
-        return model.response_stats(params, prompt, length, tokens, mask)
+        return response_stats(model, params, prompt, length, tokens, mask)
 
     other = dataclasses.replace(model, exchange=(OURS, ITS))
     moved = jax.jit(other.exchanged)(params)

@@ -16,9 +16,8 @@ from fireopd_jax.models.architecture import DecoderConfig, MoEConfig
 from fireopd_jax.models.hf_config import hf_config_json
 from fireopd_jax.models.hf_load import load, read_config, resolve
 from fireopd_jax.models.hf_names import hf_shapes, hf_tensors
-from fireopd_jax.models.language_model import same_structure
 from fireopd_jax.models.quantized import quantize_params
-from tests.cases import random_params, tiny_model
+from tests.cases import random_params, same_structure, tiny_model
 
 PLACE = SingleDeviceSharding(jax.devices()[0])
 MODELS = {

@@ -171,7 +171,7 @@ def test_decoding_through_the_cache_equals_transformers(name, tmp):
 def test_the_router_of_the_test_is_uneven(tmp):
     _, _, config, params = case("qwen3_moe", tmp)
     model = LanguageModel(config, VOCABULARY)
-    layer = model.bind_relaid(model.relay(params))[1][0]
+    layer = model.bind_decode(model.to_decode_layout(params))[1][0]
     x = model.bind(params).embed(tokens())
     gate = np.asarray(layer.mlp.gate(layer.post_attention_layernorm(x)))
     chosen = np.argsort(-gate, axis=-1)[..., :2]

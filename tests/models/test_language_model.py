@@ -7,8 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from fireopd_jax.models.language_model import lay, predicting, same_structure
-from tests.cases import random_params, tiny_model
+from fireopd_jax.models.language_model import (
+    concat_prompt_response,
+    states_before_response_tokens,
+)
+from tests.cases import random_params, response_stats, same_structure, tiny_model
 
 VOCABULARY = 32
 SHAPES = {
@@ -22,7 +25,7 @@ PROMPT, RESPONSE = np.array([4, 1, 3], np.int32), np.array([4, 3, 0])
 
 @functools.cache
 def scorer(name):
-    return jax.jit(SHAPES[name].response_stats)
+    return jax.jit(functools.partial(response_stats, SHAPES[name]))
 
 
 @functools.cache
@@ -111,7 +114,9 @@ def test_padding_and_what_stands_in_it_change_nothing(padding):
 
 def test_positions_go_on_after_each_prompt():
     prompt, length, tokens, mask = ragged(prompt_width=6)
-    sequence, positions, visible = (np.asarray(x) for x in lay(prompt, length, tokens, mask))
+    sequence, positions, visible = (
+        np.asarray(x) for x in concat_prompt_response(prompt, length, tokens, mask)
+    )
     np.testing.assert_array_equal(sequence, np.concatenate([prompt, tokens], axis=1))
     for i in range(3):
         np.testing.assert_array_equal(positions[i, 6:], length[i] + np.arange(4))
@@ -121,14 +126,14 @@ def test_positions_go_on_after_each_prompt():
 
 def test_the_first_response_token_is_predicted_by_the_last_of_the_prompt():
     slots = np.broadcast_to(np.arange(8.0, dtype=np.float32)[None, :, None], (3, 8, 2))
-    at = np.asarray(predicting(slots, np.array([4, 1, 0], np.int32), 5))[:, :, 0]
+    at = np.asarray(states_before_response_tokens(slots, np.array([4, 1, 0], np.int32), 5))[:, :, 0]
     np.testing.assert_array_equal(at, [[3, 5, 6], [0, 5, 6], [0, 5, 6]])
 
 
 def test_bfloat16_scores_are_float32_and_close():
     params, case = parameters("tied"), ragged()
     half = tiny_model(VOCABULARY, num_attention_heads=4, num_key_value_heads=2, dtype="bfloat16")
-    got = jax.jit(half.response_stats)(params, *case, 1.0)
+    got = jax.jit(functools.partial(response_stats, half))(params, *case, 1.0)
     wanted = scorer("tied")(params, *case, 1.0)
     assert got.logprob.dtype == got.entropy.dtype == np.float32
     gap = np.abs(got.logprob - wanted.logprob)[case[3]]
@@ -166,7 +171,7 @@ def test_rows_that_pad_the_head_do_not_exist(tied):
 
     def total(model):
         def of(params):
-            stats = model.response_stats(params, *case)
+            stats = response_stats(model, params, *case)
             return np.float32(1) * (stats.logprob + 2 * stats.entropy)[case[3]].sum(), stats
 
         return jax.jit(jax.grad(of, has_aux=True))
@@ -189,7 +194,9 @@ def test_logits_are_softcapped_before_the_temperature():
     )
     prompt, length, tokens, mask = ragged()
     params = parameters("tied")
-    stats = jax.jit(model.response_stats)(params, prompt, length, tokens, mask, temperature)
+    stats = jax.jit(functools.partial(response_stats, model))(
+        params, prompt, length, tokens, mask, temperature
+    )
     z = plain_logits(SHAPES["tied"], params, prompt[0, : length[0]])[-1]
     z = cap * np.tanh(z / cap) / temperature
     wanted = z[tokens[0, 0]] - np.log(np.exp(z).sum())

@@ -19,7 +19,7 @@ from fireopd_jax.recipe.optim import OptimConfig
 from fireopd_jax.recipe.schema import load_config
 from fireopd_jax.training.update import gradients, init_state, make_optimizer, make_update
 from fireopd_jax.types import Scores, TokenStats
-from tests.cases import make_prompts, make_rollout, random_params, tiny_model
+from tests.cases import make_prompts, make_rollout, random_params, response_stats, tiny_model
 
 ROWS, P, T = 4, 3, 5
 LORA = LoraConfig(rank=2, alpha=6)
@@ -66,10 +66,10 @@ BATCH = make_batch()
 @functools.partial(jax.jit, static_argnums=0)
 def logprobs(model, params, adapters=None):
     rollout = BATCH.rollout
-    return model.response_stats(
-        params, rollout.prompts.tokens, rollout.prompts.length, rollout.tokens, rollout.mask,
-        adapters=adapters,
-    ).logprob  # fmt: skip
+    prompts = rollout.prompts.tokens, rollout.prompts.length
+    return response_stats(
+        model, params, *prompts, rollout.tokens, rollout.mask, adapters=adapters
+    ).logprob
 
 
 def test_new_adapters_change_no_bit():

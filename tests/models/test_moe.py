@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fireopd_jax.models.architecture import MoEConfig
-from tests.cases import random_params, tiny_model
+from tests.cases import random_params, response_stats, tiny_model
 
 EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
 
@@ -20,7 +20,7 @@ def model(norm=True, layers=1):
 
 def block(norm=True):
     params = random_params(model(norm))
-    layer = model(norm).bind_relaid(model(norm).relay(params))[1][0].mlp
+    layer = model(norm).bind_decode(model(norm).to_decode_layout(params))[1][0].mlp
     return layer, jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), params["layers"])[
         "mlp"
     ]
@@ -90,8 +90,8 @@ def test_gradients_of_experts_equal_finite_differences():
 
     @jax.jit
     def loss(params):
-        stats = one.response_stats(params, prompt, np.array([3], np.int32), tokens,
-                                   np.ones((1, 3), bool))  # fmt: skip
+        length, mask = np.array([3], np.int32), np.ones((1, 3), bool)
+        stats = response_stats(one, params, prompt, length, tokens, mask)
         return stats.logprob.sum()
 
     gradient = jax.jit(jax.grad(loss))(params)

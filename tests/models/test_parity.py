@@ -1,10 +1,12 @@
 """Qwen3 of Hugging Face's `transformers` with random weights gives the same log-probabilities."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from tests.cases import tiny_model
+from tests.cases import response_stats, tiny_model
 
 pytestmark = pytest.mark.parity
 
@@ -78,7 +80,7 @@ def test_logprobs_equal_transformers(tied, theta, heads, shared, head_dim):
     tokens = rng.integers(0, VOCABULARY, (3, 5)).astype(np.int32)
     mask = np.arange(5)[None] < RESPONSE[:, None]
     model = tiny_model(VOCABULARY, **architecture)
-    stats = jax.jit(model.response_stats)(params, prompt, PROMPT, tokens, mask)
+    stats = jax.jit(functools.partial(response_stats, model))(params, prompt, PROMPT, tokens, mask)
     for i in range(3):
         sequence = np.concatenate([prompt[i, : PROMPT[i]], tokens[i, : RESPONSE[i]]])
         with torch.no_grad():

@@ -16,7 +16,7 @@ from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.kv_paged_gpu import PagedGPU
 from fireopd_jax.rollout.sampling import Sampling
-from tests.cases import equations_of, make_prompts, random_params, tiny_model
+from tests.cases import equations_of, make_prompts, random_params, response_stats, tiny_model
 
 ROOM = 4
 PROMPTS = make_prompts([3, 2], 3)
@@ -56,7 +56,7 @@ def test_scores_and_their_gradients(architecture, quantised):
 
     def score(params):
         params = quantize_params(params) if quantised else params
-        stats = model.response_stats(params, PROMPTS.tokens, PROMPTS.length, TOKENS, MASK)
+        stats = response_stats(model, params, PROMPTS.tokens, PROMPTS.length, TOKENS, MASK)
         return stats.logprob.sum()
 
     # Four projections, two products of attention, three of the MLP or its experts, the head.

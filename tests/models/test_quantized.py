@@ -1,6 +1,7 @@
 """Kernels in eight bits: the oracle's numbers, a model near the other, a quarter of its bytes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,6 @@ from oracle import int8
 
 from fireopd_jax.models.architecture import MoEConfig
 from fireopd_jax.models.decoder import parameter_count
-from fireopd_jax.models.language_model import same_structure
 from fireopd_jax.models.quantized import (
     dequantize,
     is_quantized,
@@ -21,7 +21,7 @@ from fireopd_jax.models.quantized import (
 )
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling
-from tests.cases import make_prompts, random_params, tiny_model
+from tests.cases import make_prompts, random_params, response_stats, same_structure, tiny_model
 
 FAMILIES = {
     "qwen3": {},
@@ -48,7 +48,9 @@ def logprobs(model, params):
     rng = np.random.default_rng(4)
     tokens = rng.integers(0, 32, (4, 8)).astype(np.int32)
     mask = np.arange(8)[None] < np.array([8, 5, 8, 2])[:, None]
-    stats = jax.jit(model.response_stats)(params, prompts.tokens, prompts.length, tokens, mask)
+    stats = jax.jit(functools.partial(response_stats, model))(
+        params, prompts.tokens, prompts.length, tokens, mask
+    )
     return np.asarray(stats.logprob, np.float64)[mask]
 
 
@@ -159,7 +161,7 @@ def test_it_answers_as_it_scores(family):
     sampling = Sampling.of((31,), 8, 0, temperature=1.0, top_p=1.0)
     draw = jax.jit(lambda *a: generate(frozen, *a, jnp.int32(0), max_tokens=8))
     rollout = draw(params, prompts, sampling)
-    stats = jax.jit(frozen.response_stats)(
+    stats = jax.jit(functools.partial(response_stats, frozen))(
         params, prompts.tokens, prompts.length, rollout.tokens, rollout.mask
     )
     real = np.asarray(rollout.mask)
@@ -174,7 +176,9 @@ def test_a_scan_over_layers_keeps_no_second_copy_of_the_weights():
     rows = jax.ShapeDtypeStruct((2, 4), jnp.int32)
     length = jax.ShapeDtypeStruct((2,), jnp.int32)
     mask = jax.ShapeDtypeStruct((2, 4), jnp.bool_)
-    lowered = jax.jit(deep.response_stats).lower(small, rows, length, rows, mask)
+    lowered = jax.jit(functools.partial(response_stats, deep)).lower(
+        small, rows, length, rows, mask
+    )
     memory = lowered.compile().memory_analysis()
     float_copy = 4 * parameter_count(small)
     assert memory.temp_size_in_bytes < float_copy / 4

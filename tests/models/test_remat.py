@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fireopd_jax.models.lora import LoraConfig
-from tests.cases import make_prompts, random_params, tiny_model
+from tests.cases import make_prompts, random_params, response_stats, tiny_model
 
 LORA = LoraConfig(rank=2)
 TOKENS = np.random.default_rng(0).integers(0, 32, (4, 6)).astype(np.int32)
@@ -23,8 +23,8 @@ SHAPES = {
 def loss(model, tokens, remat, params, adapters=None):
     prompts = make_prompts([3] * len(tokens), 3)
     mask = np.ones(tokens.shape, bool)
-    stats = model.response_stats(
-        params, prompts.tokens, prompts.length, tokens, mask, adapters=adapters, remat=remat
+    stats = response_stats(
+        model, params, prompts.tokens, prompts.length, tokens, mask, adapters=adapters, remat=remat
     )
     return stats.logprob.sum() + stats.entropy.sum()
 

@@ -15,8 +15,8 @@ import pytest
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.runtime.compilation import CompileCounter
-from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate, shard_rows
-from tests.cases import make_prompts, random_params, tiny_model
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, shard_rows, replicate
+from tests.cases import make_prompts, random_params, response_stats, tiny_model
 
 ROWS, WIDTH, ROOM = 8, 5, 6
 MODEL = tiny_model(num_hidden_layers=2)
@@ -35,8 +35,8 @@ def run(params, prompts, sampling):
 @jax.jit
 def scores(params, rollout, temperature):
     prompts = rollout.prompts
-    return MODEL.response_stats(
-        params, prompts.tokens, prompts.length, rollout.tokens, rollout.mask, temperature
+    return response_stats(
+        MODEL, params, prompts.tokens, prompts.length, rollout.tokens, rollout.mask, temperature
     )
 
 
@@ -248,7 +248,7 @@ def test_softcapped_logits_are_drawn_as_they_are_scored():
     sampling = Sampling.of((), ROOM, 3)
     rollout = jax.jit(lambda p: generate(capped, p, PROMPTS, sampling, jnp.int32(4),
                                          max_tokens=ROOM))(PARAMS)  # fmt: skip
-    stats = jax.jit(capped.response_stats)(
+    stats = jax.jit(functools.partial(response_stats, capped))(
         PARAMS, PROMPTS.tokens, PROMPTS.length, rollout.tokens, rollout.mask
     )
     assert (np.abs(rollout.model_logprob - respond().model_logprob)[REAL] > 1e-3).any()

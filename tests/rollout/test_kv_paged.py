@@ -85,7 +85,7 @@ def test_pages_are_conserved_and_groups_share_them():
         assert len(one.tokens) == asked[one.id].knobs.max_tokens
     assert narrow.looks > 20 and narrow.shared > 10 and wide.shared > 10
     statistics = narrow.statistics
-    assert statistics.stalled > 0 and statistics.evicted > 0 and wide.statistics.evicted == 0
+    assert statistics.stalled > 0 and statistics.preempted > 0 and wide.statistics.preempted == 0
     assert narrow.least_free < 3
 
 
@@ -96,16 +96,18 @@ def test_a_slot_that_waits_for_a_page_is_the_youngest():
     active, position = jnp.ones(3, bool), jnp.zeros(3, jnp.int32)
     ready = memory.ready(state, position, active, jnp.array([5, 3, 4], jnp.int32))
     assert ready.tolist() == [False, True, False]
-    after = memory.advance(state, position, ready)
+    after = memory.allocate_tokens(state, position, ready)
     assert int(after.top) == 0 and int(after.tables[1, 0]) == int(state.free[0])
     assert not memory.ready(after, position, active, jnp.arange(3, dtype=jnp.int32))[0]
 
 
 def test_what_nobody_holds_is_freed_and_nothing_else():
     memory = Paged(page_size=PAGE, tokens=12 * PAGE)
-    state = memory.open(memory.init(MODEL.config, 3, 2, 48), jnp.array([20, 9], jnp.int32))
+    state = memory.allocate_prompts(
+        memory.init(MODEL.config, 3, 2, 48), jnp.array([20, 9], jnp.int32)
+    )
     assert int(state.top) == 12 - 3 - 2
-    state = memory.seat(
+    state = memory.insert(
         state,
         jnp.array([0, 0, 1], jnp.int32),
         jnp.array([2, 0, 3], jnp.int32),  # slot 3 is none
@@ -116,8 +118,8 @@ def test_what_nobody_holds_is_freed_and_nothing_else():
     tables = np.asarray(state.tables)
     assert (tables[2, :2] == tables[0, :2]).all() and tables[2, 2] != tables[0, 2]
     active = jnp.array([True, False, False])
-    assert bool(memory.garbage(state, active, jnp.array([False, True])))
+    assert bool(memory.has_garbage(state, active, jnp.array([False, True])))
     freed = memory.reclaim(state, active, jnp.array([False, True]))
     kept = {*tables[0, :3].tolist(), *np.asarray(state.entry_tables)[1, :2].tolist()}
     assert set(np.asarray(freed.free)[: int(freed.top)].tolist()) == set(range(12)) - kept
-    assert not bool(memory.garbage(freed, active, jnp.array([False, True])))
+    assert not bool(memory.has_garbage(freed, active, jnp.array([False, True])))

@@ -87,11 +87,11 @@ def test_devices_of_a_replica_tell_one_another_sums_not_logits_nor_caches():
     made = engine(2, 2, dataclasses.replace(MODEL, vocab_size=5000))
     kept = jax.tree.leaves(made._state.cache)
     assert all(leaf.sharding.shard_shape(leaf.shape)[2] == leaf.shape[2] // 2 for leaf in kept)
-    relaid = made._params
-    table = relaid["embed_tokens"]
+    decode_params = made._params
+    table = decode_params["embed_tokens"]
     assert table.shape[0] == 5120 and table.sharding.shard_shape(table.shape)[0] == 2560
     for name, axis in {"q_proj": 1, "k_proj": 1, "o_proj": 0}.items():
-        kernel = relaid["layers"][0]["self_attn"][name]["kernel"]
+        kernel = decode_params["layers"][0]["self_attn"][name]["kernel"]
         assert kernel.sharding.shard_shape(kernel.shape)[axis] == kernel.shape[axis] // 2
     (program,) = made._runs.values()
     text = program.as_text()

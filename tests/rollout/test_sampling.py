@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fireopd_jax.rollout.sampling import Sampling, draw, row_keys, stream
+from fireopd_jax.rollout.sampling import Sampling, draw, row_keys, seed_for
 from fireopd_jax.rollout.settings import RolloutConfig
 from fireopd_jax.runtime.compilation import CompileCounter
 from tests.rollout.filters import distribution
@@ -278,8 +278,8 @@ def test_keys_differ_by_seed_sample_and_position():
 
 
 def test_streams_are_distinct_and_never_change():
-    assert (stream(0, "rollout"), stream(0, "eval")) == (0x7B9604EA, 0x8BC41AEC)
-    many = {stream(seed, purpose) for seed in range(50) for purpose in ("rollout", "eval", "1/x")}
+    assert (seed_for(0, "rollout"), seed_for(0, "eval")) == (0x7B9604EA, 0x8BC41AEC)
+    many = {seed_for(seed, purpose) for seed in range(50) for purpose in ("rollout", "eval", "1/x")}
     assert len(many) == 150
     assert all(0 <= value < 2**32 for value in many)
 

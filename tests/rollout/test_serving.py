@@ -93,7 +93,7 @@ def test_the_order_of_the_queue_changes_nothing(plain):
 
 
 @pytest.mark.parametrize(
-    ("settings", "evicts"),
+    ("settings", "preempts"),
     [
         ({"slots": 1, "chunk_steps": 1000}, False),
         ({"slots": 16, "rows": None}, False),
@@ -103,10 +103,10 @@ def test_the_order_of_the_queue_changes_nothing(plain):
     ],
     ids=["one slot", "more slots than rows", "paged", "a small pool"],
 )
-def test_slots_chunks_and_layout_change_nothing(settings, evicts):
+def test_slots_chunks_and_layout_change_nothing(settings, preempts):
     made = engine(**settings)
     check(made.generate(requests()))
-    assert (made.statistics.evicted > 0) == evicts
+    assert (made.statistics.preempted > 0) == preempts
     assert made.statistics.drawn == reference().mask.sum()
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fireopd_jax.models.layers import Turned
+from fireopd_jax.models.layers import TransposedKernel
 from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.serving import Engine
@@ -55,7 +55,7 @@ def test_the_cache_is_updated_in_place(memory):
 def test_a_cpu_has_weights_on_the_left_of_a_step():
     made, program = compiled()
     config, slots = MODEL.config, made.shape.slots
-    assert isinstance(made._params["layers"][0]["mlp"]["up_proj"]["kernel"], Turned)
+    assert isinstance(made._params["layers"][0]["mlp"]["up_proj"]["kernel"], TransposedKernel)
     found = set(re.findall(r"= f32\[(\d+,\d+)\]\S* dot\(", program.as_text()))
     for columns in (config.intermediate_size, config.hidden_size, VOCABULARY):
         assert f"{columns},{slots}" in found and f"{slots},{columns}" not in found, found

@@ -10,6 +10,7 @@ from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.training.sft import supervised_batch
 from fireopd_jax.training.update import gradients
 from fireopd_jax.types import Prompts
+from tests.cases import response_stats
 
 ARCHITECTURE = DecoderConfig(
     hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
@@ -47,8 +48,8 @@ def test_the_loss_is_the_mean_negative_log_likelihood():
     def run(params, prompts):
         batch = supervised_batch(prompts)
         metrics = gradients(model, NegativeLogLikelihood(), params, batch)[1]
-        stats = model.response_stats(
-            params, prompts.tokens, prompts.length, batch.rollout.tokens, batch.rollout.mask
+        stats = response_stats(
+            model, params, prompts.tokens, prompts.length, batch.rollout.tokens, batch.rollout.mask
         )
         return metrics["loss"].total, jnp.where(batch.rollout.mask, stats.logprob, 0)
 

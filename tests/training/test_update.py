@@ -28,6 +28,7 @@ from fireopd_jax.training.update import (
     skip_reason,
 )
 from fireopd_jax.types import Prompts, Rollout, Scores
+from tests.cases import response_stats
 
 ARCHITECTURE = DecoderConfig(
     hidden_size=16,
@@ -199,7 +200,7 @@ def test_the_gradient_is_the_slope_of_the_loss(whole):
 
     def surrogate(params):
         prompts = batch.rollout.prompts
-        stats = jax.jit(MODEL.response_stats)(
+        stats = jax.jit(functools.partial(response_stats, MODEL))(
             params, prompts.tokens, prompts.length, batch.rollout.tokens, batch.rollout.mask
         )
         logprob = np.where(batch.rollout.mask, np.asarray(stats.logprob, np.float64), 0)

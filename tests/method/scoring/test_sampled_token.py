@@ -19,7 +19,7 @@ from fireopd_jax.runtime.compilation import CompileCounter
 from fireopd_jax.session import fits
 from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate, shard_rows
 from fireopd_jax.types import Rollout
-from tests.cases import make_prompts, random_params, tiny_model
+from tests.cases import make_prompts, random_params, response_stats, tiny_model
 
 ROWS, TOKENS = 8, 5
 STUDENT = tiny_model(24)
@@ -63,7 +63,7 @@ def program(count=3, micro_batch_size=None, teachers=TEACHERS, head_chunk=None):
 
 @functools.cache
 def direct(model):
-    return jax.jit(model.response_stats)
+    return jax.jit(functools.partial(response_stats, model))
 
 
 def check(scores, rollout, temperature, skip=()):

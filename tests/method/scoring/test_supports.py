@@ -132,7 +132,7 @@ def test_scores_hold_the_teachers_states_and_the_base():
     )
     np.testing.assert_allclose(scores.teacher_hidden, hidden, atol=1e-5)
     own = np.asarray(rollout.mask)
-    plain = MODEL.response_stats(TEACHER, p.tokens, p.length, rollout.tokens, rollout.mask)
+    plain = cases.response_stats(MODEL, TEACHER, p.tokens, p.length, rollout.tokens, rollout.mask)
     np.testing.assert_allclose(
         np.asarray(scores.base.logprob)[own], np.asarray(plain.logprob)[own], atol=1e-5
     )
