@@ -1,7 +1,7 @@
-"""What is asked of an engine, and what it gives back: NumPy arrays of one response each."""
+"""Requests to an engine and its responses: NumPy arrays of one response each."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,45 +11,48 @@ from fireopd_jax.config import UserError
 from fireopd_jax.rollout.sampling import NO_TOKEN
 
 Finish = Literal["running", "stop", "length", "not_finite", "overlong", "budget"]
-"""Why a response ended; `running` never leaves the engine."""
+"""Why a response ended; the engine never returns `running`."""
 STOP_SLOTS = 8
-"""Stop tokens that a request may name."""
+"""Largest number of stop tokens of a request."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Knobs:
-    """How one response is drawn."""
+    """Sampling settings of one response."""
 
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
     top_k: int = 0
+    """0 disables it."""
     min_p: float = 0.0
     min_tokens: int = 0
-    """Tokens before a stop token may be drawn."""
+    """Tokens before a stop token may be sampled."""
     max_tokens: int = 2**30
-    """Longest response, its stop token included; the engine's room bounds it too."""
+    """Longest response, its stop token included; the engine's `room` is a limit, too."""
     stop: tuple[int, ...] = ()
-    """Tokens that end the response; the one that did is kept."""
+    """Token ids that end the response, which keeps the one that ended it."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end the response: it is cut after the token that completes the first of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One response; `logprobs` are of the distribution really sampled."""
+    """One response of T tokens."""
 
     id: int
+    """`id` of the request."""
     tokens: Int32[np.ndarray, " T"]
     logprobs: Float32[np.ndarray, " T"]
+    """Of the distribution that was sampled, after temperature and filters."""
     model_logprobs: Float32[np.ndarray, " T"]
-    """Of the raw model at temperature 1."""
+    """Of the model at temperature 1, without filters."""
     versions: Int32[np.ndarray, " T"]
-    """Update count of the parameters that drew each token."""
+    """Update count of the parameters that each token was sampled from."""
     finish: Finish
 
     def cut(self, length: int, finish: Finish) -> "Completion":
-        """Keep the first tokens."""
+        """Return the completion with its first `length` tokens only."""
         arrays = ("tokens", "logprobs", "model_logprobs", "versions")
         kept = {name: getattr(self, name)[:length] for name in arrays}
         return dataclasses.replace(self, finish=finish, **kept)
@@ -57,52 +60,79 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt, and whose random stream answers it."""
+    """A prompt and how to answer it."""
 
     id: int
-    """Identity of the random stream: the same id draws the same response, whatever else runs."""
+    """Seeds the response's random numbers: one id has one response, whatever else runs."""
     prompt: Int32[np.ndarray, " P"]
     knobs: Knobs = Knobs()
     begun: Completion | None = None
-    """An unfinished response that goes on, with the draws that it would have had."""
+    """An unfinished response to continue; its next tokens are those that it would have had."""
     expected: int = 0
-    """Guess of the response's length, for who starts first; 0 is none."""
+    """Estimated response length in tokens: the longest start first; 0 is no estimate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """When a rollout ends with rows unfinished; each may be none."""
+    """Limits after which unfinished responses are returned as they are; None is no limit."""
 
     tokens: int | None = None
-    """Response tokens, never exceeded."""
+    """Response tokens in total, never exceeded."""
     seconds: float | None = None
-    """Wall time, looked at between two pieces of work; results depend on the machine."""
+    """Wall time, checked between two chunks of steps; results then depend on the machine."""
 
 
 def empty(request: Request, finish: Finish) -> Completion:
-    """Return what there is of a request that nothing was drawn for."""
+    """Return the completion of a request for which no token was sampled."""
     if request.begun is not None:
         return dataclasses.replace(request.begun, finish=finish)
     tokens, logprobs = np.zeros(0, np.int32), np.zeros(0, np.float32)
     return Completion(request.id, tokens, logprobs, logprobs, tokens, finish)
 
 
+def cut_at_stop_string(
+    completion: Completion,
+    strings: Sequence[str],
+    text: Callable[[Sequence[int]], str],
+    searched: int,
+) -> Completion:
+    """Return the completion up to the token that completes its first stop string, if it has one.
+
+    `text` decodes token ids; the first `searched` tokens are known to contain no stop string.
+    """
+
+    def stopped(length: int, start: int = 0) -> bool:
+        decoded = text(completion.tokens[start:length].tolist())
+        return any(string in decoded for string in strings)
+
+    low, high = 0, len(completion.tokens)
+    # A text has no more tokens than bytes; 4 more bytes cover a character that begins before it.
+    reach = max(len(string.encode()) for string in strings) + 4
+    if not stopped(high, max(0, searched - reach)):
+        return completion
+    while high - low > 1:  # A longer response contains every string of a shorter one.
+        middle = (low + high) // 2
+        low, high = (low, middle) if stopped(middle) else (middle, high)
+    return completion.cut(high, "stop")
+
+
 def check_request(request: Request, vocab_size: int) -> None:
-    """Refuse what no response can be drawn for."""
+    """Raise UserError if no response to the request can be sampled."""
     if not len(request.prompt):
         raise UserError(f"request {request.id}: the prompt is empty; expected at least one token")
-    worst = int(np.max(request.prompt))
-    if worst >= vocab_size or int(np.min(request.prompt)) < 0:
+    least, most = int(np.min(request.prompt)), int(np.max(request.prompt))
+    if most >= vocab_size or least < 0:
         raise UserError(
-            f"request {request.id}: the prompt has token {worst}, the vocabulary {vocab_size}"
+            f"request {request.id}: the prompt has token id {least if least < 0 else most}, "
+            f"expected ids from 0 to {vocab_size - 1}"
         )
     check_stop(request.knobs.stop, vocab_size)
 
 
 def check_stop(stop: Sequence[int], vocab_size: int) -> None:
-    """Refuse stop tokens that can never be drawn, and more than there is room for."""
+    """Raise UserError for too many stop tokens, or for one outside the vocabulary."""
     if len(stop) > STOP_SLOTS:
-        raise UserError(f"{len(stop)} stop tokens are named; expected at most {STOP_SLOTS}")
+        raise UserError(f"{len(stop)} stop tokens; expected at most {STOP_SLOTS}")
     for token in stop:
         if not 0 <= token < vocab_size:
             raise UserError(
@@ -112,5 +142,5 @@ def check_stop(stop: Sequence[int], vocab_size: int) -> None:
 
 
 def padded_stop(stop: Sequence[int]) -> list[int]:
-    """Fill up with what is no token."""
+    """Return the stop token ids, padded to `STOP_SLOTS` with -1."""
     return [*stop, *[NO_TOKEN] * (STOP_SLOTS - len(stop))]

@@ -1,14 +1,15 @@
-"""The host's side of continuous batching: requests come, responses leave as they end.
+"""Continuous batching on the host: requests arrive at any time, responses leave when they end.
 
-    pending -> admit -> [run `chunk_steps` -> status -> read what ended -> admit]* -> Completion
+    pending -> write to the table -> [run `chunk_steps` -> fetch finished rows -> refill]* ->
+    Completion
 
-The device holds a table of requests, their queue and the slots (`state`); the host only tops the
-table up between two bounded runs and takes out what has ended. One loop a replica of the mesh.
-All programs are compiled by `load`, one for each size that the cache may grow to.
+The device holds the request table, the queue and the slots (`state.EngineState`). Between two
+bounded runs the host only refills the table and fetches the rows that have ended. Each replica of
+the mesh has its own table and loop. `Engine.load` compiles every program, one for each size that
+the KV cache may grow to.
 """
 
 import dataclasses
-import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,66 +18,62 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from fireopd_jax.config import UserError
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.rollout.engine import DENSE, CacheLayout
-from fireopd_jax.rollout.loop import Loop
-from fireopd_jax.rollout.meshes import over_data, replica_count, state_shardings
+from fireopd_jax.rollout.engine_programs import EnginePrograms, blank_requests, capacities
+from fireopd_jax.rollout.meshes import replica_count
 from fireopd_jax.rollout.requests import (
     Budget,
     Completion,
     Request,
     check_request,
+    cut_at_stop_string,
     empty,
     padded_stop,
 )
-from fireopd_jax.rollout.sampling import Sampling
-from fireopd_jax.rollout.state import (
-    FINISH,
-    RUNNING,
-    EngineState,
-    Requests,
-    Shape,
-    empty_requests,
-    initial_state,
-    pick,
-    remove,
-    write,
-)
+from fireopd_jax.rollout.state import FINISH, RUNNING, EngineState, Requests, Shape
 
-GROW_FROM = 1024
-"""Positions of a slot from which on the cache starts at a quarter and grows."""
 NO_BUDGET = Budget()
 BLOCK = 64
-"""Requests that are written to a replica's table, or read from it, at a time."""
+"""Requests that are written to a replica's table, or fetched from it, in one call."""
+Place = tuple[int, int]
+"""Replica, and row of its request table."""
 
 
 @dataclasses.dataclass
 class Statistics:
-    """What an engine has done; sums over replicas."""
+    """Counts since the engine was made, summed over replicas."""
 
     steps: int = 0
+    """Decoding steps."""
     drawn: int = 0
+    """Sampled tokens."""
     slot_steps: int = 0
+    """Decoding steps times slots."""
     prefills: int = 0
     prefilled: int = 0
+    """Prompt tokens whose keys and values were computed."""
     stalled: int = 0
+    """Slots without a free page, summed over decoding steps."""
     preempted: int = 0
+    """Rows that lost their slot for lack of pages, and were queued again."""
     not_finite: int = 0
+    """Responses that ended at logits that were not finite."""
     overlong: int = 0
+    """Requests that were refused: a prompt or a begun response does not fit the table."""
     compile_seconds: float = 0.0
 
     @property
     def slot_use(self) -> float:
-        """Share of the slots' steps that gave a token."""
+        """Sampled tokens per slot and decoding step, at most 1."""
         return self.drawn / max(self.slot_steps, 1)
 
 
 class Engine:
-    """Draws responses to requests from one model."""
+    """Samples responses to requests from one model."""
 
     def __init__(
         self,
@@ -92,50 +89,54 @@ class Engine:
         text: Callable[[Sequence[int]], str] | None = None,
         mesh: Mesh | None = None,
     ):
-        """Prepare for prompts of up to `width` and responses of up to `room` tokens.
+        """Prepare for prompts of up to `width` tokens and responses of up to `room` tokens.
 
-        `rows` requests may be on the device at a time, `slots` of them decoded, on each replica.
-        `text` turns tokens into text, for stop strings.
+        Each replica of `mesh` holds up to `rows` requests on the device and decodes up to `slots`
+        of them at a time. `text` decodes token ids, which stop strings need.
         """
-        self.model, self.memory, self.text, self.mesh = model, memory, text, mesh
+        self.model, self.text = model, text
         self.width, self.room, self.chunk_steps = width, room, chunk_steps
         limit = rows if rows is not None else 2**30
         self.shape = Shape.of(limit, width, room, slots, memory.align)
         self.rows = rows if rows is not None else 4 * self.shape.slots
         self.replicas = replica_count(mesh)
         self.block = min(BLOCK, self.rows)
-        self.seed = jnp.uint32(seed)
         self.statistics = Statistics()
-        self.capacities = self._capacities()
+        self.capacities = capacities(self.shape)
         self.capacity = self.capacities[0]
+        self._jitted = EnginePrograms(
+            model, memory, self.shape, rows=self.rows, width=width, room=room, seed=seed, mesh=mesh
+        )
         self._runs: dict[int, Any] = {}
         self._params: Params | None = None
         self._state: EngineState | None = None
-        self._jit()
 
     @property
     def programs(self) -> int:
-        """Count the compiled programs that decode."""
+        """Number of compiled programs that decode."""
         return len(self._runs)
 
     # -- parameters
 
     def load(self, params: Params, version: int = 0) -> None:
-        """Take parameters, laid out for decoding; the first time, compile."""
-        self._params = self._to_decode_layout(params)
+        """Sample from `params` from now on; the first call compiles.
+
+        `version` is the update count that is recorded with each token drawn from them.
+        """
+        self._params = params = self._jitted.to_decode_layout(params)
         self.version = jnp.int32(version)
         if not self._runs:
             start = time.perf_counter()
             for capacity in self.capacities:
-                arguments = (self._params, self._shape_of(capacity), jnp.int32(0), self.version)
-                self._runs[capacity] = self._run.lower(*arguments).compile()
+                run = self._jitted.compile_run(capacity, params, self.version)
+                self._runs[capacity] = run
             self.statistics.compile_seconds = time.perf_counter() - start
-            self._state = self._make(self.capacity, self.seed)
+            self._state = self._jitted.make(self.capacity)
 
     # -- requests
 
     def generate(self, requests: Sequence[Request], budget: Budget = NO_BUDGET) -> list[Completion]:
-        """Draw all, and return them in the order of the requests."""
+        """Return one response to each request, in the order of the requests."""
         positions: dict[int, deque[int]] = {}
         for index, request in enumerate(requests):
             positions.setdefault(request.id, deque()).append(index)
@@ -147,12 +148,15 @@ class Engine:
     def stream(
         self, requests: Iterable[Request], budget: Budget = NO_BUDGET
     ) -> Iterator[Completion]:
-        """Draw all, and yield each response when it ends, or as it is when the budget ends.
+        """Yield each response when it ends, or unfinished when the budget ends.
 
-        Those expected to be long start first; neighbours with one prompt share its prefill.
+        Requests with the largest `expected` length start first; consecutive requests with the same
+        prompt share its prefill.
+
+        Raises UserError for a request that cannot be sampled, RuntimeError before `load`.
         """
         if self._params is None:
-            raise RuntimeError("an engine draws nothing before `load`")
+            raise RuntimeError("Engine.load must be called before requests are sampled")
         pending = deque(sorted(requests, key=lambda request: -request.expected))
         for request in pending:
             check_request(request, self.model.size)
@@ -161,8 +165,8 @@ class Engine:
         return self._stream(pending, budget)
 
     def _stream(self, pending: deque[Request], budget: Budget) -> Iterator[Completion]:
-        running: dict[tuple[int, int], Request] = {}
-        searched: dict[tuple[int, int], int] = {}
+        running: dict[Place, Request] = {}
+        searched: dict[Place, int] = {}
         free = [deque(range(self.rows)) for _ in range(self.replicas)]
         end = None if budget.seconds is None else time.monotonic() + budget.seconds
         left = budget.tokens
@@ -181,34 +185,37 @@ class Engine:
                 left = None if left is None else left - drawn
                 over = [at for at in running if finish[at] != RUNNING]
                 texts = [at for at, r in running.items() if r.knobs.stop_strings]
-                for at, completion in self._read(running, {*over, *texts}, finish, count):
-                    completion = self._cut_at_text(running[at], completion, searched.get(at, 0))
+                for at, completion in self._fetch(running, {*over, *texts}, finish, count):
+                    strings = running[at].knobs.stop_strings
+                    if strings and self.text is not None:
+                        start = searched.get(at, 0)
+                        completion = cut_at_stop_string(completion, strings, self.text, start)
                     searched[at] = len(completion.tokens)
                     if completion.finish != "running":
                         self.statistics.not_finite += completion.finish == "not_finite"
                         if at not in over:
-                            self._abort(at)
+                            self._cancel(at)
                         free[at[0]].append(at[1])
                         del running[at], searched[at]
                         yield completion
             if running:
-                finish, count, _ = self._status()
-                for _, completion in self._read(running, set(running), finish, count):
+                finish, count, _ = self._progress()
+                for _, completion in self._fetch(running, set(running), finish, count):
                     yield dataclasses.replace(completion, finish="budget")
             yield from (empty(request, "budget") for request in pending)
         finally:
-            if running:  # stopped early: nothing of it may go on
-                self._state = self._make(self.capacity, self.seed)
+            if running:  # The caller stopped early: the next call starts without these rows.
+                self._state = self._jitted.make(self.capacity)
 
     # -- between two runs
 
     def _admit(
         self,
         pending: deque[Request],
-        running: dict[tuple[int, int], Request],
+        running: dict[Place, Request],
         free: list[deque[int]],
     ) -> list[Request]:
-        """Write waiting requests to the tables while there is room; give back those too long."""
+        """Write pending requests to free rows of the tables; return those that are too long."""
         refused: list[Request] = []
         while any(free) and pending:
             blocks: list[list[tuple[int, Request]]] = [[] for _ in range(self.replicas)]
@@ -220,7 +227,7 @@ class Engine:
                 if len(request.prompt) > self.width or begun > self.room:
                     refused.append(pending.popleft())
                     continue
-                # Neighbours with one prompt stay together while there is room.
+                # Consecutive requests with the same prompt go to one replica while it has rows.
                 able = [r for r in range(self.replicas) if free[r] and len(blocks[r]) < self.block]
                 if not able:
                     break
@@ -231,19 +238,17 @@ class Engine:
                 running[replica, row] = last = request
             state = self._state
             assert state is not None
-            requests, ring = self._write(state.requests, state.ring, *self._block(blocks))
+            requests, ring = self._jitted.write(state.requests, state.ring, *self._block(blocks))
             self._state = dataclasses.replace(state, requests=requests, ring=ring)
         self.statistics.overlong += len(refused)
         return refused
 
     def _block(self, blocks: list[list[tuple[int, Request]]]) -> tuple[np.ndarray, Requests]:
-        """Lay requests out as rows of the tables; row Q is none."""
+        """Return the table rows i32[D, A] of the requests, padded with Q, and their contents."""
         shape = (self.replicas, self.block)
         rows = np.full(shape, self.rows, np.int32)
-        whole = jax.eval_shape(
-            lambda: empty_requests(self.block, self.width, self.room, _no_knobs())
-        )
-        table = jax.tree.map(lambda x: np.zeros((self.replicas, *x.shape), x.dtype), whole)
+        like = jax.eval_shape(lambda: blank_requests(self.block, self.width, self.room))
+        table = jax.tree.map(lambda x: np.zeros((self.replicas, *x.shape), x.dtype), like)
         knobs = table.sampling
         for d, block in enumerate(blocks):
             for i, (row, request) in enumerate(block):
@@ -264,13 +269,13 @@ class Engine:
         return rows, table
 
     def _advance(
-        self, running: dict[tuple[int, int], Request], steps: int
+        self, running: dict[Place, Request], steps: int
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Run, and tell how each row fares: finish [D, Q], count [D, Q], tokens drawn."""
-        self._make_room(running, steps)
+        """Run at most `steps` steps; return finish codes [D, Q], counts [D, Q], tokens drawn."""
+        self._grow_cache(running, steps)
         run = self._runs[self.capacity]
         self._state = run(self._params, self._state, jnp.int32(steps), self.version)
-        finish, count, counters = self._status()
+        finish, count, counters = self._progress()
         sums = {name: int(np.sum(value)) for name, value in vars(counters).items()}
         drawn, statistics = sums["drawn"], self.statistics
         for name in ("steps", "drawn", "prefills", "prefilled", "stalled", "preempted"):
@@ -278,35 +283,35 @@ class Engine:
         statistics.slot_steps += sums["steps"] * self.shape.slots
         return finish, count, drawn
 
-    def _status(self) -> tuple[np.ndarray, np.ndarray, Any]:
-        """Read how the rows fare, finish [D, Q] and count [D, Q], and the counters."""
+    def _progress(self) -> tuple[np.ndarray, np.ndarray, Any]:
+        """Fetch the finish codes [D, Q], token counts [D, Q] and counters; wait for the device."""
         assert self._state is not None
         requests = self._state.requests
         return jax.device_get((requests.finish, requests.count, self._state.counters))
 
-    def _make_room(self, running: dict[tuple[int, int], Request], steps: int) -> None:
-        """Let the cache grow where the next run may need it."""
+    def _grow_cache(self, running: dict[Place, Request], steps: int) -> None:
+        """Grow the KV cache if a running row may need more positions within `steps` steps."""
         if len(self.capacities) == 1:
             return
-        _, count, _ = self._status()
+        _, count, _ = self._progress()
         longest = max(len(request.prompt) + int(count[at]) for at, request in running.items())
         need = min(longest + steps, self.capacities[-1])
         capacity = next(each for each in self.capacities if each >= need)
         if capacity > self.capacity:
-            self._state = self._grow(self._state, capacity)
+            self._state = self._jitted.grow(self._state, capacity)
             self.capacity = capacity
 
-    def _read(
+    def _fetch(
         self,
-        running: dict[tuple[int, int], Request],
-        rows: set[tuple[int, int]],
+        running: dict[Place, Request],
+        places: set[Place],
         finish: np.ndarray,
         count: np.ndarray,
-    ) -> Iterator[tuple[tuple[int, int], Completion]]:
-        """Fetch what has been drawn of some rows."""
+    ) -> Iterator[tuple[Place, Completion]]:
+        """Yield the responses of some rows as they stand, fetched in blocks."""
         assert self._state is not None
         by_replica = [
-            sorted(q for d, q in rows if d == replica) for replica in range(self.replicas)
+            sorted(q for d, q in places if d == replica) for replica in range(self.replicas)
         ]
         for start in range(0, max(map(len, by_replica), default=0), self.block):
             at = np.zeros((self.replicas, self.block), np.int32)
@@ -314,7 +319,7 @@ class Engine:
             for d, piece in enumerate(pieces):
                 at[d, : len(piece)] = piece
             tokens, logprob, model_logprob, version = jax.device_get(
-                self._pick(self._state.requests, at)
+                self._jitted.pick(self._state.requests, at)
             )
             for d, piece in enumerate(pieces):
                 for i, q in enumerate(piece):
@@ -331,120 +336,12 @@ class Engine:
                         ),
                     )
 
-    def _cut_at_text(self, request: Request, completion: Completion, searched: int) -> Completion:
-        """End a response after the token that completes the first of its stop strings.
-
-        In the first `searched` tokens there is none.
-        """
-        strings = request.knobs.stop_strings
-        if not strings or self.text is None:
-            return completion
-
-        def stopped(length: int, start: int = 0) -> bool:
-            assert self.text is not None
-            text = self.text(completion.tokens[start:length].tolist())
-            return any(string in text for string in strings)
-
-        low, high = 0, len(completion.tokens)
-        # A text has no more tokens than bytes, and one more character may begin before it.
-        reach = max(len(string.encode()) for string in strings) + 4
-        if not stopped(high, max(0, searched - reach)):
-            return completion
-        while high - low > 1:  # a longer response contains what a shorter one does
-            middle = (low + high) // 2
-            low, high = (low, middle) if stopped(middle) else (middle, high)
-        return completion.cut(high, "stop")
-
-    # -- programs
-
-    def _capacities(self) -> list[int]:
-        whole, piece = self.shape.capacity, self.shape.piece
-        if whole < GROW_FROM:
-            return [whole]
-        return sorted({-(-whole // part // piece) * piece for part in (4, 2)} | {whole})
-
-    def _jit(self) -> None:
-        """Wrap what runs on the devices; only `_run` is compiled more than once."""
-        split, whole = PartitionSpec("data"), PartitionSpec()
-        loop = Loop(self.model, self.memory, self.shape.piece, self.mesh)
-
-        def on_replicas(function: Callable[..., Any], *stacked: bool) -> Callable[..., Any]:
-            """Apply to each replica's part: the leading axis of what is stacked."""
-
-            def one(*arguments: Any) -> Any:
-                own = [
-                    jax.tree.map(lambda x: x[0], argument) if own else argument
-                    for argument, own in zip(arguments, stacked, strict=True)
-                ]
-                return jax.tree.map(lambda x: x[None], function(*own))
-
-            specs = tuple(split if own else whole for own in stacked)
-            return over_data(one, self.mesh, specs, split)
-
-        def run(params: Params, state: EngineState, steps: Array, version: Array) -> EngineState:
-            return loop.run(params, _counting_anew(state), steps, version)
-
-        def make(capacity: int, seed: Array) -> EngineState:
-            return jax.tree.map(
-                lambda x: jnp.broadcast_to(x, (self.replicas, *x.shape)),
-                self._initial_state(capacity, seed),
-            )
-
-        def grow(state: EngineState, capacity: int) -> EngineState:
-            def one(state: EngineState) -> EngineState:
-                return dataclasses.replace(state, cache=self.memory.grow(state.cache, capacity))
-
-            return on_replicas(one, True)(state)
-
-        shapes = jax.eval_shape(functools.partial(make, self.capacity), self.seed)
-        places = state_shardings(shapes, self.memory, self.model, self.mesh)
-        self._to_decode_layout = jax.jit(
-            lambda params: self.model.to_decode_layout(params, self.mesh)
-        )
-        self._run = jax.jit(
-            on_replicas(run, False, True, False, False), donate_argnums=1, out_shardings=places
-        )
-        self._make = jax.jit(make, static_argnums=0, out_shardings=places)
-        self._grow = jax.jit(grow, static_argnums=1, out_shardings=places)
-        # These do not see the cache, so that one that has grown compiles none of them again.
-        self._write = jax.jit(on_replicas(write, *(True,) * 4), donate_argnums=(0, 1))
-        self._remove = jax.jit(on_replicas(remove, True, True), donate_argnums=0)
-        self._pick = jax.jit(on_replicas(pick, True, True))
-
-    def _shape_of(self, capacity: int) -> EngineState:
-        """Describe a state, as its program will be given it."""
-        state = jax.eval_shape(functools.partial(self._make, capacity), self.seed)
-        places = state_shardings(state, self.memory, self.model, self.mesh)
-        if places is None:
-            return state
-        return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
-        )
-
-    def _initial_state(self, capacity: int, seed: Array) -> EngineState:
-        shape = self.shape
-        cache = self.memory.init(self.model.config, shape.slots, shape.entries, capacity)
-        sampling = dataclasses.replace(_no_knobs(), seed=seed)
-        requests = empty_requests(self.rows, self.width, self.room, sampling)
-        return initial_state(requests, shape.slots, shape.entries, cache)
-
-    def _abort(self, at: tuple[int, int]) -> None:
-        """Let a row neither run nor wait."""
+    def _cancel(self, at: Place) -> None:
+        """Remove a row from its replica's slots and queue."""
         rows = np.full(self.replicas, self.rows, np.int32)
         rows[at[0]] = at[1]
-        self._state = self._remove(self._state, rows)
-
-
-def _no_knobs() -> Sampling:
-    return Sampling.of((), 1, 0)
+        self._state = self._jitted.remove(self._state, rows)
 
 
 def _same_prompt(one: Request, other: Request) -> bool:
     return np.array_equal(one.prompt, other.prompt)
-
-
-def _counting_anew(state: EngineState) -> EngineState:
-    """Count from 0 again, but for the order of the slots."""
-    zero = jax.tree.map(jnp.zeros_like, state.counters)
-    counters = dataclasses.replace(zero, inserted=state.counters.inserted)
-    return dataclasses.replace(state, counters=counters)

@@ -273,7 +273,7 @@ def test_an_empty_list_is_answered_by_none(plain):
     ("request_", "message"),
     [
         (Request(4, np.zeros(0, np.int32)), "request 4: the prompt is empty"),
-        (Request(4, np.array([32], np.int32)), "token 32, the vocabulary 32"),
+        (Request(4, np.array([32], np.int32)), "token id 32, expected ids from 0 to 31"),
         (Request(4, np.ones(1, np.int32), Knobs(stop=(99,))), "stop token 99 is outside"),
         (Request(4, np.ones(1, np.int32), Knobs(stop=tuple(range(9)))), "9 stop tokens"),
     ],
