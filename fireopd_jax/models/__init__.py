@@ -1,1 +1,1 @@
-"""Decoder language models that return hidden states and a head, never logits."""
+"""Decoder language models: hidden states and a head matrix, never logits of whole sequences."""

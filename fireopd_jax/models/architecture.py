@@ -1,7 +1,7 @@
-"""The architecture of a decoder as data: every family is a choice of these fields.
+"""The architecture of a decoder as data: every model family is a choice of these fields.
 
-The names are those of Hugging Face's `config.json`; what a family fixes in code there (biases,
-normalised queries, extra norms) is a field here.
+Fields are named as in Hugging Face's `config.json`. Properties that `transformers` fixes in the
+code of a family (biases, query and key norms, extra norms) are fields, too.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ LayerType = Literal["full_attention", "sliding_attention"]
 
 @config
 class MoEConfig:
-    """A mixture of experts in the place of every MLP."""
+    """A mixture of experts in place of the MLP of every layer."""
 
     num_experts: PositiveInt = 8
-    """Experts of a layer."""
+    """Experts in each layer."""
     num_experts_per_tok: PositiveInt = 2
-    """Experts that a token is sent to."""
+    """Experts that each token is routed to."""
     moe_intermediate_size: PositiveInt = 128
-    """Width of an expert's gated MLP."""
+    """Width of each expert's gated MLP."""
     norm_topk_prob: bool = True
-    """The probabilities of the chosen experts sum to one."""
+    """Renormalise the probabilities of the chosen experts to sum to one."""
 
     @model_validator(mode="after")
     def check_experts(self):
-        """Refuse to choose more experts than there are."""
+        """Raise ValueError if tokens are routed to more experts than there are."""
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than "
@@ -42,7 +42,7 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionKind:
-    """What layers may differ in, besides their parameters."""
+    """A layer type: window and RoPE, all that layers may differ in besides their parameters."""
 
     window: int | None
     theta: float
@@ -51,12 +51,12 @@ class AttentionKind:
 
 @config
 class DecoderConfig:
-    """Architecture of an embedded model, in the names of Hugging Face's `config.json`."""
+    """Architecture of a model, with the names of Hugging Face's `config.json`."""
 
     model_type: Family = "qwen3"
-    """Family that the model is exported as."""
+    """Model family of Hugging Face that the model is exported as."""
     vocab_size: PositiveInt | None = None
-    """Rows of the embedding and of the head; by default the tokenizer's size."""
+    """Rows of the embedding and of the head; by default the size of the tokenizer."""
     hidden_size: PositiveInt = 128
     """Width of the residual stream."""
     num_hidden_layers: PositiveInt = 3
@@ -72,49 +72,49 @@ class DecoderConfig:
     hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
     """Activation of the gate."""
     moe: MoEConfig | None = None
-    """Experts in the place of the MLP; null is none."""
+    """Mixture of experts in place of the MLP; null: a plain MLP."""
     attention_bias: bool = False
-    """Queries, keys and values have a bias."""
+    """The query, key and value projections have a bias."""
     attention_output_bias: bool = False
-    """The output of attention has a bias."""
+    """The output projection of attention has a bias."""
     mlp_bias: bool = False
-    """The MLP's maps have a bias."""
+    """The linear maps of the MLP have a bias."""
     qk_norm: bool = True
-    """Queries and keys are normalised before their rotation."""
+    """Queries and keys pass an RMS norm before RoPE."""
     query_pre_attn_scalar: PositiveFloat | None = None
-    """Scores are divided by its root; by default head_dim."""
+    """Attention scores are divided by its square root; by default head_dim."""
     rope_theta: PositiveFloat = 10000.0
-    """Base of the rotary embedding."""
+    """Base (theta) of RoPE."""
     rope_scaling: RopeScaling | None = None
-    """Stretching of the rotary embedding to longer texts; null is none."""
+    """Scaling of RoPE for longer texts; null: none."""
     rope_local_theta: PositiveFloat | None = None
-    """Base in sliding layers, which are not stretched then; by default as in the others."""
+    """Base of RoPE in sliding layers, then without scaling; by default as in other layers."""
     sliding_window: PositiveInt | None = None
-    """Tokens that a sliding layer sees, itself included; null: every layer sees all."""
+    """Tokens that a sliding layer attends to, the current one included; null: no sliding layers."""
     layer_types: tuple[LayerType, ...] | None = None
-    """Kind of each layer; by default all slide where sliding_window is given."""
+    """Attention type of each layer; by default all slide if sliding_window is given."""
     max_position_embeddings: PositiveInt | None = None
-    """Longest text that the model is made for; null is any."""
+    """Longest text that the model supports, in tokens; null: any."""
     rms_norm_eps: PositiveFloat = 1e-6
-    """Added to the mean square before its root."""
+    """Added to the mean square in RMS norms."""
     zero_centered_norms: bool = False
-    """Norms multiply by 1 + w instead of w."""
+    """RMS norms multiply by 1 + w instead of w."""
     post_norms: bool = False
-    """What attention and MLP give is normalised too."""
+    """The outputs of attention and MLP pass an RMS norm, too."""
     scale_embeddings: bool = False
-    """Embeddings are multiplied by the root of the width."""
+    """Embeddings are multiplied by sqrt(hidden_size)."""
     tie_word_embeddings: bool = True
-    """The head is the embedding."""
+    """The head matrix is the embedding matrix."""
     final_logit_softcapping: PositiveFloat | None = None
-    """Logits are bent by c tanh(z / c); null is not."""
+    """Logits z become c tanh(z / c) with this c; null: no softcapping."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the computation; statistics and losses are float32."""
+    """Dtype of the forward and backward pass; statistics and losses are float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type that the parameters are kept in."""
+    """Dtype of the parameters."""
 
     @model_validator(mode="after")
     def check_heads(self):
-        """Refuse head counts and widths that no attention can have, and windows without use."""
+        """Raise ValueError for head counts, layer types or windows that contradict each other."""
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads "
@@ -138,7 +138,7 @@ class DecoderConfig:
 
     @property
     def kinds(self) -> tuple[AttentionKind, ...]:
-        """Tell the kind of each layer."""
+        """Layer type of each layer."""
         plain = "full_attention" if self.sliding_window is None else "sliding_attention"
         types = self.layer_types or (plain,) * self.num_hidden_layers
         full = AttentionKind(None, self.rope_theta, self.rope_scaling)

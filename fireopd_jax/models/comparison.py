@@ -1,4 +1,4 @@
-"""The exact divergence of two models, from the states that their heads read."""
+"""The exact divergence of two models from their final hidden states and heads."""
 
 from jaxtyping import Float, Float32
 
@@ -18,10 +18,10 @@ def divergence_from(
     head: Float[Array, "V D"],
     options: HeadOptions,
 ) -> Float32[Array, "B T"]:
-    """Return D(student || teacher) at each position, over the words of both.
+    """Return the divergence of student and teacher at each position, in nats.
 
-    `options` are those of the student's head, and its temperature is the teacher's, too.
-    Differentiable in `hidden` and `head`.
+    The vocabulary is the part that both models have. `options` belong to the student's head; their
+    temperature applies to the teacher, too. Differentiable in `hidden` and `head`.
     """
     model, params = teacher
     return head_divergence(
@@ -35,7 +35,7 @@ def divergence_from(
         teacher_softcap=model.config.final_logit_softcapping,
         valid=min(options.get("valid") or head.shape[0], model.size),
         sharding=options.get("sharding"),
-        # No kernel computes this: it goes by chunks wherever logits are not held.
+        # No kernel computes divergences: all implementations but the reference use chunks.
         implementation=PLAIN if options.get("implementation") == PLAIN else None,
         chunk=options.get("chunk"),
     )

@@ -1,11 +1,10 @@
-"""One decoder for all families, in Flax NNX: tokens -> hidden states, to train, prefill, decode.
+"""One decoder for all model families, in Flax NNX: token ids -> final hidden states.
 
     x -> x + attention(norm(x)) -> x + mlp(norm(x)) -> ... -> norm(x)
 
-The parameters of all layers are stacked on a leading axis. Training scans over them; decoding
-takes them apart and keeps one cache buffer a layer, because a cache that goes through a scan is
-copied at every step. The module knows nothing of logits, losses or sampling, nor how a cache is
-laid out.
+The parameters of all layers are stacked on a leading axis, which training scans over. Prefill and
+decoding use one module and one cache buffer for each layer, because XLA copies a cache that passes
+through a scan at every step. Logits, losses, sampling and the layout of a cache are elsewhere.
 """
 
 import functools
@@ -18,7 +17,7 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int32
 
 from fireopd_jax.models.architecture import AttentionKind, DecoderConfig
-from fireopd_jax.models.layers import MLP, Attention, Mix, norm
+from fireopd_jax.models.layers import MLP, Attention, AttentionFn, norm
 from fireopd_jax.models.lora import Adapters, add
 from fireopd_jax.models.moe import MoE
 from fireopd_jax.models.quantized import is_quantized
@@ -27,17 +26,18 @@ from fireopd_jax.ops.attention import attend
 from fireopd_jax.types import Array
 
 Cache = tuple[Any, ...]
-"""Keys and values of each layer, in a layout that only its owner knows."""
+"""Keys and values of each layer; the layout is private to the cache's class."""
 CachedAttention = Callable[..., tuple[Array, Any]]
-"""`(a layer's cache, its window, q, k, v, scale) -> (mixed values, the cache)`: see `Mix`."""
-Sight = tuple[tuple[Array, Array], Array]
-"""What a kind of layer sees: the rotations of the positions, and the mask."""
+"""`(a layer's cache, its window, q, k, v, scale) -> (attention output, updated cache)`; see
+`AttentionFn`."""
+RopeAndMask = tuple[tuple[Array, Array], Array]
+"""RoPE tables (cos, sin) and attention mask of a layer type."""
 Remat = Literal["none", "full", "dots"]
-"""What the backward pass computes again: nothing, all of a layer, or all but its products."""
+"""What the backward pass recomputes: nothing, whole layers, or all but matrix products."""
 
 
 class Layer(nnx.Module):
-    """One layer: attention and MLP, each added to what comes in."""
+    """One decoder layer: attention and MLP, each with a residual connection."""
 
     def __init__(self, c: DecoderConfig, *, rngs: nnx.Rngs):
         self.post_norms = c.post_norms
@@ -49,9 +49,9 @@ class Layer(nnx.Module):
             self.post_feedforward_layernorm = norm(c, c.hidden_size, rngs=rngs)
         self.mlp = MLP(c, rngs=rngs) if c.moe is None else MoE(c, rngs=rngs)
 
-    def __call__(self, x: Array, rope, mix: Mix):
-        """Give the hidden states, and the cache as it is now."""
-        out, cache = self.self_attn(self.input_layernorm(x), rope, mix)
+    def __call__(self, x: Array, rope, attention: AttentionFn):
+        """Return the hidden states and the updated cache."""
+        out, cache = self.self_attn(self.input_layernorm(x), rope, attention)
         if self.post_norms:
             x = x + self.post_attention_layernorm(out)
             out = self.mlp(self.pre_feedforward_layernorm(x))
@@ -61,7 +61,7 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The whole model."""
+    """Embedding, layers and final norm; the head matrix is a property."""
 
     def __init__(self, c: DecoderConfig, vocab_size: int, *, rngs: nnx.Rngs):
         self.config = c
@@ -81,35 +81,35 @@ class Decoder(nnx.Module):
 
     @property
     def head(self) -> Float[Array, "V D"]:
-        """The head, one row a word."""
+        """The output matrix, one row for each token id, in the compute dtype."""
         table = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return table[...].astype(self.config.dtype)
 
     def embed(self, tokens: Int32[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Give the first hidden states."""
+        """Return the token embeddings: the input of the first layer."""
         c = self.config
         x = self.embed_tokens[...].astype(c.dtype)[tokens]
-        # The root of the width is rounded to the type of the embeddings first.
+        # As in Gemma, sqrt(width) is rounded to the compute dtype first.
         return x * jnp.asarray(c.hidden_size**0.5, c.dtype) if c.scale_embeddings else x
 
-    def sights(
+    def ropes_and_masks(
         self,
         positions: Int32[Array, "B N"],
         past: Bool[Array, "B N N"],
-    ) -> dict[AttentionKind, Sight]:
-        """Give rotations and mask of each kind of layer; a window counts positions."""
+    ) -> dict[AttentionKind, RopeAndMask]:
+        """Return RoPE tables and attention mask of each layer type; windows count positions."""
 
-        def sight(kind: AttentionKind) -> Sight:
+        def one(kind: AttentionKind) -> RopeAndMask:
             rope = self.rope(kind, positions)
             if kind.window is None:
                 return rope, past
             distance = positions[:, :, None] - positions[:, None, :]
             return rope, past & (distance < kind.window)
 
-        return {kind: sight(kind) for kind in dict.fromkeys(self.config.kinds)}
+        return {kind: one(kind) for kind in dict.fromkeys(self.config.kinds)}
 
     def rope(self, kind: AttentionKind, positions: Int32[Array, "B N"]) -> tuple[Array, Array]:
-        """Give the rotations of the positions in layers of a kind."""
+        """Return the RoPE tables (cos, sin) of the positions for a layer type."""
         return rotary(positions, self.config.head_dim, kind.theta, kind.scaling)
 
     def __call__(
@@ -121,24 +121,25 @@ class Decoder(nnx.Module):
         adapters: Adapters | None = None,
         remat: Remat = "none",
     ) -> Float[Array, "B S D"]:
-        """Run the model over whole sequences: causal, and blind to what is not visible.
+        """Return the final hidden states of whole sequences; causal, masked where not `visible`.
 
-        Scaled `adapters` are added to each layer when its turn comes.
+        Scaled `adapters` are merged into one layer at a time, so that no merged copy of the model
+        exists.
         """
         x = self.embed(tokens)
         mask = visible[:, None, :] & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))[None]
-        sights = self.sights(positions, mask)
+        tables = self.ropes_and_masks(positions, mask)
         graph, stacked = nnx.split(self.layers)
         low_rank = {} if adapters is None else adapters["layers"]
-        kinds = list(sights)
+        kinds = list(tables)
 
         def run(x, layer, low_rank, rope, mask):
             layer = add(nnx.to_pure_dict(layer), low_rank) if low_rank else layer
             return nnx.merge(graph, layer)(x, rope, uncached(mask))[0]
 
-        run = recomputed(run, remat)
+        run = with_remat(run, remat)
         if len(kinds) == 1:
-            rope, mask = sights[kinds[0]]
+            rope, mask = tables[kinds[0]]
 
             def body(x, layer):
                 layer, pairs = layer
@@ -146,8 +147,8 @@ class Decoder(nnx.Module):
 
             return self.norm(jax.lax.scan(body, x, (stacked, low_rank))[0])
 
-        # Layers of several kinds: the scan carries the index of each layer's kind.
-        every = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sights.values())
+        # Several layer types: the scan also runs over the index of each layer's type.
+        every = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tables.values())
         index = jnp.array([kinds.index(kind) for kind in self.config.kinds])
 
         def pick(x, layer):
@@ -165,7 +166,10 @@ class Decoder(nnx.Module):
         attend: CachedAttention,
         cache: Cache,
     ) -> tuple[Float[Array, "B N D"], Cache]:
-        """Run N new tokens of each row, which `attend` joins with those that the cache holds."""
+        """Return the final hidden states of N new tokens of each row, and the updated cache.
+
+        `attend` writes their keys and values to a layer's cache and attends to it.
+        """
         x, new = self.embed(tokens), []
         ropes = {kind: self.rope(kind, positions) for kind in dict.fromkeys(self.config.kinds)}
         for layer, kind, kept in zip(layers, self.config.kinds, cache, strict=True):
@@ -174,21 +178,21 @@ class Decoder(nnx.Module):
         return self.norm(x), tuple(new)
 
 
-def uncached(mask: Bool[Array, "B N N"]) -> Mix:
-    """Attend among the new tokens alone."""
+def uncached(mask: Bool[Array, "B N N"]) -> AttentionFn:
+    """Return attention among the new tokens alone, without a cache."""
     return lambda q, k, v, scale: (attend(q, k, v, mask, scale), None)
 
 
-def recomputed(layer: Callable[..., Array], remat: Remat) -> Callable[..., Array]:
-    """Let the backward pass compute a layer again instead of keeping all that it needs."""
+def with_remat(layer: Callable[..., Array], remat: Remat) -> Callable[..., Array]:
+    """Return the layer function wrapped in `jax.checkpoint` as `remat` says."""
     if remat == "none":
         return layer
-    # Attention's products have batch axes: they are the large ones, and are not kept.
+    # Attention's products have batch axes. They are the largest, so `dots` does not save them.
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    # Within a scan nothing could merge the two computations again.
+    # Inside a scan, common-subexpression elimination cannot undo the recomputation.
     return jax.checkpoint(layer, policy=dots if remat == "dots" else None, prevent_cse=False)
 
 
 def parameter_count(params: dict[str, Any]) -> int:
-    """Count the elements of all parameters, or of their shapes."""
+    """Return the number of elements of all parameters (arrays or shapes)."""
     return sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=is_quantized))

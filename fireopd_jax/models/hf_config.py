@@ -1,9 +1,9 @@
-"""Between Hugging Face's `config.json` and our architecture, in both of its spellings.
+"""Conversion between Hugging Face's `config.json`, old and new spelling, and `DecoderConfig`.
 
-    config.json -> one family's defaults -> every key read, harmless or refused -> DecoderConfig
+    config.json -> defaults of its family -> every key used, ignored or rejected -> DecoderConfig
 
-A key that is neither read nor known to be harmless is refused by name: a model that is loaded with
-a field ignored gives other logits and no error. (Null counts as absent.)
+A key that is neither used nor known not to change logits raises an error: ignoring it could give
+other logits without an error. A null value counts as an absent key.
 """
 
 import dataclasses
@@ -19,7 +19,10 @@ from fireopd_jax.models.rope import LinearRope, Llama3Rope, YarnRope
 
 
 def architecture(config_json: Json, source: str) -> DecoderConfig:
-    """Read the architecture that a `config.json` describes; `source` names the file in errors."""
+    """Return the architecture that a `config.json` describes; `source` is its file, for errors.
+
+    Raises UserError with file and key for an unsupported family, key or value.
+    """
     reader = Reader(config_json, source)
     reader.refuse_others()
     fields = dict(reader.form.fixed) | _sizes(reader) | _biases(reader) | _windows(reader)
@@ -49,7 +52,7 @@ def _sizes(reader: Reader) -> dict[str, Any]:
     if head_dim is None:
         head_dim = reader.need("hidden_size") // heads
     shared = reader.values.get("num_key_value_heads")
-    # What the family's class takes for an absent key depends on no other key of the file.
+    # Of the families' defaults for this key, only llama's follows from other keys of the file.
     if shared is None and "num_key_value_heads" not in reader.nulls and family != "llama":
         raise reader.error("num_key_value_heads", "missing; expected a value for it")
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
@@ -69,12 +72,12 @@ def _dtype(reader: Reader) -> Literal["float32", "bfloat16"]:
     name = str(reader.get("dtype", reader.get("torch_dtype", "float32"))).removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16"):
         raise reader.error("dtype", f"expected float32, bfloat16 or float16 (it is {name!r})")
-    # Float16 has a range of its own; float32 holds all of it.
+    # bfloat16 lacks float16's precision; float32 represents every float16 value exactly.
     return "bfloat16" if name == "bfloat16" else "float32"
 
 
 def _biases(reader: Reader) -> dict[str, Any]:
-    if reader.form.model_type == "qwen2":  # fixed in code there
+    if reader.form.model_type == "qwen2":  # `transformers` fixes it in code
         return {"attention_bias": True}
     bias = reader.get("attention_bias", False)
     return {
@@ -107,7 +110,7 @@ def _experts(reader: Reader) -> dict[str, Any]:
 
 
 def _windows(reader: Reader) -> dict[str, Any]:
-    """Read which layers slide; a family's rule gives way to a list of layers."""
+    """Return window and layer types; `layer_types` overrides the family's own rule."""
     family, layers = reader.form.model_type, reader.need("num_hidden_layers")
     window, types = reader.get("sliding_window"), reader.get("layer_types")
     if family == "llama":
@@ -141,10 +144,10 @@ def _windows(reader: Reader) -> dict[str, Any]:
 
 
 def _rope(reader: Reader, slides: bool) -> dict[str, Any]:
-    """Read base and scaling, in the old spelling or the new."""
+    """Return base and scaling of RoPE, from `rope_scaling` or from `rope_parameters`."""
     old, new = reader.get("rope_scaling"), reader.get("rope_parameters")
     if old is not None and new is not None and old != new:
-        raise reader.error("rope_scaling", "rope_parameters says otherwise; expected one of them")
+        raise reader.error("rope_scaling", "rope_parameters differs from it; expected one of them")
     given = new or old or {}
     gemma = reader.form.model_type == "gemma3_text"
     local: Json = {}
@@ -218,7 +221,10 @@ def _magnitude(factor: float, scale: float) -> float:
 def hf_config_json(
     config: DecoderConfig, vocab_size: int, *, dtype: str | None = None, **token_ids: Any
 ) -> dict[str, Any]:
-    """Describe an architecture as `config.json` does, in the older spelling, which all can read."""
+    """Return the `config.json` of an architecture, in the older spelling, which all versions read.
+
+    Raises UserError for an architecture that its `model_type` cannot express.
+    """
     form = next(form for form in FORMS if form.model_type == config.model_type)
     layers, sliding = config.num_hidden_layers, config.sliding_window is not None
     out: dict[str, Any] = {
@@ -243,7 +249,7 @@ def hf_config_json(
     if sliding and "sliding_window" in form.keys:
         out["sliding_window"] = config.sliding_window
         out |= {"use_sliding_window": True} if "use_sliding_window" in form.keys else {}
-        # Their rule for these families: the layers from this one on.
+        # These families slide in layers from `max_window_layers` on.
         out |= {"max_window_layers": 0} if "max_window_layers" in form.keys else {}
     elif form.model_type == "mistral":
         out["sliding_window"] = None
@@ -255,7 +261,7 @@ def hf_config_json(
         out["mlp_only_layers"] = list(range(layers))
         out |= {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 1}
     if gemma:
-        # Sliding layers have a base of their own there, never the scaling.
+        # In Gemma 3, sliding layers have their own base and never the scaling.
         out["sliding_window"] = config.sliding_window or 1
         out["rope_local_base_freq"] = config.rope_local_theta or config.rope_theta
         scalar = config.query_pre_attn_scalar or config.head_dim
@@ -272,12 +278,12 @@ def _scaling_json(scaling: LinearRope | Llama3Rope | YarnRope) -> dict[str, Any]
     return {"rope_type": kind, **values}
 
 
-# What does not change the numbers, or is said otherwise in the file.
+# Fields that do not change logits, or that the file expresses by other keys.
 FREE = {"vocab_size", "dtype", "param_dtype"}
 
 
 def _check_form(config: DecoderConfig, out: Json) -> None:
-    """Refuse an architecture that its family cannot say: the file would mean another model."""
+    """Raise UserError unless reading the written file gives the same architecture again."""
     again = architecture(out, "config.json")
     meant = plainly(config)
     for field in dataclasses.fields(DecoderConfig):
@@ -292,22 +298,23 @@ def _check_form(config: DecoderConfig, out: Json) -> None:
 
 
 def check_same(given: DecoderConfig, found: DecoderConfig, key: str, source: str) -> None:
-    """Refuse a folder that is not of the architecture that a configuration states.
+    """Raise UserError if a folder's architecture differs from the one in a configuration.
 
-    What it leaves out, it states by default; only lengths, types and the vocabulary stay open.
+    Omitted fields count with their defaults, except dtypes, and `vocab_size` and
+    `max_position_embeddings` where they are null.
     """
     stated, holds, default = plainly(given), plainly(found), plainly(DecoderConfig())
     free = {"dtype", "param_dtype"}
     free |= {n for n in ("vocab_size", "max_position_embeddings") if stated[n] is None}
     unlike = [name for name in stated if name not in free and stated[name] != holds[name]]
-    # What was written down says more than what was left out.
+    # Name a field that the user wrote before one that has its default.
     unlike.sort(key=lambda name: getattr(given, name) == getattr(DecoderConfig(), name))
     for name in unlike[:1]:
         whence = " (the default)" if stated[name] == default[name] else ""
         raise UserError(
             f"{key}.architecture.{name} is {_shown(given, name)}{whence}, "
-            f"{source} says {_shown(found, name)}; beside a path, give the architecture as it is, "
-            "or none"
+            f"{source} has {_shown(found, name)}; with a path, give the architecture of the "
+            "folder, or none"
         )
 
 
@@ -319,7 +326,7 @@ def _shown(config: DecoderConfig, name: str) -> str:
 
 
 def plainly(config: DecoderConfig) -> dict[str, Any]:
-    """Give the fields with what they mean by default written out."""
+    """Return the fields with implicit defaults resolved; windows and bases as layer types."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     values["query_pre_attn_scalar"] = config.query_pre_attn_scalar or config.head_dim
     del values["rope_local_theta"], values["layer_types"], values["sliding_window"]

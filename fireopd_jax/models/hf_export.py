@@ -1,9 +1,9 @@
-"""Write a model as a Hugging Face folder: whole or not at all.
+"""Write a model as a Hugging Face folder, atomically: it is complete or absent.
 
-    parameters, tokenizer -> beside: model*.safetensors, their index, config.json,
+    parameters, tokenizer -> temporary folder: model*.safetensors, their index, config.json,
     generation_config.json, tokenizer, README.md -> renamed
 
-The folder loads in `transformers`, and in whatever else reads such folders, with the same logits.
+The folder loads in `transformers` and in programs that read such folders, with the same logits.
 """
 
 import json
@@ -41,15 +41,18 @@ def export_model(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the folder `to`, which must be new or empty; `dtype` None keeps the parameters' type.
+    """Write the folder `to`, which must be new or empty; `dtype` None keeps the parameters' dtype.
 
-    `stop` are the ids that end a response, `generation` what else generation_config.json says.
+    `stop` are the token ids that end a response, `generation` other keys of generation_config.json.
+
+    Raises UserError if `to` is not empty or cannot be written, or if no Hugging Face family can
+    express the architecture.
     """
     check_target(to)
     dtype = dtype or str(jax.tree.leaves(params)[0].dtype.name)
     rows = len(params["embed_tokens"])
     ids = token_ids(tokenizer, stop, rows)
-    # The largest risk first: an architecture that no family can say is refused before any file.
+    # First, because an architecture that its family cannot express must fail before any file.
     described = hf_config_json(config, rows, dtype=dtype, **ids)
     to.parent.mkdir(parents=True, exist_ok=True)
     beside = to.with_name(f".writing-{to.name}-{os.getpid()}")
@@ -70,7 +73,7 @@ def export_model(
 
 
 def check_target(to: Path) -> None:
-    """Refuse a place where something stands."""
+    """Raise UserError unless `to` is absent or an empty folder."""
     if to.is_symlink() or (to.exists() and (not to.is_dir() or any(to.iterdir()))):
         raise UserError(f"{to} exists; expected a new or an empty folder, nothing is overwritten")
 
@@ -78,7 +81,7 @@ def check_target(to: Path) -> None:
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, stop: Sequence[int], rows: int
 ) -> dict[str, int | list[int]]:
-    """Name the ids that generation needs; one that has no row is left out."""
+    """Return the special token ids of the config files; ids outside the vocabulary are left out."""
     ids: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": list(stop) if len(stop) > 1 else stop[0],
@@ -90,7 +93,7 @@ def token_ids(
 def write_weights(
     folder: Path, params: Params, config: DecoderConfig, dtype: str, max_shard_bytes: int
 ) -> None:
-    """Write the tensors in shards of at most so many bytes; one shard at a time is in memory."""
+    """Write the tensors in shards of at most `max_shard_bytes`, one shard in memory at a time."""
     shapes = hf_shapes(config, len(params["embed_tokens"]))
     sizes = {
         name: jnp.dtype(dtype).itemsize * int(np.prod(shape)) for name, shape in shapes.items()
@@ -103,8 +106,8 @@ def write_weights(
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         shard = dict(next(tensors) for _ in names)
-        assert list(shard) == names, "the tensors came in another order than their names"
-        # Readers of the file take "pt" as the sign that its layout is PyTorch's.
+        assert list(shard) == names, "hf_tensors and hf_shapes disagree about the order of tensors"
+        # `transformers` requires this metadata to load the file.
         save_file(shard, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -113,7 +116,7 @@ def write_weights(
 
 
 def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> Iterator[list[str]]:
-    """Cut the names, in their order, into shards; a tensor above the limit has one to itself."""
+    """Yield the names of each shard, in order; a tensor above the limit has its own shard."""
     shard, filled = [], 0
     for name, size in sizes.items():
         if shard and filled + size > max_shard_bytes:
@@ -125,17 +128,17 @@ def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> Iterator[list
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save the tokenizer and its chat template, in words that older readers know, too."""
+    """Save the tokenizer and its chat template so that `transformers` 4 and 5 can read them."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     described = json.loads(file.read_text(encoding="utf-8"))
-    # Both names are of transformers 5; version 4 fails on them, version 5 reads the older ones.
+    # transformers 4 fails on these two names of version 5, which also reads the older ones.
     if described.get("tokenizer_class") == "TokenizersBackend":
         described["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(extra := described.get("extra_special_tokens"), list):
         del described["extra_special_tokens"]
         described["additional_special_tokens"] = extra
-    for name in ("is_local", "local_files_only", "trust_remote_code"):  # how it was read
+    for name in ("is_local", "local_files_only", "trust_remote_code"):  # local loading options
         described.pop(name, None)
     write_json(file, described)
 
@@ -146,10 +149,10 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Wait until the files are on the disk; all have the mode of new files."""
+    """Flush all files to disk, with the permissions of config.json."""
     mode = (folder / "config.json").stat().st_mode
     for file in folder.iterdir():
-        file.chmod(mode)  # safetensors makes files that nobody else may read
+        file.chmod(mode)  # safetensors writes files that only the owner may read
         descriptor = os.open(file, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""The safetensors format, read lazily: the header says where each tensor lies in the file.
+"""Lazy reading of safetensors files: the header has the position of each tensor in the file.
 
-    8 bytes: length of the header | header: JSON, name -> type, shape, offsets | the tensors' bytes
+    8 bytes: length of the header | header: JSON, name -> dtype, shape, offsets | tensor data
 
-Reads are plain reads, not a memory map: mapped pages would count as memory of the process.
+Files are read, not memory-mapped: mapped pages would count as memory of the process.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ Slices = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One tensor in a file."""
+    """One tensor in a file, not read yet."""
 
     file: Path
     dtype: np.dtype
@@ -39,11 +39,11 @@ class Stored:
 
     @property
     def bytes(self) -> int:
-        """Size of the tensor."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Read some of the first axis."""
+        """Read indices `start` to `stop` of the first axis."""
         inner = math.prod(self.shape[1:])
         values = np.fromfile(
             self.file,
@@ -54,7 +54,7 @@ class Stored:
         return values.reshape(stop - start, *self.shape[1:])
 
     def place(self, sharding: Sharding) -> jax.Array:
-        """Put the tensor on devices; only rows that live here are read."""
+        """Return the tensor as a sharded array; only rows of local devices are read."""
         read: dict[tuple[int, int], np.ndarray] = {}
 
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -69,7 +69,7 @@ class Stored:
 
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Allocate memory that a CPU device takes as its own, without a copy: aligned as XLA's is."""
+    """Return uninitialised memory, aligned so that `jax.device_put` to a CPU makes no copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
@@ -77,41 +77,49 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def widened(block: np.ndarray) -> np.ndarray:
-    """Give bfloat16 as float32, other types as they are."""
+    """Return bfloat16 values as float32, other dtypes unchanged."""
     if block.dtype != TYPES["BF16"]:
         return block
-    # The upper half of the float; NumPy's own conversion takes ten times as long.
+    # A bfloat16 is the upper half of a float32. NumPy's own conversion takes ten times as long.
     wide = block.view(np.uint16).astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)
 
 
 def copy_rows(tensor: Stored, start: int, stop: int, columns: Slices, target: np.ndarray) -> None:
-    """Read some rows, cut them to the columns, and write them into `target` in its type."""
+    """Read rows `start` to `stop` and write their `columns` to `target`, in its dtype."""
     block = tensor.rows(start, stop)[(slice(None), *columns)]
     if target.dtype == np.float32:
         block = widened(block)
     if block.dtype != target.dtype:
         block = block.astype(target.dtype)
-    plain = np.dtype(f"u{target.dtype.itemsize}")  # copied without the interpreter's lock
+    plain = np.dtype(
+        f"u{target.dtype.itemsize}"
+    )  # As integers, NumPy copies without holding the GIL.
     target.view(plain)[...] = block.view(plain)
 
 
 def quantize_into(
     tensor: Stored, start: int, stop: int, columns: Slices, values: np.ndarray, scale: np.ndarray
 ) -> None:
-    """Read some rows, quantise them whole, and write steps and the columns of the numbers."""
+    """Read and quantise rows `start` to `stop`; write their scales and the `columns` of the values.
+
+    A row has its scale from all columns, also where `columns` selects some of them.
+    """
     numbers, steps = quantize_rows(widened(tensor.rows(start, stop)))
     values[...], scale[...] = numbers[(slice(None), *columns)], steps
 
 
 def stored_tensors(file: Path) -> dict[str, Stored]:
-    """Read the header of a file and check that the file holds what it promises."""
+    """Return the tensors that the header of a file lists, by name.
+
+    Raises UserError if the file is no safetensors file, is cut off or has unsupported dtypes.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= size - 8:
-            raise UserError(f"{file}: not a whole safetensors file: its header is cut off")
+            raise UserError(f"{file}: not a complete safetensors file: its header is cut off")
         try:
             header = json.loads(stream.read(length))
             found = {

@@ -1,6 +1,6 @@
-"""The families of Hugging Face that are supported, and a reader that lets no key pass unseen.
+"""The supported model families of Hugging Face, and a reader that rejects unknown keys.
 
-config.json -> one family -> every key is read, harmless, or refused by name
+config.json -> its family -> every key is used, ignored as harmless, or an error that names it
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ Json = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What a family fixes in code, and what it takes where the file is silent."""
+    """A model family: what `transformers` fixes in code, and its defaults for absent keys."""
 
     model_type: Family
     architecture: str
     fixed: Mapping[str, Any]
     defaults: Mapping[str, Any]
     keys: frozenset[str] = frozenset()
-    """Keys of its own."""
+    """Keys of config.json besides those that all families have."""
 
 
 PLAIN = {"rope_theta": 10000.0, "tie_word_embeddings": False}
@@ -57,7 +57,7 @@ COMMON = frozenset({
     "tie_word_embeddings", "max_position_embeddings", "rope_theta", "rope_scaling",
     "rope_parameters", "torch_dtype", "dtype", "architectures", "model_type",
 })  # fmt: skip
-# They say nothing about the numbers of a forward pass without dropout.
+# Keys that do not change the results of a forward pass without dropout.
 HARMLESS = frozenset({
     "transformers_version", "_name_or_path", "name_or_path", "use_cache", "initializer_range",
     "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "_attn_implementation",
@@ -67,7 +67,7 @@ HARMLESS = frozenset({
     "tokenizer_class", "tie_encoder_decoder", "unsloth_fixed", "unsloth_version", "model_name",
     "max_window_layers",
 })  # fmt: skip
-# Known keys that only one value of can be had.
+# Keys of which one value only is supported.
 ONLY = {
     "attention_dropout": 0,
     "attn_logit_softcapping": None,
@@ -78,24 +78,24 @@ ONLY = {
     "partial_rotary_factor": 1,
 }
 REASONS = {
-    "quantization_config": "quantised checkpoints are not read; take the original one",
-    "auto_map": "code of a folder is never run",
+    "quantization_config": "quantised checkpoints are not supported; use the original one",
+    "auto_map": "code in a model folder is never run",
     "vision_config": "only text models are supported",
 }
 
 
 class Reader:
-    """The values of one file, each of which must be read, harmless or refused."""
+    """The values of one `config.json`, with the defaults of its family."""
 
     def __init__(self, values: Json, source: str):
         self.source = source
-        # Null is what the library writes for "by default".
+        # `transformers` writes null for a default.
         self.nulls = {key for key, value in values.items() if value is None}
         self.values = {key: value for key, value in values.items() if value is not None}
         self.form = self._form()
 
     def error(self, key: str, message: str) -> UserError:
-        """Make an error that names file and key."""
+        """Return an error that names file and key."""
         return UserError(f"{self.source}: {key}: {message}")
 
     def _form(self) -> Form:
@@ -114,17 +114,17 @@ class Reader:
         )
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Give a value, or what the family takes where the file is silent."""
+        """Return the value of a key, else the family's default, else `default`."""
         return self.values.get(key, self.form.defaults.get(key, default))
 
     def need(self, key: str) -> Any:
-        """Give a value that must be there."""
+        """Return the value of a key; raise UserError if it is absent."""
         if key not in self.values:
             raise self.error(key, "missing; expected a value for it")
         return self.values[key]
 
     def refuse_others(self) -> None:
-        """Refuse what is neither read nor harmless."""
+        """Raise UserError for the first key that is neither used nor harmless."""
         known = COMMON | self.form.keys
         for key, value in self.values.items():
             if key in known or key in HARMLESS:

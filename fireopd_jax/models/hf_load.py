@@ -1,12 +1,12 @@
-"""From a folder or a hub name to parameters: safetensors, tensor by tensor, to their places.
+"""Load parameters from a folder or a hub name: safetensors files, tensor by tensor, sharded.
 
     name -> folder -> config.json -> architecture
-    folder -> index, headers -> names and shapes checked -> each tensor -> its slice on the devices
+    folder -> index, headers -> names and shapes checked -> each tensor -> its shards on the devices
 
-The host holds one tensor and a small buffer; what a stack of layers takes, it takes on the devices.
-Where these are CPUs, a stack is filled in memory and given to them as it is, block by block.
-What is quantised is so tensor by tensor, before it joins its stack.
-Nothing is unpickled and no code of a folder is run.
+On accelerators the host holds a few tensors at a time, and layers are stacked on the devices. On
+CPU devices the memory of each stacked parameter is filled in place, block by block, and passed to
+the devices without a copy. Kernels are quantised tensor by tensor, before they are stacked.
+Nothing is unpickled, and no code in a folder is run.
 """
 
 import functools
@@ -40,20 +40,23 @@ from fireopd_jax.models.language_model import Params
 from fireopd_jax.models.quantized import Quantize, Quantized, quantizable, quantize, scale_place
 
 BUFFER = 2**27
-"""Bytes that are read ahead of their use."""
+"""Bytes that are read ahead."""
 READERS = 2
 BLOCK = 2**21
-"""Bytes that are read at a time into the memory of a CPU device."""
+"""Bytes that one read takes into the memory of a CPU device."""
 SHOWN = 4
 Index = tuple[int, ...]
 Bounds = tuple[tuple[int, int], ...]
-"""Start and end along each axis."""
+"""Start and end on each axis."""
 WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt")
 UNWANTED = ("*/*", "consolidated*")
 
 
 def resolve(name: str) -> Path:
-    """Find a local folder, or fetch `owner/name` from the hub: weights, configs, tokenizer."""
+    """Return a local folder, or download weights, configs and tokenizer of `owner/name`.
+
+    Raises UserError if there is no such folder and the hub does not have it.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -68,17 +71,17 @@ def _download(name: str) -> Path:
 
     try:
         found = snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
-    except Exception as error:  # its own errors, and those of three network libraries
+    except Exception as error:  # Its own errors and those of three network libraries.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{name}: no such folder here, and the Hugging Face hub does not give it "
+            f"{name}: no such folder, and the download from the Hugging Face hub failed "
             f"(offline, misspelt, or gated?): {reason[:300]}"
         ) from error
     return Path(found)
 
 
 def read_config(folder: Path) -> DecoderConfig:
-    """Read the architecture of a folder."""
+    """Return the architecture in a folder's `config.json`."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder}: no config.json; expected a model folder of Hugging Face")
@@ -102,9 +105,11 @@ def load(
     sharding: Any,
     quantized: Quantize | None = None,
 ) -> Params:
-    """Read the parameters of a folder in `config.param_dtype`; with `quantized`, kernels in that.
+    """Return the parameters of a folder in `config.param_dtype`, kernels quantised on request.
 
-    `sharding` is one for all, or a tree of them like the parameters before they are quantised.
+    `sharding` is one sharding for all, or a tree of them like the parameters before quantisation.
+
+    Raises UserError if tensors are missing, unexpected or have other shapes than `config` implies.
     """
     stored = open_folder(folder)
     _check(folder, stored, config, vocab_size)
@@ -129,7 +134,7 @@ def load(
 
 
 def on_cpu(place: Sharding) -> bool:
-    """Tell whether the memory of the devices is that of the host."""
+    """Return whether the sharding's devices are CPUs, which share the host's memory."""
     return all(device.platform == "cpu" for device in place.device_set)
 
 
@@ -140,12 +145,12 @@ def _in_memory(
     stored: Mapping[str, Stored],
     pool: ThreadPoolExecutor,
 ) -> jax.Array:
-    """Fill one parameter's memory."""
-    memory = _Memory(ours.shape, np.dtype(ours.dtype), place)
+    """Return one parameter on CPU devices, read straight into its memory."""
+    memory = _HostArray(ours.shape, np.dtype(ours.dtype), place)
     blocks = [block for item in memory.parts.items() for block in _blocks(row, *item, stored)]
     for done in [pool.submit(copy_rows, *block) for block in blocks]:
         done.result()
-    return memory.lent()
+    return memory.to_devices()
 
 
 def _quantized_in_memory(
@@ -155,10 +160,10 @@ def _quantized_in_memory(
     stored: Mapping[str, Stored],
     pool: ThreadPoolExecutor,
 ) -> Quantized:
-    """Fill the memory of one kernel's numbers and steps; a block of their rows has its own."""
-    values = _Memory(ours.shape, np.dtype(np.int8), place)
+    """Return one quantised kernel on CPU devices; each block of columns has its own scales."""
+    values = _HostArray(ours.shape, np.dtype(np.int8), place)
     shape = (*ours.shape[:-2], 1, ours.shape[-1])
-    scale = _Memory(shape, np.dtype(np.float32), scale_place(place, len(shape)))
+    scale = _HostArray(shape, np.dtype(np.float32), scale_place(place, len(shape)))
     waiting = []
     for bounds, part in values.parts.items():
         steps = scale.parts[(*bounds[:-2], (0, 1), bounds[-1])]
@@ -170,11 +175,11 @@ def _quantized_in_memory(
             waiting.append(pool.submit(quantize_into, *block, target))
     for done in waiting:
         done.result()
-    return Quantized(values.lent(), scale.lent())
+    return Quantized(values.to_devices(), scale.to_devices())
 
 
-class _Memory:
-    """Memory of one array: each part that a device here holds, once."""
+class _HostArray:
+    """Host memory of one sharded array: each distinct shard of the devices here, once."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, place: Sharding):
         self.shape, self.place = shape, place
@@ -187,9 +192,9 @@ class _Memory:
                 self.parts[bounds] = allocate(tuple(b - a for a, b in bounds), dtype)
             self.on_device.append((device, bounds))
 
-    def lent(self) -> jax.Array:
-        """Give it to the devices as it is."""
-        # Devices may share a part: what the host has lent, a program never writes to.
+    def to_devices(self) -> jax.Array:
+        """Return the array that uses this memory, without a copy."""
+        # Devices may share a shard's memory: XLA never writes to memory that the host owns.
         pieces = [jax.device_put(self.parts[bounds], d) for d, bounds in self.on_device]
         return jax.make_array_from_single_device_arrays(self.shape, self.place, pieces)
 
@@ -197,14 +202,14 @@ class _Memory:
 def _blocks(
     row: Weight, bounds: Bounds, part: np.ndarray, stored: Mapping[str, Stored]
 ) -> Iterator[tuple[Stored, int, int, Slices, np.ndarray]]:
-    """Cut what a part needs of the files into blocks of rows, each with where it belongs."""
+    """Yield the reads that fill one shard: tensor, rows, columns, and the target in `part`."""
     layers, own = bounds[: row.axes], bounds[row.axes :]
     if row.transposed:
         own = own[::-1]
     (first, last), *others = own
     columns = tuple(slice(*each) for each in others)
     for index in itertools.product(*(range(*each) for each in layers)):
-        tensor = stored[row.theirs(index)]
+        tensor = stored[row.hf_name(index)]
         target = part[tuple(i - start for i, (start, _) in zip(index, layers, strict=True))]
         target = target.T if row.transposed else target
         step = max(1, BLOCK * tensor.shape[0] // max(tensor.bytes, 1))
@@ -220,19 +225,19 @@ def _on_devices(
     stored: Mapping[str, Stored],
     pool: ThreadPoolExecutor,
 ) -> jax.Array:
-    """Put the tensors of one parameter where they belong, one after another."""
+    """Return one parameter on accelerators, its tensors transferred one after another."""
     axes = row.axes
-    piece_place = _of_piece(row, ours, place)
+    piece_place = _tensor_sharding(row, ours, place)
 
-    def laid(piece: jax.Array) -> jax.Array:
+    def convert(piece: jax.Array) -> jax.Array:
         return (piece.T if row.transposed else piece).astype(ours.dtype)
 
     if not axes:
         piece = stored[row.name].place(piece_place)
         plain = piece.dtype == ours.dtype and not row.transposed
-        return piece if plain else jax.jit(laid, out_shardings=place)(piece)
+        return piece if plain else jax.jit(convert, out_shardings=place)(piece)
 
-    return _stacked(row, ours, place, laid, stored, pool)
+    return _stacked(row, ours, place, convert, stored, pool)
 
 
 def _quantized_on_devices(
@@ -242,7 +247,7 @@ def _quantized_on_devices(
     stored: Mapping[str, Stored],
     pool: ThreadPoolExecutor,
 ) -> Quantized:
-    """Put the tensors of one kernel where they belong, each quantised there."""
+    """Return one kernel on accelerators, each of its tensors quantised there."""
     return _stacked(row, ours, place, lambda piece: quantize(piece.T), stored, pool)
 
 
@@ -250,16 +255,16 @@ def _stacked(
     row: Weight,
     ours: jax.ShapeDtypeStruct,
     place: Sharding,
-    laid: Callable[[jax.Array], Any],
+    convert: Callable[[jax.Array], Any],
     stored: Mapping[str, Stored],
     pool: ThreadPoolExecutor,
 ) -> Any:
-    """Stack tensors on the devices, each as `laid` lays it: an array, or a tree of arrays."""
+    """Return the stack, on the devices, of all tensors after `convert` (an array or a tree)."""
     axes = row.axes
     piece = jax.ShapeDtypeStruct(row.shape(ours.shape), ours.dtype)
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((*ours.shape[:axes], *leaf.shape), leaf.dtype),
-        jax.eval_shape(laid, piece),
+        jax.eval_shape(convert, piece),
     )
     places = jax.tree.map(
         lambda leaf: place if leaf.shape == ours.shape else scale_place(place, len(ours.shape)),
@@ -272,23 +277,23 @@ def _stacked(
         return jax.tree.map(
             lambda whole, part: jax.lax.dynamic_update_slice(whole, part[(None,) * axes], start),
             stack,
-            laid(piece),
+            convert(piece),
         )
 
     def zeros() -> Any:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     stack = jax.jit(zeros, out_shardings=places)()
-    every = [(index, stored[row.theirs(index)]) for index in indices(row, ours.shape)]
-    for index, piece in _ahead(every, _of_piece(row, ours, place), pool):
+    every = [(index, stored[row.hf_name(index)]) for index in indices(row, ours.shape)]
+    for index, piece in _read_ahead(every, _tensor_sharding(row, ours, place), pool):
         stack = put(stack, piece, np.array(index, np.int32))
     return jax.block_until_ready(stack)
 
 
-def _ahead(
+def _read_ahead(
     tensors: Sequence[tuple[Index, Stored]], place: Sharding, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Index, jax.Array]]:
-    """Read tensors in order, some ahead of their use, within the buffer."""
+    """Yield tensors in order, reading ahead up to `BUFFER` bytes."""
     coming: deque[tuple[Index, int, Future[jax.Array]]] = deque()
 
     def first() -> tuple[Index, jax.Array]:
@@ -303,8 +308,8 @@ def _ahead(
         yield first()
 
 
-def _of_piece(row: Weight, ours: jax.ShapeDtypeStruct, place: Sharding) -> Sharding:
-    """Give the sharding of one of their tensors, so that devices get what they will keep."""
+def _tensor_sharding(row: Weight, ours: jax.ShapeDtypeStruct, place: Sharding) -> Sharding:
+    """Return the sharding of one tensor that matches its parameter's, so no data moves later."""
     if not isinstance(place, NamedSharding):
         return place
     spec = [*place.spec, *[None] * (len(ours.shape) - len(place.spec))][row.axes :]
@@ -312,17 +317,20 @@ def _of_piece(row: Weight, ours: jax.ShapeDtypeStruct, place: Sharding) -> Shard
 
 
 def open_folder(folder: Path) -> dict[str, Stored]:
-    """List the tensors of a folder: by its index, or of its only file."""
+    """Return the tensors of a folder by name, from its index or its only file, not read yet.
+
+    Raises UserError if there is no safetensors file, or if index and shards disagree.
+    """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file():
         if single.is_file():
             return stored_tensors(single)
         other = sorted(path.name for path in folder.glob("*.bin"))
         other += sorted(path.name for path in folder.glob("*.pt*"))
-        hint = f" (it holds {other[0]}, which could run code when read)" if other else ""
+        hint = f" (it has {other[0]}, a format that can run code when read)" if other else ""
         raise UserError(
             f"{folder}: no model.safetensors and no model.safetensors.index.json; only "
-            f"safetensors are read{hint}"
+            f"safetensors files are supported{hint}"
         )
     places = _read_json(index).get("weight_map")
     if not isinstance(places, dict):
@@ -341,7 +349,7 @@ def open_folder(folder: Path) -> dict[str, Stored]:
 def _check(
     folder: Path, stored: Mapping[str, Stored], config: DecoderConfig, vocab_size: int
 ) -> None:
-    """Refuse missing, extra and wrongly shaped tensors before any is read."""
+    """Raise UserError for missing, unexpected and wrongly shaped tensors, before any is read."""
     expected = hf_shapes(config, vocab_size)
     if missing := [name for name in expected if name not in stored]:
         hint = ""
@@ -354,19 +362,19 @@ def _check(
         if not _equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"]):
             raise UserError(
                 f"{folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json "
-                "says tie_word_embeddings: true"
+                "has tie_word_embeddings: true"
             )
         extra.remove("lm_head.weight")
     if extra:
         raise UserError(
-            f"{folder}: tensors that a {config.model_type} model of this config.json does not "
-            f"have: {_some(extra)}"
+            f"{folder}: unexpected tensors for a {config.model_type} model with this config.json: "
+            f"{_some(extra)}"
         )
     for name, shape in expected.items():
         if stored[name].shape != shape:
             raise UserError(
-                f"{stored[name].file}: {name} has the shape {list(stored[name].shape)}, "
-                f"config.json asks for {list(shape)}"
+                f"{stored[name].file}: {name} has shape {list(stored[name].shape)}, "
+                f"config.json implies {list(shape)}"
             )
 
 
@@ -376,7 +384,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _equal(a: Stored, b: Stored) -> bool:
-    """Compare two tensors block by block."""
+    """Return whether two tensors are equal, compared block by block."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
 

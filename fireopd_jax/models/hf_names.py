@@ -1,9 +1,9 @@
-"""One table between our parameters and Hugging Face's tensors; loading and export both read it.
+"""The table of our parameters and Hugging Face's tensors, which loading and export share.
 
     ("layers", "self_attn", "q_proj", "kernel")  <->  model.layers.{i}.self_attn.q_proj.weight, .T
 
-Ours are stacked: leading axes for the layer {i} and the expert {e}, then the matrix. Linear maps
-are [inputs, outputs] here and [outputs, inputs] there.
+Our parameters are stacked: leading axes for the layer {i} and the expert {e}, then the matrix.
+Linear maps are [inputs, outputs] here and [outputs, inputs] in Hugging Face's files.
 """
 
 import dataclasses
@@ -24,26 +24,26 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One row of the table."""
+    """One row of the table: a parameter and the tensors that it stacks."""
 
     path: Path
-    """Where it stands in our parameters."""
+    """Path of the parameter."""
     name: str
     """Hugging Face's name, with {i} for the layer and {e} for the expert."""
     transposed: bool = False
-    """Whether theirs is our matrix transposed."""
+    """Whether the tensor is the transpose of our matrix."""
 
     @property
     def axes(self) -> int:
-        """How many leading axes of ours their names count."""
+        """Number of stacked leading axes (layer, expert) of the parameter."""
         return self.name.count("{")
 
-    def theirs(self, index: tuple[int, ...]) -> str:
-        """Give the name at one layer and expert."""
+    def hf_name(self, index: tuple[int, ...]) -> str:
+        """Return the tensor's name for one layer and expert."""
         return self.name.format(**dict(zip("ie", index, strict=False)))
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """Give the shape of one of their tensors from ours."""
+        """Return the shape of one tensor, from the shape of our parameter."""
         own = ours[self.axes :]
         return own[::-1] if self.transposed else own
 
@@ -61,7 +61,7 @@ NORMS = (
     "self_attn.k_norm",
 )
 
-# Every weight that any family has; a model has those whose path is among its parameters.
+# Every weight of any family; a model has those whose path is among its parameters.
 TABLE = (
     Weight(("embed_tokens",), "model.embed_tokens.weight"),
     *(Weight(("layers", *n.split("."), "scale"), f"{LAYER}{n}.weight") for n in NORMS),
@@ -89,12 +89,12 @@ TABLE = (
 def weights(
     config: DecoderConfig, vocab_size: int
 ) -> Iterator[tuple[Weight, jax.ShapeDtypeStruct]]:
-    """List the rows of the table that a model has, each with the shape and type of ours."""
+    """Return the rows of the table that a model has, with shape and dtype of our parameter."""
     shapes = _shapes(config, vocab_size)
     known = {flat(path): leaf for path, leaf in jax.tree.leaves_with_path(shapes)}
     rows = [row for row in TABLE if row.path in known]
     missing = known.keys() - {row.path for row in rows}
-    assert not missing, f"parameters without a name: {missing}"
+    assert not missing, f"parameters that TABLE does not name: {missing}"
     return ((row, known[row.path]) for row in rows)
 
 
@@ -104,19 +104,19 @@ def _shapes(config: DecoderConfig, vocab_size: int) -> Params:
 
 
 def flat(path: tuple) -> Path:
-    """Turn JAX's path of a leaf into names."""
+    """Return a leaf's path of `jax.tree` as a tuple of names."""
     return tuple(str(key.key) for key in path)
 
 
 def indices(row: Weight, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """List the layers and experts of a stacked parameter, layer by layer."""
+    """Yield the indices (layer, expert) of a stacked parameter, layer by layer."""
     return itertools.product(*(range(n) for n in shape[: row.axes]))
 
 
 def hf_shapes(config: DecoderConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Give the name and shape of every tensor of the exported model, in the order of the file."""
+    """Return name -> shape of every tensor of the exported model, in the order of the files."""
     return {
-        row.theirs(index): row.shape(ours.shape)
+        row.hf_name(index): row.shape(ours.shape)
         for row, ours in weights(config, vocab_size)
         for index in indices(row, ours.shape)
     }
@@ -125,7 +125,10 @@ def hf_shapes(config: DecoderConfig, vocab_size: int) -> dict[str, tuple[int, ..
 def hf_tensors(
     params: Params, config: DecoderConfig, dtype: str | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Give every tensor by its exported name, one at a time on the host; `dtype` None: as kept."""
+    """Yield name and tensor of the exported model, one at a time on the host.
+
+    `dtype` None keeps the parameters' dtype; quantised kernels become float32.
+    """
     named = jax.tree.leaves_with_path(params, is_leaf=is_quantized)
     leaves = {flat(path): leaf for path, leaf in named}
     for row, ours in weights(config, len(params["embed_tokens"])):
@@ -135,4 +138,4 @@ def hf_tensors(
             tensor = np.asarray(dequantize(own) if isinstance(own, Quantized) else own)
             tensor = tensor.T if row.transposed else tensor
             tensor = tensor.astype(jnp.dtype(dtype)) if dtype is not None else tensor
-            yield row.theirs(index), np.ascontiguousarray(tensor)
+            yield row.hf_name(index), np.ascontiguousarray(tensor)

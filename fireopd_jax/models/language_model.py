@@ -1,11 +1,10 @@
-"""A model as pure functions of its parameters, and the place where tokens and predictions align.
+"""A decoder as pure functions of its parameters, and the alignment of tokens and predictions.
 
-    params, prompts, responses -> hidden states that predict each response token -> log-prob,
-    entropy
+    params, prompts, responses -> hidden states that predict each response token, head matrix
 
-A sequence is laid as [prompt padded to P | response padded to T]: positions count only real
-tokens, and padding is invisible. The hidden state that predicts response token 0 is the prompt's
-last; the one that predicts token t is that of token t - 1.
+A sequence is [prompt padded to P | response padded to T]. Positions count real tokens only, and
+padding is masked. The hidden state of the prompt's last token predicts response token 0; that of
+response token t - 1 predicts response token t.
 """
 
 import dataclasses
@@ -35,35 +34,40 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A decoder without its parameters: hashable, so that jitted functions may close over it."""
+    """What is static about a model: no parameters, no devices; hashable, for jitted functions."""
 
     config: DecoderConfig
     vocab_size: int
-    """Rows of the embedding and of the head."""
+    """Rows of the embedding and of the head, padding included."""
     valid: int | None = None
-    """Rows that are tokens, where the others only pad the head: they have no probability."""
+    """Size of the vocabulary without padding: ids from `valid` on have probability 0. None: no
+    padding."""
     quantize: Quantize | None = None
-    """What the kernels are kept in, of a model that does not learn; null: the parameters' type."""
+    """Storage of the kernels of a frozen model; None: `config.param_dtype`."""
     exchange: tuple[int, int] | None = None
-    """Two ids that change places in what the model says: its own end and the student's, where it
-    scores one that ends otherwise. Its parameters are then those of `exchanged`."""
+    """Two token ids whose output probabilities are swapped: the EOS ids of this teacher and of a
+    student that ends its responses with another token. The parameters must be those that
+    `exchanged` returns."""
 
     @property
     def size(self) -> int:
-        """Count the ids that the model may say."""
+        """Size of the vocabulary without padding."""
         return self.vocab_size if self.valid is None else self.valid
 
     def _module(self, rngs: nnx.Rngs) -> Decoder:
         return Decoder(self.config, self.vocab_size, rngs=rngs)
 
     def init(self, key: Array) -> Params:
-        """Draw fresh parameters."""
+        """Return random parameters; `quantize` applies."""
         module = self._module(nnx.Rngs(jnp.asarray(key)))
         params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
         return params if self.quantize is None else quantize_params(params)
 
     def exchanged(self, params: Params) -> Params:
-        """Let the head's rows of the two ids change places; nothing else is copied."""
+        """Return the parameters with the head's rows of the two `exchange` ids swapped.
+
+        All other arrays are shared with `params`. Without `exchange`, this is `params` itself.
+        """
         if self.exchange is None:
             return params
         name = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
@@ -72,7 +76,7 @@ class LanguageModel:
         return params | {name: params[name].at[places].set(rows)}
 
     def bind(self, params: Params) -> Decoder:
-        """Put the parameters into the module."""
+        """Return the decoder module with these parameters."""
         graph, _ = nnx.split(nnx.eval_shape(lambda: self._module(nnx.Rngs(0))))
         return nnx.merge(graph, params)
 
@@ -118,10 +122,10 @@ class LanguageModel:
         return nnx.merge(graph, decode_params | {"layers": absent}), layers
 
     def logits(self, decoder: Decoder, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        """Give the logits of one position a row, float32: what the sampler draws from.
+        """Return the logits of one position of each row, float32, softcapped: the sampler's input.
 
-        Softcapped; rows that only pad the head have -inf: to cut them off would leave a width that
-        the sampler has to pad again.
+        Padding ids have -inf. They are not cut off, because the sampler would have to pad the
+        vocabulary axis again.
         """
         head = decoder.head
         logits = few_rows_product(hidden.astype(head.dtype), head, jnp.float32)
@@ -139,7 +143,11 @@ class LanguageModel:
         chunk: int | None = None,
         mesh: Mesh | None = None,
     ) -> HeadOptions:
-        """Return the options of `ops.head` for this model; rows are split over all of `mesh`."""
+        """Return the options of `ops.head` for this model at a temperature.
+
+        `implementation` and `chunk` None: chosen by platform and shape. With a mesh of several
+        devices, rows are sharded over all of them, except for the reference implementation.
+        """
         sharding = None
         if mesh is not None and mesh.size > 1 and implementation != PLAIN:
             sharding = HeadSharding(mesh, AXES)
@@ -163,14 +171,17 @@ class LanguageModel:
         adapters: Adapters | None = None,
         remat: Remat = "none",
     ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
-        """Return the states that predict each response token, and the head that reads them.
+        """Return the hidden states that predict each response token, and the head matrix.
 
-        Differentiable in `params` and scaled `adapters`.
+        `prompt` is right-padded with lengths `prompt_length`; `mask` is true on real response
+        tokens. States where `mask` is false are arbitrary. Differentiable in `params` and in
+        `adapters`, which must be scaled (`LoraConfig.scaled`).
         """
         decoder = self.bind(params)
         sequence, positions, visible = concat_prompt_response(prompt, prompt_length, tokens, mask)
         if self.exchange is not None and self.config.tie_word_embeddings:
-            # The rows that it reads by have changed places with those that it says by.
+            # `exchanged` has swapped two rows of the one matrix that also embeds the inputs, so
+            # the inputs swap the two ids back.
             one, other = self.exchange
             swapped = jnp.where(sequence == one, other, sequence)
             sequence = jnp.where(sequence == other, one, swapped)
@@ -184,7 +195,7 @@ def concat_prompt_response(
     tokens: Int32[Array, "B T"],
     mask: Bool[Array, "B T"],
 ) -> tuple[Int32[Array, "B S"], Int32[Array, "B S"], Bool[Array, "B S"]]:
-    """Lay prompts and responses side by side: tokens, positions, visibility, with S = P + T."""
+    """Return token ids, positions and visibility mask of [prompt | response], S = P + T."""
     (rows, width), response = prompt.shape, tokens.shape[1]
     slots = jnp.broadcast_to(jnp.arange(width), (rows, width))
     after = prompt_length[:, None] + jnp.arange(response)[None]
@@ -197,7 +208,7 @@ def concat_prompt_response(
 def last_of_prompt(
     hidden: Float[Array, "B S D"], prompt_length: Int32[Array, " B"]
 ) -> Float[Array, "B D"]:
-    """Pick the hidden state of each prompt's last token."""
+    """Return the hidden state of each prompt's last token; of column 0 if the prompt is empty."""
     last = jnp.maximum(prompt_length - 1, 0)[:, None, None]
     return jnp.take_along_axis(hidden, last, axis=1)[:, 0]
 
@@ -205,6 +216,6 @@ def last_of_prompt(
 def states_before_response_tokens(
     hidden: Float[Array, "B S D"], prompt_length: Int32[Array, " B"], prompt_width: int
 ) -> Float[Array, "B T D"]:
-    """Align: at index t stands the hidden state that predicts response token t."""
+    """Return at index t the state of the token before response token t: it predicts token t."""
     first = last_of_prompt(hidden, prompt_length)
     return jnp.concatenate([first[:, None], hidden[:, prompt_width:-1]], axis=1)

@@ -1,4 +1,4 @@
-"""The parts of a layer: linear maps, norms, attention, the gated MLP."""
+"""The parts of a decoder layer: linear maps, norms, attention, the gated MLP."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,21 +18,21 @@ from fireopd_jax.types import Array, pytree
 
 @pytree
 class TransposedKernel:
-    """A kernel that lies transposed, as products of few rows on a CPU want it."""
+    """A kernel stored transposed: faster on a CPU for products with few rows (`ops.few_rows`)."""
 
     rows: Float[Array, "O I"]
 
 
-Mix = Callable[[Array, Array, Array, float], tuple[Array, Any]]
-"""Attention proper: queries [B, N, heads, H], new keys and values [B, K, N, H] and the scale of
-the scores -> the mixed values [B, N, heads, H], and the cache as it is now, if there is one."""
+AttentionFn = Callable[[Array, Array, Array, float], tuple[Array, Any]]
+"""Queries [B, N, heads, H], new keys and values [B, K, N, H] and the scale of the scores -> the
+attention output [B, N, heads, H], and the updated cache or None."""
 
 
 class Linear(nnx.Linear):
-    """A linear map over the rows of one matrix, which XLA:CPU runs faster than [B, S, D]."""
+    """A linear map applied to [B S, D], which XLA on a CPU runs faster than [B, S, D]."""
 
     def __call__(self, x: Array) -> Array:
-        """Multiply by the kernel, which may be quantised or turned."""
+        """Apply the map; the kernel may be an array, quantised or transposed."""
         rows, kernel = jnp.reshape(x, (-1, x.shape[-1])), self.kernel.get_value()
         if not isinstance(kernel, Quantized | TransposedKernel):
             return super().__call__(rows).reshape(*x.shape[:-1], -1)
@@ -49,7 +49,7 @@ class Linear(nnx.Linear):
 def linear(
     c: DecoderConfig, inputs: int, outputs: int, *, bias: bool = False, rngs: nnx.Rngs
 ) -> Linear:
-    """Make a linear map in the types of the model."""
+    """Return a linear map in the model's dtypes."""
     return Linear(
         inputs,
         outputs,
@@ -62,14 +62,14 @@ def linear(
 
 
 class ZeroCentredNorm(nnx.Module):
-    """Root mean square norm times 1 + w, all of it in float32."""
+    """RMS norm with the factor 1 + w, in float32: x (1 + w) / sqrt(mean(x^2) + epsilon)."""
 
     def __init__(self, c: DecoderConfig, width: int):
         self.epsilon = c.rms_norm_eps
         self.scale = nnx.Param(jnp.zeros(width, c.param_dtype))
 
     def __call__(self, x: Array) -> Array:
-        """Normalise."""
+        """Return x (1 + w) / sqrt(mean(x^2) + epsilon), rounded to the dtype of x at the end."""
         wide = x.astype(jnp.float32)
         square = (wide**2).mean(axis=-1, keepdims=True)
         factor = 1 + self.scale[...].astype(jnp.float32)
@@ -78,7 +78,7 @@ class ZeroCentredNorm(nnx.Module):
 
 
 def norm(c: DecoderConfig, width: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm | ZeroCentredNorm:
-    """Make the norm of the model."""
+    """Return an RMS norm of the kind that the model uses."""
     if c.zero_centered_norms:
         return ZeroCentredNorm(c, width)
     return nnx.RMSNorm(
@@ -91,12 +91,12 @@ def norm(c: DecoderConfig, width: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm | ZeroC
 
 
 def activation(c: DecoderConfig, x: Array) -> Array:
-    """Apply the activation of the gate."""
+    """Apply the activation function of the MLP's gate."""
     return jax.nn.silu(x) if c.hidden_act == "silu" else jax.nn.gelu(x, approximate=True)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; what it looks at, and whether it is kept, is the caller's `mix`."""
+    """Grouped-query attention; the caller's `attention` does masking and caching."""
 
     def __init__(self, c: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = c
@@ -109,8 +109,8 @@ class Attention(nnx.Module):
             self.q_norm = norm(c, c.head_dim, rngs=rngs)
             self.k_norm = norm(c, c.head_dim, rngs=rngs)
 
-    def __call__(self, x: Array, rope, mix: Mix):
-        """Give what attention adds to the hidden states, and the cache as it is now."""
+    def __call__(self, x: Array, rope, attention: AttentionFn):
+        """Return attention's output before the residual connection, and the updated cache."""
         c = self.config
 
         def heads(projection):
@@ -121,12 +121,12 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope), rotate(k, rope).swapaxes(1, 2)
         v = heads(self.v_proj).swapaxes(1, 2)
-        out, cache = mix(q, k, v, (c.query_pre_attn_scalar or c.head_dim) ** -0.5)
+        out, cache = attention(q, k, v, (c.query_pre_attn_scalar or c.head_dim) ** -0.5)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
 
 
 class MLP(nnx.Module):
-    """A gated MLP: SwiGLU, or GeGLU."""
+    """A gated MLP (SwiGLU or GeGLU): W_down (act(W_gate x) * W_up x)."""
 
     def __init__(self, c: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = c
@@ -135,5 +135,5 @@ class MLP(nnx.Module):
         self.down_proj = linear(c, c.intermediate_size, c.hidden_size, bias=c.mlp_bias, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        """Gate, widen, and come back."""
+        """Return W_down (act(W_gate x) * W_up x)."""
         return self.down_proj(activation(self.config, self.gate_proj(x)) * self.up_proj(x))

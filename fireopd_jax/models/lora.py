@@ -1,17 +1,17 @@
-"""Low-rank adapters: a few small matrices learn, the model itself stays as it is.
+"""Low-rank adapters (LoRA): small matrices are trained, the model itself is frozen.
 
     W' = W + alpha / rank * A B        A [..., inputs, rank], B [..., rank, outputs], B = 0 at first
 
-    base, adapters -> merge -> parameters like any other: rollouts, scores, the saved model
-    base, adapters -> the update, which merges one layer at a time, so that no gradient is ever
-                      of the size of the model
+    base, adapters -> merge -> parameters for rollouts, scoring and the saved model
+    base, adapters -> the update, which merges one layer at a time, so that no gradient has the
+                      size of the model
 
-A tree of adapters mirrors that of the parameters, with `a` and `b` where a kernel stands. Merged
-weights have the type of the base: what is trained, saved and exported are the same bits. While
-responses are drawn and scored there is one merged copy beside the base, in the update one layer of
-it with `optim.remat: full`.
+A tree of adapters has the structure of the parameters, with `a` and `b` in place of a kernel.
+Merged weights are rounded to the base's dtype everywhere, so the trained, saved and exported models
+have the same bits. Rollouts and scoring hold one merged copy of the model in addition to the base;
+the update holds one merged layer with `optim.remat: full`.
 
-References: LoRA, arXiv:2106.09685.
+References: LoRA, arXiv:2106.09685, Section 4.1.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,24 +31,24 @@ TARGETS: tuple[Target, ...] = (
 )  # fmt: skip
 
 Adapters = dict[str, Any]
-"""Nested dict: the names on the way to a kernel, then `a` and `b`."""
+"""Nested dict: the path of each adapted kernel, then `a` and `b`."""
 
 
 @config
 class LoraConfig:
-    """Adapters that learn in the student's place."""
+    """Low-rank adapters that are trained instead of the student's parameters."""
 
     rank: PositiveInt = 16
-    """Rank of what is added to a kernel."""
+    """Rank of the update A B of each kernel."""
     alpha: PositiveFloat = 32.0
-    """What is added is multiplied by alpha / rank."""
+    """The update A B is multiplied by alpha / rank."""
     targets: Literal["all"] | tuple[Target, ...] = "all"
-    """Linear maps that are adapted, by Hugging Face's names; of experts, each has its own."""
+    """Linear maps that are adapted, by Hugging Face's names; each expert has its own adapter."""
 
     @field_validator("targets", mode="before")
     @classmethod
     def check_targets(cls, targets: Any) -> Any:
-        """Refuse maps that no model has, with the nearest one that it has."""
+        """Raise ValueError for an unknown or empty list; name the nearest known map."""
         if targets == "all":
             return targets
         known = f"known are {', '.join(TARGETS)}, or all"
@@ -63,15 +63,18 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """Give alpha / rank."""
+        """The factor alpha / rank."""
         return self.alpha / self.rank
 
     def adapts(self, name: str) -> bool:
-        """Tell whether a map of this name has an adapter."""
+        """Return whether linear maps of this name are adapted."""
         return name in (TARGETS if self.targets == "all" else self.targets)
 
     def init(self, key: Array, params: Mapping[str, Any]) -> Adapters:
-        """Draw adapters for the parameters, or for their shapes; at first they add nothing."""
+        """Return random A and zero B for each adapted kernel of the parameters (arrays or shapes).
+
+        A ~ U(-1/sqrt(inputs), 1/sqrt(inputs)), float32; the initial update A B is 0.
+        """
         kernels = list(_kernels(self, params))
         keys = jax.random.split(key, len(kernels))
         adapters: Adapters = {}
@@ -88,18 +91,18 @@ class LoraConfig:
         return adapters
 
     def scaled(self, adapters: Adapters) -> Adapters:
-        """Multiply by alpha / rank what the adapters add."""
+        """Return the adapters with B multiplied by alpha / rank."""
         return jax.tree.map_with_path(
             lambda path, leaf: leaf * self.scale if path[-1].key == "b" else leaf, adapters
         )
 
     def merge(self, params: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
-        """Give the parameters with the adapters in them."""
+        """Return the merged parameters W + alpha / rank A B, in the dtype of W."""
         return add(params, self.scaled(adapters))
 
 
 def add(params: Mapping[str, Any], scaled: Adapters) -> dict[str, Any]:
-    """Add scaled adapters to the kernels they belong to: of a whole model, or of one layer."""
+    """Return the parameters of a model or layer with scaled adapters added to their kernels."""
     merged = dict(params)
     for name, inner in scaled.items():
         below = params[name]
@@ -115,8 +118,8 @@ def add(params: Mapping[str, Any], scaled: Adapters) -> dict[str, Any]:
 def _sum(
     kernel: Float[Array, "*L I O"], a: Float[Array, "*L I R"], b: Float[Array, "*L R O"]
 ) -> Float[Array, "*L I O"]:
-    # The leading axis makes it a batched product. Those are not kept for the backward pass by the
-    # policy `dots`, which would hold a second copy of the model.
+    # The extra leading axis makes this a batched product, which the remat policy `dots` does not
+    # save: saving it would keep a second copy of the model for the backward pass.
     batch = tuple(range(a.ndim - 1))
     product = jax.lax.dot_general(
         a[None],
@@ -130,7 +133,7 @@ def _sum(
 def _kernels(
     lora: LoraConfig, params: Mapping[str, Any], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
-    """List path and shape of every kernel that is adapted, in the order of their names."""
+    """Yield path and shape of every adapted kernel, sorted by name."""
     for name in sorted(params):
         inner = params[name]
         kernel = inner.get("kernel") if isinstance(inner, Mapping) else inner

@@ -1,10 +1,10 @@
-"""A mixture of experts without capacity: every token reaches all of its experts.
+"""A mixture of experts without capacity limits: no token is dropped.
 
     x -> router -> the k most probable experts -> tokens sorted by expert -> ragged products
-      -> back in the order of tokens -> weighted sum
+      -> restored to token order -> weighted sum
 
-Each row of a ragged product depends on its own token alone, so padding is routed like any token
-and changes nothing for the others.
+Each row of a ragged product depends on its own token alone, so padding tokens are routed like
+others and do not change the results of real tokens.
 """
 
 import jax
@@ -19,7 +19,7 @@ from fireopd_jax.types import Array
 
 
 class Experts(nnx.Module):
-    """The kernels of all experts of a layer."""
+    """The kernels of all experts of a layer, stacked: [E, inputs, outputs]."""
 
     def __init__(self, c: DecoderConfig, *, rngs: nnx.Rngs):
         assert c.moe is not None
@@ -35,7 +35,7 @@ class Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """Router and experts."""
+    """Router and experts: an MLP layer of a mixture-of-experts model."""
 
     def __init__(self, c: DecoderConfig, *, rngs: nnx.Rngs):
         assert c.moe is not None
@@ -44,7 +44,7 @@ class MoE(nnx.Module):
         self.experts = Experts(c, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        """Send each token to its experts and sum what they give, weighted by the router."""
+        """Return the sum of each token's expert outputs, weighted by the router's probabilities."""
         c, moe = self.config, self.config.moe
         assert moe is not None
         rows = x.reshape(-1, x.shape[-1])

@@ -1,10 +1,11 @@
-"""Where a model that is laid out for decoding lies on the `tensor` axis of its mesh.
+"""Sharding of parameters in the decode layout over the `tensor` axis of a mesh.
 
-    q, k, v, gate, up    columns: a device has whole heads, and its part of the MLP
-    o, down              rows: the products are summed over the axis
-    embedding, head      words, filled up to whole blocks of the sampler's
+    q, k, v, gate, up    sharded by columns: whole heads, and a part of the MLP, on each device
+    o, down              sharded by rows: their products are summed over the axis
+    embedding, head      sharded by token id, padded to whole blocks of the sampler
 
-What does not divide lies whole on every device: fewer key heads than devices, say.
+An array whose parts the devices cannot share evenly is replicated, such as k and v when there are
+fewer key heads than devices.
 """
 
 from typing import Any
@@ -18,17 +19,17 @@ from fireopd_jax.models.architecture import DecoderConfig
 COLUMNS = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
 ROWS = {"o_proj", "down_proj"}
 TABLES = {"embed_tokens", "lm_head"}
-WORDS = 128
-"""A device's part of the vocabulary is a multiple of it."""
+TOKENS = 128
+"""Each device's number of token ids is a multiple of this: the sampler's block."""
 
 
 def tensor_devices(mesh: Mesh | None) -> int:
-    """Count the devices that share a model."""
+    """Return the size of the `tensor` axis: the devices that share one model; 1 without a mesh."""
     return 1 if mesh is None else mesh.shape["tensor"]
 
 
 def over_tensor(ndim: int, axis: int, parts: int, devices: int) -> PartitionSpec:
-    """Split one axis over the devices, if they can share its `parts` evenly."""
+    """Return the spec that shards one axis, or no axis if `parts` is no multiple of `devices`."""
     spec: list[str | None] = [None] * ndim
     if devices > 1 and parts % devices == 0:
         spec[axis] = "tensor"
@@ -38,22 +39,22 @@ def over_tensor(ndim: int, axis: int, parts: int, devices: int) -> PartitionSpec
 def shard_decode_layout(
     decode_params: dict[str, Any], c: DecoderConfig, mesh: Mesh
 ) -> dict[str, Any]:
-    """Split the parameters that `LanguageModel.to_decode_layout` has laid out."""
+    """Shard parameters in the decode layout; embedding and head are padded with zeros."""
     devices = tensor_devices(mesh)
     heads = {"q_proj": c.num_attention_heads, "o_proj": c.num_attention_heads}
     heads |= {"k_proj": c.num_key_value_heads, "v_proj": c.num_key_value_heads}
 
     def place(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        # Keys of a dict, fields of a `Quantized`, indices of layers.
+        # A path has dict keys, fields of a `Quantized` and layer indices; only keys have `key`.
         names = {str(getattr(key, "key", "")) for key in path}
         spec = PartitionSpec()
         if names & TABLES:
-            leaf = jnp.pad(leaf, ((0, -leaf.shape[0] % (WORDS * devices)), (0, 0)))
+            leaf = jnp.pad(leaf, ((0, -leaf.shape[0] % (TOKENS * devices)), (0, 0)))
             spec = PartitionSpec("tensor")
         for name in names & COLUMNS:
             spec = over_tensor(leaf.ndim, -1, heads.get(name, leaf.shape[-1]), devices)
         for name in names & ROWS:
-            if leaf.ndim > 1:  # a bias is added to the sum
+            if leaf.ndim > 1:  # A bias is replicated: it is added after the sum over the axis.
                 spec = over_tensor(leaf.ndim, -2, heads.get(name, leaf.shape[-2]), devices)
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 

@@ -1,14 +1,15 @@
-"""Weights of a frozen model in eight bits: a whole number for each, a float32 step a column.
+"""Int8 weights of frozen models: an 8-bit integer for each weight, a float32 scale for each column.
 
     W [I, O]  ->  s_o = max_i |W_io| / 127,  q_io = round(W_io / s_o)        x W  ~  (x q) s
 
-A `Quantized` stands among the parameters where a kernel would; whatever multiplies by a kernel
-takes either. The numbers q are exact in bfloat16, too, so the product runs in the model's type and
-s comes after it: a weight is never rounded a second time.
+A `Quantized` replaces a kernel among the parameters; all code that multiplies by a kernel accepts
+either. The integers q are exact in bfloat16, too, so the product runs in the model's dtype and is
+multiplied by s afterwards: no weight is rounded twice.
 
-Quantised are the linear maps of every layer, each expert's own. Embedding and head are not: the
-head's statistics take a float matrix, and its errors would reach the log-probs undamped. Routers
-and norms are not: they are small, and a router's choice jumps.
+The linear maps of every layer are quantised, each expert's separately. Embedding and head are not:
+the head statistics take a float matrix, and quantisation errors of the head would enter the
+log-probabilities directly. Routers and norms are not: they are small, and a small error can change
+which expert a router chooses.
 """
 
 from collections.abc import Mapping
@@ -26,16 +27,17 @@ from fireopd_jax.types import Array, pytree
 
 Quantize = Literal["int8"]
 LEVELS = 127
-# Multiplied, not divided, here and by the step's inverse: XLA may do so itself, and weights of few
-# bits lie half-way between two numbers often enough for the host to come to others.
+# The host must round as XLA does. XLA may replace a division by a product with the inverse, which
+# rounds weights half-way between two integers differently, and bfloat16 weights often are: so both
+# use products with inverses.
 STEP = np.float32(1 / LEVELS)
 NOTHING = 1e-37
-"""A step whose inverse would overflow: what is below it becomes zero."""
+"""Scales up to this have an inverse that overflows; their columns become zero."""
 
 
 @pytree
 class Quantized:
-    """A kernel, or a stack of kernels."""
+    """An int8 kernel or a stack of them: `values * scale`, one float32 scale for each column."""
 
     values: Int8[Array, "*L I O"]
     scale: Float32[Array, "*L 1 O"]
@@ -51,23 +53,23 @@ class Quantized:
         return self.values.size
 
     def __getitem__(self, index: int | tuple[int, ...]) -> "Quantized":
-        """Pick from the leading axes."""
+        """Index the leading axes of values and scales."""
         return jax.tree.map(lambda leaf: leaf[index], self)
 
 
 def is_quantized(leaf: Any) -> bool:
-    """Tell a quantised kernel, which counts as one leaf, from arrays."""
+    """Return whether a leaf of the parameters is a quantised kernel; for `is_leaf` of jax.tree."""
     return isinstance(leaf, Quantized)
 
 
 def quantizable(path: tuple[str, ...]) -> bool:
-    """Tell whether the parameter of this path is a kernel that is quantised."""
+    """Return whether the parameter at this path is a linear map of a layer."""
     name = path[-2] if path[-1] == "kernel" else path[-1]
     return path[0] == "layers" and name in TARGETS
 
 
 def quantize(kernel: Float[Array, "*L I O"]) -> Quantized:
-    """Round a kernel, each column to steps of a 127th of its largest weight."""
+    """Return the kernel in int8; the scale of a column is its largest |weight| / 127."""
     wide = jnp.asarray(kernel).astype(jnp.float32)
     scale = jnp.abs(wide).max(axis=-2, keepdims=True) * STEP
     inverse = jnp.where(scale > NOTHING, 1 / scale, 0)
@@ -77,22 +79,22 @@ def quantize(kernel: Float[Array, "*L I O"]) -> Quantized:
 def quantize_rows(
     rows: Float[np.ndarray, "O I"],
 ) -> tuple[Int8[np.ndarray, "O I"], Float32[np.ndarray, "O 1"]]:
-    """Do what `quantize` does, on the host, to some columns of a kernel that lies transposed."""
+    """Quantise rows of a transposed kernel on the host; bit-identical to `quantize`."""
     wide = rows.astype(np.float32)
     scale = np.abs(wide).max(axis=1, keepdims=True) * STEP
-    # What is not finite shows in the scale, as it would in the weights.
+    # A weight that is not finite makes its scale not finite, so the error is not hidden.
     with np.errstate(invalid="ignore", divide="ignore"):
         wide *= np.where(scale > NOTHING, 1 / scale, np.float32(0))
         return np.rint(wide, out=wide).astype(np.int8), scale
 
 
 def dequantize(kernel: Quantized) -> Float32[Array, "*L I O"]:
-    """Give the kernel that is computed with: q s."""
+    """Return the kernel in float32: q s."""
     return kernel.values.astype(np.float32) * kernel.scale
 
 
 def quantize_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Quantise a model's kernels; those that are already, and all else, stay as they are."""
+    """Return the parameters with all quantisable kernels in int8; other leaves are unchanged."""
 
     def each(path: tuple, leaf: Any) -> Any:
         names = tuple(str(key.key) for key in path)
@@ -104,7 +106,7 @@ def quantize_params(params: Mapping[str, Any]) -> dict[str, Any]:
 def multiply(
     x: Float[Array, "N I"], kernel: Quantized, dtype: jax.typing.DTypeLike
 ) -> Float[Array, "N O"]:
-    """Multiply rows by a kernel, in `dtype` with float32 sums."""
+    """Return x W for rows x: the product in `dtype`, accumulated and scaled in float32."""
     out = jnp.matmul(
         jnp.asarray(x, dtype),
         kernel.values.astype(dtype),
@@ -120,7 +122,7 @@ def ragged_multiply(
     sizes: Int[jax.Array, " E"],
     expert: Int[jax.Array, " N"],
 ) -> Float[Array, "N O"]:
-    """Multiply rows, sorted by expert, each by its own expert's kernel."""
+    """Return each row times its expert's kernel; rows are sorted by expert, `sizes` rows each."""
     values = jnp.asarray(kernels.values, x.dtype)
     out = jax.lax.ragged_dot(
         x, values, sizes, precision_of(x.dtype), preferred_element_type=jnp.float32
@@ -129,7 +131,10 @@ def ragged_multiply(
 
 
 def scale_place(place: Sharding, axes: int) -> Sharding:
-    """Give the sharding of the scale of a kernel with so many axes: it has one row."""
+    """Return the sharding of a kernel's scale, whose input axis has size 1: that axis unsharded.
+
+    `axes` is the number of axes of the kernel.
+    """
     if not isinstance(place, NamedSharding):
         return place
     spec = [*place.spec, *[None] * (axes - len(place.spec))]

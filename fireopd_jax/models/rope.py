@@ -1,9 +1,9 @@
-"""Rotary positions: a base, a scaling that stretches it to longer texts, and the rotation itself.
+"""Rotary position embedding (RoPE): frequencies, their scaling for longer texts, the rotation.
 
     theta -> frequencies -> scaling -> angle of each position -> cos, sin -> rotated queries, keys
 
-A scaling is a function of the frequencies alone, so that one position turns by one angle in any
-sequence. (Dynamic scaling, which depends on the length of the text, cannot be had this way.)
+A scaling is a function of the frequencies alone, so a position has the same angle in every
+sequence. Dynamic scaling, which depends on the length of the text, is not supported.
 """
 
 import math
@@ -19,33 +19,33 @@ from fireopd_jax.types import Array
 
 @config
 class LinearRope:
-    """Positions are divided by a factor."""
+    """Linear scaling: all positions are divided by a factor."""
 
     kind: Literal["linear"] = "linear"
     factor: PositiveFloat = 1.0
-    """How much longer texts become."""
+    """Ratio of the new to the original maximum length."""
 
     def __call__(self, frequency: Float32[Array, " F"], theta: float) -> tuple[Array, float]:
-        """Scale the frequencies: f / s."""
+        """Return the scaled frequencies f / s, and the factor 1 of cos and sin."""
         return frequency / self.factor, 1.0
 
 
 @config
 class Llama3Rope:
-    """Long waves are stretched, short ones left, those between interpolated. Llama 3.1."""
+    """Llama 3.1: long wavelengths are scaled, short ones are not, those between interpolated."""
 
     kind: Literal["llama3"] = "llama3"
     factor: PositiveFloat = 8.0
-    """How much longer texts become."""
+    """Ratio of the new to the original maximum length."""
     low_freq_factor: PositiveFloat = 1.0
-    """Waves that fit fewer times than this into the original length are stretched fully."""
+    """Wavelengths that fit into the original length fewer times than this are scaled fully."""
     high_freq_factor: PositiveFloat = 4.0
-    """Waves that fit more often than this into the original length are left alone."""
+    """Wavelengths that fit into the original length more often than this are not scaled."""
     original_max_position_embeddings: PositiveInt = 8192
-    """Length of the texts before the stretching."""
+    """Maximum length before scaling, in tokens."""
 
     def __call__(self, frequency: Float32[Array, " F"], theta: float) -> tuple[Array, float]:
-        """Scale the frequencies: f (m + (1 - m) / s), m from 0 (long) to 1 (short waves)."""
+        """Return f (m + (1 - m) / s), m from 0 (long) to 1 (short waves), and the factor 1."""
         waves = self.original_max_position_embeddings * frequency / (2 * math.pi)
         low, high = self.low_freq_factor, self.high_freq_factor
         keep = jnp.clip((waves - low) / (high - low), 0.0, 1.0)
@@ -54,24 +54,24 @@ class Llama3Rope:
 
 @config
 class YarnRope:
-    """As in Llama 3, the ramp over the dimensions, and sharper attention. YaRN, 2309.00071."""
+    """YaRN, arXiv 2309.00071: interpolation by a ramp over dimensions, and scaled attention."""
 
     kind: Literal["yarn"] = "yarn"
     factor: PositiveFloat = 4.0
-    """How much longer texts become."""
+    """Ratio of the new to the original maximum length."""
     original_max_position_embeddings: PositiveInt = 32768
-    """Length of the texts before the stretching."""
+    """Maximum length before scaling, in tokens."""
     beta_fast: PositiveFloat = 32.0
-    """Waves that fit this often into the original length begin the ramp."""
+    """The ramp begins at the wavelength that fits this often into the original length."""
     beta_slow: PositiveFloat = 1.0
-    """Waves that fit this often end it."""
+    """The ramp ends at the wavelength that fits this often into the original length."""
     attention_factor: NonNegativeFloat | None = None
-    """Multiplies queries and keys; by default 0.1 ln(factor) + 1."""
+    """Factor of cos and sin, so of queries and keys; by default 0.1 ln(factor) + 1."""
     truncate: bool = True
     """Round the ends of the ramp to whole dimensions."""
 
     def __call__(self, frequency: Float32[Array, " F"], theta: float) -> tuple[Array, float]:
-        """Scale the frequencies: f (m + (1 - m) / s), and give the factor of attention."""
+        """Return f (m + (1 - m) / s), m the ramp from 1 to 0, and the factor of cos and sin."""
         half = len(frequency)
 
         def dimension(turns: float) -> float:
@@ -99,7 +99,7 @@ def rotary(
     theta: float,
     scaling: LinearRope | Llama3Rope | YarnRope | None = None,
 ) -> tuple[Array, Array]:
-    """Give the cosine and sine of each position's rotation, f32[B, S, 1, head_dim / 2]."""
+    """Return cos and sin of each position's angles, f32[B, S, 1, head_dim / 2] each."""
     frequency = theta ** (-jnp.arange(head_dim // 2, dtype=jnp.float32) * 2 / head_dim)
     factor = 1.0
     if scaling is not None:
@@ -111,7 +111,7 @@ def rotary(
 
 
 def rotate(x: Float[Array, "B S N H"], rope: tuple[Array, Array]) -> Float[Array, "B S N H"]:
-    """Rotate the pair (i, i + H/2) of each head by its position's angle, in float32."""
+    """Return x with the pairs (i, i + H/2) of each head rotated by their angles, in float32."""
     cos, sin = rope
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

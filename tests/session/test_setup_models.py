@@ -92,13 +92,13 @@ def test_an_architecture_beside_a_path_is_held_against_the_folder(tmp_path):
         assert (
             message.startswith(f"teacher a.architecture.{name} is {shown}") and "\n" not in message
         )
-        assert f"{file} says {found}; " in message
+        assert f"{file} has {found}; " in message
     # What is given comes before what is left out.
     given = [f"student.path={path}", "student.architecture.hidden_size=48", f"teacher.path={path}"]
     with pytest.raises(UserError, match=r"student\.architecture\.hidden_size is 48, "):
         make_spec("student", load_config(given).student)
     given[1] = f"student.architecture.hidden_size={same.hidden_size}"
-    with pytest.raises(UserError, match=r"is \S+ \(the default\), .* as it is, or none"):
+    with pytest.raises(UserError, match=r"is \S+ \(the default\), .* of the folder, or none"):
         make_spec("student", load_config(given).student)
 
 
@@ -108,7 +108,7 @@ def test_an_architecture_is_held_against_a_model_of_a_run(tmp_path):
     same = dataclasses.replace(spec.model.config, vocab_size=spec.model.vocab_size)
     make_spec("student", StudentConfig(path=str(tmp_path), architecture=same))
     other = dataclasses.replace(same, head_dim=64)
-    with pytest.raises(UserError, match=r"head_dim is 64, .*model\.json says 16; "):
+    with pytest.raises(UserError, match=r"head_dim is 64, .*model\.json has 16; "):
         make_spec("student", StudentConfig(path=str(tmp_path), architecture=other))
 
 
