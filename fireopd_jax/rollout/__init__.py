@@ -1,1 +1,1 @@
-"""From prompts to responses: what to draw (`sampling`), and the loop that draws it (`engine`)."""
+"""From prompts to responses: sampling from logits, KV caches, and continuous batching."""

@@ -1,9 +1,9 @@
-"""The vocabulary's columns in blocks, whole on one device or split over a mesh axis.
+"""The vocabulary axis of logits in blocks, on one device or sharded over a mesh axis.
 
     logits [B, V] -> blocks [B, N, block], N = ceil(V / block)
 
-Under `shard_map` every device of the axis holds V / n columns, in order; what they tell one another
-is a number a row, or a number a block and row, never the columns.
+Inside `shard_map` each of the n devices of the axis has V / n columns, in order. Devices exchange
+one number for each row, or for each row and block, never the columns.
 """
 
 import dataclasses
@@ -20,35 +20,35 @@ SMALL_VOCABULARY = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The columns that this device holds, and how to ask the others about theirs."""
+    """The columns of this device, and reductions over those of all devices."""
 
     width: int
-    """Columns here."""
+    """Columns on this device."""
     axis: str | None = None
-    """Mesh axis over which the vocabulary is split; None: all of it is here."""
+    """Mesh axis over which the vocabulary is sharded; None: it is not."""
 
     @property
     def shards(self) -> int:
-        """Devices that share the vocabulary."""
+        """Number of devices that share the vocabulary."""
         return 1 if self.axis is None else lax.axis_size(self.axis)
 
     @property
     def size(self) -> int:
-        """The whole vocabulary."""
+        """Columns on all devices."""
         return self.width * self.shards
 
     @property
     def block(self) -> int:
-        """Columns of a block; of the whole vocabulary's making, so that sharding changes none."""
+        """Columns of a block: a function of the whole vocabulary, so the same when sharded."""
         return WIDE if self.size >= SMALL_VOCABULARY else NARROW
 
     @property
     def count(self) -> int:
-        """Blocks here."""
+        """Blocks on this device."""
         return -(-self.width // self.block)
 
     def check(self) -> None:
-        """Refuse shards that would cut a block in two."""
+        """Raise ValueError if shards do not consist of whole blocks."""
         if self.shards > 1 and self.width % self.block:
             raise ValueError(
                 f"a vocabulary of {self.size} in {self.shards} shards has {self.width} columns a "
@@ -56,36 +56,36 @@ class Columns:
             )
 
     def split(self, logits: Float32[Array, "B W"]) -> Float32[Array, "B N block"]:
-        """Lay the columns in blocks, the last one filled up with -inf."""
+        """Return the columns in blocks, the last one padded with -inf."""
         if missing := self.count * self.block - self.width:
             padded = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
-            # Fused into what reads the blocks, it would cost them their vector instructions.
+            # Fused into the reductions over blocks, the padding would stop their vectorisation.
             logits = lax.optimization_barrier(padded)
         return logits.reshape(len(logits), self.count, self.block)
 
     def first(self) -> Array | int:
-        """Give the id of the first column here."""
+        """Return the token id of this device's first column."""
         return 0 if self.axis is None else lax.axis_index(self.axis) * self.width
 
     def ids(self) -> Int32[Array, "1 N block"]:
-        """Give every column's token id, in blocks."""
+        """Return the token ids of this device's columns, in blocks."""
         ids = self.first() + jnp.arange(self.count * self.block, dtype=jnp.int32)
         return ids.reshape(1, self.count, self.block)
 
     def sum(self, value: Shaped[Array, "*S"]) -> Shaped[Array, "*S"]:
-        """Add up over the shards."""
+        """Return the sum over the shards."""
         return value if self.axis is None else lax.psum(value, self.axis)
 
     def max(self, value: Shaped[Array, "*S"]) -> Shaped[Array, "*S"]:
-        """Take the largest over the shards.
+        """Return the maximum over the shards.
 
-        Of what all have worked out from the same numbers it is the value itself, and JAX then knows
-        that they agree: branches on it are taken together.
+        For a value that all shards have computed alike it is that value, and JAX then knows that
+        the shards agree, which branches on it require.
         """
         return value if self.axis is None else lax.pmax(value, self.axis)
 
     def gather(self, value: Shaped[Array, "B L"]) -> Shaped[Array, "B G"]:
-        """Join what the shards have along the second axis, in the order of the columns."""
+        """Return the shards' arrays concatenated on the second axis, in the order of columns."""
         if self.axis is None:
             return value
         return lax.all_gather(value, self.axis, axis=1, tiled=True)
@@ -93,7 +93,7 @@ class Columns:
     def pick(
         self, blocks: Float32[Array, "B N block"], chosen: Int32[Array, " B"]
     ) -> tuple[Float32[Array, "B block"], Bool[Array, " B"]]:
-        """Read one block a row; false where another shard holds it."""
+        """Return the chosen block of each row, and whether this shard has it."""
         here = chosen if self.axis is None else chosen - lax.axis_index(self.axis) * self.count
         inside = (here >= 0) & (here < self.count)
         at = jnp.clip(here, 0, self.count - 1)[:, None, None]
@@ -101,23 +101,23 @@ class Columns:
 
 
 @pytree
-class Weights:
-    """Masses of the blocks, relative to each row's best token."""
+class BlockMass:
+    """Probability mass of the blocks, unnormalised: relative to each row's largest logit."""
 
     top: Float32[Array, " B"]
-    """The largest logit of all."""
+    """Largest logit of the row, over all shards."""
     best: Float32[Array, "B N"]
-    """The largest logit of each block here."""
+    """Largest logit of each block on this device."""
     mass: Float32[Array, "B N"]
-    """Sum of exp(logit - top) over each block here."""
+    """Sum of exp(logit - top) over each block on this device."""
     total: Float32[Array, " B"]
-    """The same over the whole vocabulary; not finite if any logit is NaN or +inf, or all -inf."""
+    """The same sum over the vocabulary; not finite if a logit is NaN or +inf, or all are -inf."""
 
 
-def weigh(blocks: Float32[Array, "B N block"], columns: Columns) -> Weights:
-    """Take each block's maximum and mass: all that a draw must know of the columns."""
-    # Without the barriers the reduction of a reduction becomes one more pass over the columns.
+def block_mass(blocks: Float32[Array, "B N block"], columns: Columns) -> BlockMass:
+    """Return maximum and mass of each block: all that the first sampling stage needs."""
+    # Without the barriers XLA fuses the nested reductions into another pass over the columns.
     best = lax.optimization_barrier(blocks.max(axis=-1))
     top = columns.max(best.max(axis=-1))
     mass = lax.optimization_barrier(jnp.exp(blocks - top[:, None, None]).sum(axis=-1))
-    return Weights(top, best, mass, columns.sum(mass.sum(axis=-1)))
+    return BlockMass(top, best, mass, columns.sum(mass.sum(axis=-1)))

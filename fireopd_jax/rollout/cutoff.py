@@ -1,14 +1,14 @@
-"""Where top-k and top-p cut a row's ranking, exactly and without sorting the vocabulary.
+"""Exact thresholds of top-k and top-p, without sorting the vocabulary.
 
-    256 best tokens -> the cut, if it lies among them        (nearly always)
+    256 largest logits -> the threshold, if it is among them        (nearly always)
     else bisection: smallest t with measure(logits > t) < limit, over the bits of float32
 
-Tokens are ranked by logit, equal ones by token id. Both filters keep the head of that ranking, so a
-cut is its last token: a logit and an id. Top-k keeps exactly k, top-p every token before which less
-than p of the mass lies, its mass being what top-k has left.
+Tokens are ranked by logit, equal logits by token id. Both filters keep a prefix of that ranking, so
+a threshold is the last token kept: a logit and an id. Top-k keeps exactly k tokens. Top-p keeps
+every token whose predecessors in the ranking have less than p of the mass of the top-k tokens.
 
-The measure is a count for top-k, a mass for top-p. Its float32 sum over a fixed tree is monotone
-in t, so the bisection is sound.
+The measure is a count for top-k and a probability mass for top-p. Its float32 sum over a fixed tree
+is monotone in t, so the bisection is exact.
 """
 
 from collections.abc import Callable
@@ -19,48 +19,48 @@ from jax import lax
 from jaxtyping import Bool, Float32, Int32
 
 from fireopd_jax.ops import topk
-from fireopd_jax.rollout.columns import Columns, Weights
+from fireopd_jax.rollout.columns import BlockMass, Columns
 from fireopd_jax.types import Array, pytree
 
 CANDIDATES = 256
-"""Best tokens that are ranked; all, of a vocabulary of fewer than twice as many."""
+"""Tokens that are ranked; the whole vocabulary, if it has fewer than twice as many."""
 LEAST = 1e-30
-"""Below any mass before the second token, so that p = 0 keeps one token."""
+"""Smallest limit of top-p: less than the mass of any first token, so p = 0 keeps one token."""
 
 
 @pytree
 class Cut:
-    """The last token that a row keeps."""
+    """The last token in the ranking that a row keeps."""
 
     value: Float32[Array, " B"]
     """Its logit."""
     tie: Int32[Array, " B"]
-    """Its id."""
+    """Its token id."""
 
     def keeps(
         self, z: Float32[Array, "B ..."], ids: Int32[Array, "#B ..."]
     ) -> Bool[Array, "B ..."]:
-        """Tell which tokens are ranked no lower."""
+        """Return which tokens are kept: those that rank no lower."""
         shape = (-1, *[1] * (z.ndim - 1))
         value, tie = self.value.reshape(shape), self.tie.reshape(shape)
         return (z > value) | ((z == value) & (ids <= tie))
 
 
 def no_cut(like: Float32[Array, " B"]) -> Cut:
-    """Keep every token."""
+    """Return the threshold that keeps every token."""
     return Cut(jnp.full_like(like, -jnp.inf), jnp.full_like(like, 2**31 - 1, jnp.int32))
 
 
-def find(
+def find_cut(
     z: Float32[Array, "B N block"],
-    weights: Weights,
+    weights: BlockMass,
     top_k: Int32[Array, " B"],
     top_p: Float32[Array, " B"],
     columns: Columns,
 ) -> Cut:
-    """Cut each row after its top-k (0: off), and that after its top-p (1: off).
+    """Return each row's threshold for top-k (0: off), followed by top-p (1: off).
 
-    `weights` are those of `z`. A row whose logits are not all numbers gets some cut.
+    `weights` is the block mass of `z`. Rows with NaN or infinite logits get an arbitrary threshold.
     """
     k = jnp.where((top_k <= 0) | (top_k >= columns.size), columns.size, top_k)
     value, ids = _candidates(z, columns)
@@ -79,7 +79,7 @@ def find(
     )
     if found >= columns.size:
         return among
-    # Beyond the candidates: k itself, or else the mass of p.
+    # The threshold is beyond the candidates if k is, or if they have less mass than p.
     short = jnp.where(k < columns.size, k > found, (top_p < 1) & (upto.max(axis=1) < limit))
     short = columns.max((short & jnp.isfinite(weights.total)).astype(jnp.int32)) > 0
 
@@ -93,25 +93,25 @@ def find(
 def _candidates(
     z: Float32[Array, "B N block"], columns: Columns
 ) -> tuple[Float32[Array, "B K"], Int32[Array, "B K"]]:
-    """Rank the best tokens of the whole vocabulary: the best of each shard, then of those."""
+    """Return the largest logits of the vocabulary and their ids: per shard first, then of those."""
     rows = len(z)
     count = columns.size if columns.size < 2 * CANDIDATES else CANDIDATES
-    # Zeros of both signs are equal here; lists of best ones may tell them apart.
+    # The ranking treats zeros of both signs as equal, but top-k functions may not.
     flat = jnp.where(z == 0, 0.0, z).reshape(rows, -1)
     best = topk.empty(rows, min(count, flat.shape[1]))
     value, ids = topk.update(best, flat, columns.first())
     if columns.axis is None:
         return value, ids
-    # Shards come in the order of their ids, so equals stay in that order too.
+    # Shards are in the order of token ids, so equal logits stay in that order.
     value, ids = columns.gather(value), columns.gather(ids)
     value, at = lax.top_k(value, min(count, columns.size))
     return value, jnp.take_along_axis(ids, at, axis=1)
 
 
 def _search(
-    z: Array, weights: Weights, k: Array, top_p: Array, short: Array, columns: Columns
+    z: Array, weights: BlockMass, k: Array, top_p: Array, short: Array, columns: Columns
 ) -> Cut:
-    """Find the cuts of the rows that are short, whatever their place in the ranking."""
+    """Return the thresholds of the rows in `short` by bisection, anywhere in the ranking."""
     weight = jnp.exp(z - weights.top[:, None, None])
     lowest, highest = _key(jnp.full_like(weights.top, -jnp.inf)), _key(weights.top)
 
@@ -119,7 +119,7 @@ def _search(
         return columns.sum(kept.sum(axis=(1, 2), dtype=jnp.int32))
 
     def above(t: Array) -> Array:
-        """Sum the weights above t, block by block: fewer roundings than one long sum."""
+        """Sum the weights above t block by block, which rounds less than one long sum."""
         kept = jnp.where(z > t[:, None, None], weight, 0).sum(axis=-1)
         return columns.sum(kept.sum(axis=-1))
 
@@ -142,7 +142,7 @@ def _search(
         highest,
     )
     cut = _value(jnp.where(by_p, end, low))
-    # Of equals at the cut: as many as still begin below the limit, and no more than k left.
+    # Of tokens equal to the threshold, keep those with predecessors below the limit, k in all.
     needed = jnp.ceil((limit - above(cut)) / jnp.exp(cut - weights.top))
     needed = jnp.clip(needed, 1, columns.size).astype(jnp.int32)
     keep = jnp.where(by_p, needed, room)
@@ -162,7 +162,10 @@ def _smallest(
     low: Int32[Array, " B"],
     high: Int32[Array, " B"],
 ) -> Int32[Array, " B"]:
-    """Find each row's smallest integer in [low, high] that `holds`; `high` is taken to."""
+    """Return each row's smallest integer in [low, high] for which `holds` is true, by bisection.
+
+    `holds` must be monotone; it is assumed to be true of `high`.
+    """
 
     def narrow(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
@@ -174,11 +177,11 @@ def _smallest(
 
 
 def _key(value: Float32[Array, " B"]) -> Int32[Array, " B"]:
-    """Turn floats into integers of the same order."""
+    """Return integers in the order of the floats."""
     bits = lax.bitcast_convert_type(value, jnp.int32)
     return bits ^ jnp.where(bits < 0, jnp.int32(0x7FFFFFFF), 0)
 
 
 def _value(key: Int32[Array, " B"]) -> Float32[Array, " B"]:
-    """Undo `_key`."""
+    """Return the floats of `_key`'s integers."""
     return lax.bitcast_convert_type(key ^ jnp.where(key < 0, jnp.int32(0x7FFFFFFF), 0), jnp.float32)

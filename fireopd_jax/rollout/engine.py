@@ -1,11 +1,11 @@
-"""Draw a batch of responses as one pure function of parameters and prompts.
+"""Sample a batch of responses as one pure function of parameters and prompts.
 
-    prompts -> table of requests -> `Loop.run` to its end -> Rollout
+    prompts -> request table -> `Loop.run` until no row is left -> Rollout
 
-The rows are shared out over the `data` axis of the mesh, one loop a replica: a replica
-whose responses are short does not wait at every step for the others. The devices of a replica, on
-the `tensor` axis, share its model, its cache and the columns of its vocabulary. For requests that
-come and go, budgets and streams there is `serving.Engine`, around the same loop.
+The rows are sharded over the `data` axis of the mesh, with one loop for each replica, so a replica
+with short responses does not wait for others at every step. The devices of a replica, on the
+`tensor` axis, share its model, KV cache and vocabulary. `serving.Engine` has the same loop for
+requests that arrive over time, with budgets and streaming.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ from fireopd_jax.rollout.state import STOP, Requests, Shape, empty_requests, enq
 from fireopd_jax.types import Prompts, Rollout
 
 CacheLayout = Dense | Paged
-"""How keys and values are kept."""
+"""Layouts of the KV cache."""
 DENSE = Dense()
 UNBOUNDED = 2**30
-"""Decoding steps that no rollout reaches."""
+"""More decoding steps than any rollout has."""
 
 
 def generate(
@@ -44,12 +44,12 @@ def generate(
     memory: CacheLayout = DENSE,
     mesh: Mesh | None = None,
 ) -> Rollout:
-    """Draw one response to each prompt.
+    """Return one sampled response to each prompt.
 
-    `max_tokens` is the room, static; `sampling.max_tokens` the limit, traced, at most the room. A
-    row of length 0 draws nothing. Rows end on a stop token, which is part of the response, at the
-    limit, or before a token for which the logits are not finite. At most `slots` rows are decoded
-    at a time, on each replica; rows that follow one another with the same prompt share its prefill.
+    `max_tokens` is the static width T of the result; `sampling.max_tokens` is a traced limit of at
+    most T. Rows with prompts of length 0 have empty responses. A response ends with a stop token,
+    which belongs to it, at the limit, or before a token whose logits are not finite. Each replica
+    decodes at most `slots` rows at a time; consecutive rows with the same prompt share its prefill.
     """
     replicas = replica_count(mesh)
     rows, width = prompts.tokens.shape
@@ -85,7 +85,7 @@ def generate(
 
 
 def table(prompts: Prompts, sampling: Sampling, room: int) -> Requests:
-    """Lay prompts out as requests."""
+    """Return a request table of the prompts, for responses of up to `room` tokens."""
     rows, width = prompts.tokens.shape
     return dataclasses.replace(
         empty_requests(rows, width, room, sampling),

@@ -1,10 +1,10 @@
-"""What a cache keeps of keys and values: the values themselves, or 8-bit integers and their scales.
+"""Storage formats of keys and values: the model's dtype, or int8 with a scale for each vector.
 
     x[..., H] -> (x,)        or        (round(127 x / max|x|), max|x| / 127)
 
-Nothing that is not finite enters a cache: a masked slot has weight 0, and 0 times NaN is NaN, so
-one request's overflow would reach the next that sits in its place. NaN becomes the largest number,
-which overflows again in whoever may see it: its own row still ends.
+Stored values are finite. A masked position has weight 0 in attention, and 0 times NaN is NaN, so a
+NaN of one request would reach the next request in its slot. NaN becomes the largest finite number,
+which overflows again in the logits of its own row, so that row still ends as `not_finite`.
 """
 
 from typing import Literal
@@ -14,11 +14,11 @@ from jax import Array
 
 KVType = Literal["model", "int8"]
 Leaves = tuple[Array, ...]
-"""The arrays that stand for one tensor; all but the last axis are the tensor's."""
+"""The arrays that store one tensor; they have its axes but for the size of the last."""
 
 
 def encode(x: Array, kind: KVType) -> Leaves:
-    """Turn values [..., H] into what is kept; int8 has one float32 scale a vector."""
+    """Return the stored form of values [..., H]; int8 has one float32 scale for each vector."""
     x = finite(x)
     if kind == "model":
         return (x,)
@@ -28,19 +28,19 @@ def encode(x: Array, kind: KVType) -> Leaves:
 
 
 def finite(x: Array) -> Array:
-    """Replace what is not finite by the largest number of the type."""
+    """Return x with NaN and infinities replaced by the largest finite values of its dtype."""
     return jnp.nan_to_num(x, nan=float(jnp.finfo(x.dtype).max))
 
 
 def decode(leaves: Leaves, dtype: jnp.dtype) -> Array:
-    """Turn what is kept into values [..., H]."""
+    """Return the values [..., H] of the stored form."""
     if len(leaves) == 1:
         return leaves[0]
     return (leaves[0].astype(jnp.float32) * leaves[1]).astype(dtype)
 
 
 def widths(head_dim: int, kind: KVType, dtype: jnp.dtype) -> tuple[tuple[int, jnp.dtype], ...]:
-    """Tell the last axis and the type of each array that is kept."""
+    """Return size of the last axis and dtype of each stored array."""
     if kind == "model":
         return ((head_dim, jnp.dtype(dtype)),)
     return (head_dim, jnp.dtype(jnp.int8)), (1, jnp.dtype(jnp.float32))

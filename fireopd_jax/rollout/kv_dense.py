@@ -1,12 +1,12 @@
-"""A key-value cache in which every slot owns room for the longest text: plain, and the oracle.
+"""The dense KV cache: every slot has room for the longest sequence. Reference for other layouts.
 
-    prompt --prefill, in pieces of W columns--> entries --copy--> slots
+    prompt --prefill, W columns a step--> entries --copy--> slots
 
-Keys are [rows, K, H, S] and values [rows, K, S, H]: a query's products with all keys, and the sum
-of all values, then both read what lies side by side. With keys as values are, a CPU takes 1.7 to 5
-times as long for a step's attention. Column p of S holds position p. Each layer has buffers of its
-own, updated in place. A prompt is computed once in an entry, and copied to as many slots as want a
-response to it.
+Keys are [rows, K, H, S] and values [rows, K, S, H], so that the products of a query with all keys
+and the weighted sum of all values both read contiguous memory. With keys in the layout of values, a
+CPU takes 1.7 to 5 times as long for the attention of a decoding step. Column p of S has position p.
+Each layer has its own buffers, updated in place. A prompt is computed once, in an entry, and copied
+to every slot with a response to it.
 """
 
 import functools
@@ -27,7 +27,7 @@ from fireopd_jax.types import pytree
 
 @pytree
 class DenseState:
-    """Keys, turned, and values of each layer: pairs of what `encode` keeps."""
+    """Stored keys and values (`kv_codec.encode`) of each layer, for slots and for entries."""
 
     slots: Any
     entries: Any
@@ -35,23 +35,23 @@ class DenseState:
 
 @config
 class Dense:
-    """Every slot has room for the longest prompt and response."""
+    """A cache with room for the longest prompt and response in every slot."""
 
     kind: Literal["dense"] = "dense"
     dtype: KVType = "model"
-    """Keys and values as the model computes them, or as 8-bit integers with a scale a vector."""
+    """Keys and values in the model's dtype, or as 8-bit integers with a scale for each vector."""
 
     heads_axis = 1
-    """Axis of every array that counts the key heads."""
+    """Axis of the key heads in every array."""
     axes = (3, 2)
-    """The axis of keys, and that of values, which counts the positions."""
+    """Axis of the positions, in keys and in values."""
     align = 8
-    """Pieces of prompts are a multiple of it."""
+    """The tokens of a prefill step are a multiple of this."""
     runs_out = False
-    """Whether a slot may find no room to go on."""
+    """Whether a slot may lack room for its next token."""
 
     def init(self, c: DecoderConfig, slots: int, entries: int, capacity: int) -> DenseState:
-        """Allocate; every buffer is its own."""
+        """Return an empty cache; no two arrays share a buffer, so it can be donated."""
 
         def layers(rows: int) -> Cache:
             return tuple(self._empty(c, rows, capacity) for _ in range(c.num_hidden_layers))
@@ -59,7 +59,7 @@ class Dense:
         return DenseState(layers(slots), layers(entries))
 
     def grow(self, state: DenseState, capacity: int) -> DenseState:
-        """Give every slot and entry more columns."""
+        """Return the cache with `capacity` positions in every slot and entry."""
 
         def wider(x: Array, axis: int) -> Array:
             more = [(0, 0)] * 4
@@ -69,50 +69,53 @@ class Dense:
         return DenseState(self._by_axis(wider, state.slots), self._by_axis(wider, state.entries))
 
     def slot_capacity(self, state: DenseState) -> int:
-        """Tell how many positions a slot has room for."""
+        """Return the number of positions of a slot."""
         return jax.tree.leaves(state)[0].shape[self.axes[0]]
 
     # -- prompts
 
     def fits_prompts(self, state: DenseState, length: Int32[Array, " R"]) -> Bool[Array, " R"]:
-        """Tell which of the next prompts there is room for."""
+        """Return which of the next prompts fit into the entries: all."""
         return jnp.ones(length.shape, bool)
 
     def allocate_prompts(self, state: DenseState, length: Int32[Array, " R"]) -> DenseState:
-        """Make room for the prompts in the entries."""
+        """Allocate room for the prompts in the entries: nothing to do here."""
         return state
 
     def prompt_cache(self, state: DenseState) -> Cache:
-        """Give what the prefill writes to."""
+        """Return the arrays that a prefill writes to."""
         return state.entries
 
     def with_prompt_cache(self, state: DenseState, cache: Cache) -> DenseState:
-        """Put back what the prefill has written."""
+        """Return the state with the arrays that a prefill has written."""
         return DenseState(state.slots, cache)
 
     def prefill(
         self, state: DenseState, start: Int32[Array, ""], dtype: jnp.dtype
     ) -> CachedAttention:
-        """Attend from columns `start`... of every entry to those columns and all before."""
+        """Return attention of one prefill step, which also writes its keys and values.
 
-        def mix(kept, window, q, k, v, scale):
-            new = self._keep(k, v)
+        Queries are at positions `start` to `start + N - 1` of every entry.
+        """
+
+        def attention(kept, window, q, k, v, scale):
+            new = self._encode(k, v)
 
             def put(old: Array, axis: int, leaf: Array) -> Array:
                 return jax.lax.dynamic_update_slice_in_dim(old, leaf, start, axis)
 
             kept = self._by_axis(put, (kept,), (new,))[0]
             capacity = self.slot_capacity(state)
-            pair = functools.partial(self._read, dtype=dtype)
+            pair = functools.partial(self._decode, dtype=dtype)
             out = attend_piece(q, pair(new), lambda: pair(kept), start, capacity, window, scale)
             return out, kept
 
-        return mix
+        return attention
 
     # -- slots
 
     def fits_slots(self, state: DenseState, length: Int32[Array, " F"]) -> Bool[Array, " F"]:
-        """Tell which of the next requests there is room for in the slots."""
+        """Return which of the next requests fit into slots: all."""
         return jnp.ones(length.shape, bool)
 
     def insert(
@@ -123,7 +126,7 @@ class Dense:
         length: Int32[Array, " F"],
         piece: int,
     ) -> DenseState:
-        """Copy the first `length` columns of the entries to the slots; slot B is nowhere."""
+        """Copy the first `length` positions of entries to slots; slot B: no copy."""
 
         def copy(carry):
             start, slots = carry
@@ -141,63 +144,63 @@ class Dense:
     def ready(
         self, state: DenseState, position: Array, active: Array, order: Array
     ) -> Bool[Array, " B"]:
-        """Tell which slots can take one more token."""
+        """Return which slots have room for one more token: all active ones."""
         return active
 
-    def allocate_tokens(self, state: DenseState, position: Array, going: Array) -> DenseState:
-        """Make room for one more token in the slots that go on."""
+    def allocate_tokens(self, state: DenseState, position: Array, decoding: Array) -> DenseState:
+        """Allocate room for one more token in the decoding slots: nothing to do here."""
         return state
 
     def slot_cache(self, state: DenseState) -> Cache:
-        """Give what a decoding step writes to."""
+        """Return the arrays that a decoding step writes to."""
         return state.slots
 
     def with_slot_cache(self, state: DenseState, cache: Cache) -> DenseState:
-        """Put back what a decoding step has written."""
+        """Return the state with the arrays that a decoding step has written."""
         return DenseState(cache, state.entries)
 
     def decode(
         self,
         state: DenseState,
         position: Int32[Array, " B"],
-        going: Bool[Array, " B"],
+        decoding: Bool[Array, " B"],
         dtype: jnp.dtype,
     ) -> CachedAttention:
-        """Attend from each slot's next position to it and all before; only `going` slots write."""
+        """Return attention of one decoding step; `decoding` slots also write keys and values."""
         rows = jnp.arange(position.shape[0])
         capacity = self.slot_capacity(state)
-        column = jnp.where(going, position, capacity)
+        column = jnp.where(decoding, position, capacity)
 
-        def mix(kept, window, q, k, v, scale):
+        def attention(kept, window, q, k, v, scale):
             def put(old: Array, axis: int, leaf: Array) -> Array:
                 at = (rows, *[slice(None)] * (axis - 1), column)
                 return old.at[at].set(leaf.squeeze(axis), mode="drop", unique_indices=True)
 
-            kept = self._by_axis(put, (kept,), (self._keep(k, v),))[0]
+            kept = self._by_axis(put, (kept,), (self._encode(k, v),))[0]
             return self._attend(kept, position, q, window, scale, dtype), kept
 
-        return mix
+        return attention
 
     def reclaim(self, state: DenseState, active: Array, entries: Array) -> DenseState:
-        """Free the room that is held by nobody."""
+        """Free unused room: nothing to do here."""
         return state
 
-    # -- how a layer's keys and values lie
+    # -- layout of a layer's keys and values
 
     def _empty(self, c: DecoderConfig, rows: int, capacity: int) -> tuple[Leaves, Leaves]:
-        """Allocate a layer's buffers."""
+        """Return a layer's empty buffers for keys and values."""
         shape = (rows, c.num_key_value_heads, capacity)
         kept = widths(c.head_dim, self.dtype, jnp.dtype(c.dtype))
         keys = tuple(jnp.zeros((*shape[:2], width, capacity), dtype) for width, dtype in kept)
         return keys, tuple(jnp.zeros((*shape, width), dtype) for width, dtype in kept)
 
-    def _keep(self, k: Array, v: Array) -> tuple[Leaves, Leaves]:
-        """Turn keys and values [B, K, S, H] into what is kept."""
-        turned = tuple(jnp.swapaxes(leaf, 2, 3) for leaf in encode(k, self.dtype))
-        return turned, encode(v, self.dtype)
+    def _encode(self, k: Array, v: Array) -> tuple[Leaves, Leaves]:
+        """Return the stored form of keys and values [B, K, S, H]."""
+        transposed = tuple(jnp.swapaxes(leaf, 2, 3) for leaf in encode(k, self.dtype))
+        return transposed, encode(v, self.dtype)
 
-    def _read(self, kept: tuple[Leaves, Leaves], dtype: jnp.dtype) -> tuple[Array, Array]:
-        """Turn what is kept into keys and values; the compiler turns nothing, it reads."""
+    def _decode(self, kept: tuple[Leaves, Leaves], dtype: jnp.dtype) -> tuple[Array, Array]:
+        """Return keys and values [B, K, S, H]; XLA fuses the transpose into the reads."""
         return jnp.swapaxes(decode(kept[0], dtype), 2, 3), decode(kept[1], dtype)
 
     def _attend(
@@ -209,13 +212,13 @@ class Dense:
         scale: float,
         dtype: jnp.dtype,
     ) -> Array:
-        """Attend from each row's position to it and all before."""
-        keys, values = self._read(kept, dtype)
+        """Return attention of each row's token at `position` to all positions up to it."""
+        keys, values = self._decode(kept, dtype)
         distance = position[:, None] - jnp.arange(keys.shape[2])[None]
-        return jnp.asarray(attend(q, keys, values, seen(distance, window)[:, None], scale))
+        return jnp.asarray(attend(q, keys, values, visible_keys(distance, window)[:, None], scale))
 
     def _by_axis(self, function: Callable[..., Array], layers: Cache, *others: Any) -> Cache:
-        """Change each array by function(array, its axis of positions, *others' arrays)."""
+        """Apply function(array, its axis of positions, *arrays of others) to each array."""
         return tuple(
             tuple(
                 jax.tree.map(lambda x, *rest, axis=axis: function(x, axis, *rest), kept, *rest)
@@ -225,8 +228,8 @@ class Dense:
         )
 
 
-def seen(distance: Int32[Array, "*B S"], window: int | None) -> Bool[Array, "*B S"]:
-    """Tell which keys a query sees, by how far they lie before it."""
+def visible_keys(distance: Int32[Array, "*B S"], window: int | None) -> Bool[Array, "*B S"]:
+    """Return which keys a query attends to, given how many positions they are before it."""
     past = distance >= 0
     return past if window is None else past & (distance < window)
 
@@ -240,28 +243,28 @@ def attend_piece(
     window: int | None,
     scale: float,
 ) -> Array:
-    """Attend from one piece of the prompts: the first looks at its own keys and values alone."""
+    """Return attention of one prefill step; the first step needs only its own keys and values."""
     rows, length = q.shape[:2]
     at = jnp.arange(length)
 
-    def look(keys: Array, values: Array, distance: Array) -> Array:
-        mask = jnp.broadcast_to(seen(distance, window)[None], (rows, *distance.shape))
+    def attend_to(keys: Array, values: Array, distance: Array) -> Array:
+        mask = jnp.broadcast_to(visible_keys(distance, window)[None], (rows, *distance.shape))
         return jnp.asarray(attend(q, keys, values, mask, scale))
 
     def first() -> Array:
-        return look(*new, at[:, None] - at[None])
+        return attend_to(*new, at[:, None] - at[None])
 
     def later() -> Array:
-        return look(*kept(), start + at[:, None] - jnp.arange(capacity)[None])
+        return attend_to(*kept(), start + at[:, None] - jnp.arange(capacity)[None])
 
     if capacity == length:
         return first()
-    # Only the result leaves the branches: a cache that passes through one would be copied.
+    # The branches return only the result: XLA copies a cache that passes through a branch.
     return jax.lax.cond(start == 0, first, later)
 
 
 def put_columns(buffer: Array, rows: Array, start: Array, values: Array, axis: int) -> Array:
-    """Write `values`, a row each, at `start` on an axis of the named rows; row B is nowhere."""
+    """Return `buffer` with `values` written to `rows` at `start` of an axis; row B: no write."""
     at = jnp.stack([rows, jnp.broadcast_to(start, rows.shape)], axis=-1)
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2, 3),
@@ -272,5 +275,5 @@ def put_columns(buffer: Array, rows: Array, start: Array, values: Array, axis: i
 
 
 def slots_of(layers: Any) -> int:
-    """Count the rows of a cache."""
+    """Return the number of rows of a cache."""
     return jax.tree.leaves(layers)[0].shape[0]

@@ -1,9 +1,9 @@
-"""A dense cache as cuDNN's attention wants it, which then does the decoding.
+"""A dense KV cache in the layout of cuDNN's attention, which runs the decoding steps.
 
     keys and values: [rows, S, K, H] each
 
-It is told how many positions of a slot are alive, so as not to read all that there is room for.
-Prompts are attended to as with any dense cache; only the step of one token a slot is cuDNN's.
+cuDNN gets the number of used positions of each slot, so it does not read the whole capacity.
+Prefill works as in every dense cache; cuDNN runs only the steps of one token for each slot.
 """
 
 from typing import Any, Literal
@@ -20,44 +20,44 @@ from fireopd_jax.rollout.kv_dense import Dense
 
 TYPES = ("bfloat16",)
 MULTIPLE, WIDEST = 8, 128
-"""Heads that cuDNN takes on every GPU: a multiple of so many, and no wider."""
+"""Head widths that cuDNN supports on every GPU: multiples of the first, up to the second."""
 
 
 @config
 class DenseGPU(Dense):
-    """A dense cache, decoded by cuDNN."""
+    """A dense cache; cuDNN's attention runs the decoding steps."""
 
     kind: Literal["dense_gpu"] = "dense_gpu"  # pyright: ignore[reportIncompatibleVariableOverride]
     dtype: Literal["model"] = "model"
-    """Keys and values as the model computes them."""
+    """Keys and values in the model's dtype."""
 
     heads_axis = 2
     axes = (1, 1)
     implementation = "cudnn"
-    """Of `jax.nn.dot_product_attention`."""
+    """Argument of `jax.nn.dot_product_attention`."""
 
     def _empty(self, c: DecoderConfig, rows: int, capacity: int) -> tuple[Leaves, Leaves]:
-        """Allocate a layer's buffers."""
+        """Return a layer's empty buffers; raise UserError for an unsupported model."""
         if c.dtype not in TYPES or c.head_dim % MULTIPLE or c.head_dim > WIDEST:
             raise UserError(
-                f"rollout.cache.kind=dense_gpu takes models in {' or '.join(TYPES)}, with heads of "
-                f"a multiple of {MULTIPLE} up to {WIDEST}, here they are {c.dtype} and "
+                f"rollout.cache.kind=dense_gpu supports {' or '.join(TYPES)} and head widths that "
+                f"are multiples of {MULTIPLE} up to {WIDEST}, this model has {c.dtype} and "
                 f"{c.head_dim}; expected dense or paged"
             )
         if any(kind.window is not None for kind in c.kinds):
             raise UserError(
-                "rollout.cache.kind=dense_gpu knows no sliding window, which the model has; "
-                "expected dense or paged"
+                "rollout.cache.kind=dense_gpu does not support sliding windows, which this model "
+                "has; expected dense or paged"
             )
         shape = (rows, capacity, c.num_key_value_heads, c.head_dim)
         return (jnp.zeros(shape, c.dtype),), (jnp.zeros(shape, c.dtype),)
 
-    def _keep(self, k: Array, v: Array) -> tuple[Leaves, Leaves]:
-        """Turn keys and values [B, K, S, H] into what is kept."""
+    def _encode(self, k: Array, v: Array) -> tuple[Leaves, Leaves]:
+        """Return the stored form of keys and values [B, K, S, H]."""
         return (finite(k).swapaxes(1, 2),), (finite(v).swapaxes(1, 2),)
 
-    def _read(self, kept: tuple[Leaves, Leaves], dtype: jnp.dtype) -> tuple[Array, Array]:
-        """Turn what is kept into keys and values [B, K, S, H]."""
+    def _decode(self, kept: tuple[Leaves, Leaves], dtype: jnp.dtype) -> tuple[Array, Array]:
+        """Return keys and values [B, K, S, H]."""
         return kept[0][0].swapaxes(1, 2), kept[1][0].swapaxes(1, 2)
 
     def _attend(
@@ -69,7 +69,7 @@ class DenseGPU(Dense):
         scale: float,
         dtype: jnp.dtype,
     ) -> Array:
-        """Attend from each row's position to it and all before."""
+        """Return attention of each row's token at `position` to all positions up to it."""
         settings: dict[str, Any] = {"implementation": self.implementation, "scale": scale}
         return jax.nn.dot_product_attention(
             q,

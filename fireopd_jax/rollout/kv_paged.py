@@ -1,12 +1,12 @@
-"""A key-value cache of pages that slots take as they grow, with its allocator inside the program.
+"""A paged KV cache: slots allocate pages as they grow; the allocator is part of the program.
 
-    position p of a row lies in page table[row, p // page], at p % page
+    position p of a row is in page table[row, p // page], at p % page
     a layer's pool: [N, K, page, H]
 
-Memory grows with the tokens that are alive, not with the longest that might be. Rows of one prompt
-share its whole pages and copy the last, unfinished one. Nobody counts references: `reclaim` marks
-the pages that stand in a table of somebody alive, and all others are free. That happens only when
-somebody lacks a page, so a step costs one look at a stack.
+Memory grows with the tokens in use, not with the longest possible sequence. Rows with the same
+prompt share its full pages and copy its last, partial one. There are no reference counts:
+`reclaim` marks the pages in the tables of running slots and needed entries, and frees all others.
+It runs only when a page is lacking, so a decoding step only pops pages from a stack.
 """
 
 import dataclasses
@@ -22,48 +22,48 @@ from fireopd_jax.config import UserError, config
 from fireopd_jax.models.decoder import Cache, CachedAttention, DecoderConfig
 from fireopd_jax.ops.attention import attend
 from fireopd_jax.rollout.kv_codec import KVType, decode, encode, widths
-from fireopd_jax.rollout.kv_dense import attend_piece, seen
+from fireopd_jax.rollout.kv_dense import attend_piece, visible_keys
 from fireopd_jax.types import pytree
 
 
 @pytree
 class PagedState:
-    """The pool, who holds which page, and which are free. Page N is none."""
+    """The pool, the page tables of slots and entries, and the free pages. Page N means none."""
 
     pool: Any
     tables: Int32[Array, "B M"]
     entry_tables: Int32[Array, "R M"]
     free: Int32[Array, " N"]
-    """A stack: the pages before `top` are free."""
+    """A stack of pages: those before index `top` are free."""
     top: Int32[Array, ""]
     dropped: Bool[Array, ""]
-    """Pages have left a table since the last `reclaim`."""
+    """Whether pages have been removed from a table since the last `reclaim`."""
 
 
 @config
 class Paged:
-    """Slots share a pool of pages."""
+    """A cache in which slots share a pool of pages."""
 
     kind: Literal["paged"] = "paged"
     dtype: KVType = "model"
-    """Keys and values as the model computes them, or as 8-bit integers with a scale a vector."""
+    """Keys and values in the model's dtype, or as 8-bit integers with a scale for each vector."""
     page_size: Annotated[int, Field(ge=8, multiple_of=8)] = 16
-    """Tokens of a page, a multiple of 8."""
+    """Tokens in a page, a multiple of 8."""
     tokens: PositiveInt | None = None
-    """Tokens that the pool has room for, on each replica; by default as many as `dense` has."""
+    """Tokens in the pool of each replica; by default as many as a dense cache has."""
 
     heads_axis = 1
-    """Axis of every array of the pool that counts the key heads."""
+    """Axis of the key heads in every array of the pool."""
     runs_out = True
-    """Whether a slot may find no room to go on."""
+    """Whether a slot may lack room for its next token."""
 
     @property
     def align(self) -> int:
-        """Pieces of prompts are a multiple of it."""
+        """The tokens of a prefill step are a multiple of this."""
         return self.page_size
 
     def pages(self, slots: int, entries: int, capacity: int) -> int:
-        """Count the pages of the pool; a pool that cannot hold one response is refused."""
+        """Return the number of pages; raise UserError if one prompt and response may not fit."""
         count = -(-(self.tokens or (slots + entries) * capacity) // self.page_size)
         least = capacity // self.page_size + 2
         if count < least:
@@ -74,7 +74,7 @@ class Paged:
         return count
 
     def init(self, c: DecoderConfig, slots: int, entries: int, capacity: int) -> PagedState:
-        """Allocate; every buffer is its own."""
+        """Return an empty cache; no two arrays share a buffer, so it can be donated."""
         count, width = self.pages(slots, entries, capacity), capacity // self.page_size
         return PagedState(
             pool=tuple(self._empty(c, count) for _ in range(c.num_hidden_layers)),
@@ -86,7 +86,7 @@ class Paged:
         )
 
     def grow(self, state: PagedState, capacity: int) -> PagedState:
-        """Let every slot hold more pages; the pool stays as it is."""
+        """Return the cache with `capacity` positions in every slot; the pool does not change."""
         none, more = state.free.shape[0], capacity // self.page_size - state.tables.shape[1]
 
         def wider(table: Array) -> Array:
@@ -97,17 +97,17 @@ class Paged:
         )
 
     def slot_capacity(self, state: PagedState) -> int:
-        """Tell how many positions a slot may have."""
+        """Return the largest number of positions of a slot."""
         return state.tables.shape[1] * self.page_size
 
     # -- prompts
 
     def fits_prompts(self, state: PagedState, length: Int32[Array, " R"]) -> Bool[Array, " R"]:
-        """Tell which of the next prompts there is room for; one page stays for who decodes."""
+        """Return which of the next prompts fit into free pages, with one page left for decoding."""
         return jnp.cumsum(self._pages(length)) < state.top
 
     def allocate_prompts(self, state: PagedState, length: Int32[Array, " R"]) -> PagedState:
-        """Take pages for the prompts."""
+        """Allocate pages for the prompts, in the entries' tables."""
         need = self._pages(length)
         before = jnp.cumsum(need) - need
         at = jnp.arange(state.tables.shape[1])[None]
@@ -118,35 +118,38 @@ class Paged:
         )
 
     def prompt_cache(self, state: PagedState) -> Cache:
-        """Give what the prefill writes to."""
+        """Return the arrays that a prefill writes to."""
         return state.pool
 
     def with_prompt_cache(self, state: PagedState, cache: Cache) -> PagedState:
-        """Put back what the prefill has written."""
+        """Return the state with the arrays that a prefill has written."""
         return dataclasses.replace(state, pool=cache)
 
     def prefill(
         self, state: PagedState, start: Int32[Array, ""], dtype: jnp.dtype
     ) -> CachedAttention:
-        """Attend from columns `start`... of every entry to those columns and all before."""
+        """Return attention of one prefill step, which also writes its keys and values.
+
+        Queries are at positions `start` to `start + N - 1` of every entry.
+        """
         tables, page = state.entry_tables, self.page_size
 
-        def mix(kept, window, q, k, v, scale):
+        def attention(kept, window, q, k, v, scale):
             at = jax.lax.dynamic_slice_in_dim(tables, start // page, q.shape[1] // page, axis=1)
             new, kept = self._write_pages(kept, at, k, v, dtype)
 
-            def whole() -> tuple[Array, Array]:
+            def stored() -> tuple[Array, Array]:
                 return self._rows(kept, tables, dtype)
 
             capacity = self.slot_capacity(state)
-            return attend_piece(q, new, whole, start, capacity, window, scale), kept
+            return attend_piece(q, new, stored, start, capacity, window, scale), kept
 
-        return mix
+        return attention
 
     # -- slots
 
     def fits_slots(self, state: PagedState, length: Int32[Array, " F"]) -> Bool[Array, " F"]:
-        """Tell which of the next requests there is room for in the slots."""
+        """Return which of the next requests fit: each needs a page to copy a partial one."""
         return jnp.cumsum(length % self.page_size > 0) <= state.top
 
     def insert(
@@ -157,7 +160,7 @@ class Paged:
         length: Int32[Array, " F"],
         piece: int,
     ) -> PagedState:
-        """Share the whole pages of the entries with the slots and copy the last; slot B is none."""
+        """Share the entries' full pages with slots and copy the partial one; slot B: no copy."""
         none, page = state.free.shape[0], self.page_size
         whole, source = length // page, state.entry_tables[entry]
         copies = (slot < state.tables.shape[0]) & (length % page > 0)
@@ -184,14 +187,14 @@ class Paged:
     def ready(
         self, state: PagedState, position: Array, active: Array, order: Array
     ) -> Bool[Array, " B"]:
-        """Tell which slots can take one more token; where pages lack, the youngest wait."""
-        need = self._lacks(state, position, active)
+        """Return which slots have room for one more token; if pages are few, the newest wait."""
+        need = self._needs_page(state, position, active)
         older = need[None] & (order[None] < order[:, None])
         return active & (~need | (older.sum(axis=1) < state.top))
 
-    def allocate_tokens(self, state: PagedState, position: Array, going: Array) -> PagedState:
-        """Take a page for each slot that goes on and has none for its next token."""
-        need = self._lacks(state, position, going)
+    def allocate_tokens(self, state: PagedState, position: Array, decoding: Array) -> PagedState:
+        """Allocate a page for each decoding slot that has none for its next token."""
+        need = self._needs_page(state, position, decoding)
         rank = jnp.cumsum(need) - 1
         page = state.free[jnp.maximum(state.top - 1 - rank, 0)]
         row = jnp.where(need, jnp.arange(need.shape[0]), need.shape[0])
@@ -199,42 +202,42 @@ class Paged:
         return dataclasses.replace(state, tables=tables, top=state.top - need.sum(dtype=jnp.int32))
 
     def slot_cache(self, state: PagedState) -> Cache:
-        """Give what a decoding step writes to."""
+        """Return the arrays that a decoding step writes to."""
         return state.pool
 
     def with_slot_cache(self, state: PagedState, cache: Cache) -> PagedState:
-        """Put back what a decoding step has written."""
+        """Return the state with the arrays that a decoding step has written."""
         return dataclasses.replace(state, pool=cache)
 
     def decode(
         self,
         state: PagedState,
         position: Int32[Array, " B"],
-        going: Bool[Array, " B"],
+        decoding: Bool[Array, " B"],
         dtype: jnp.dtype,
     ) -> CachedAttention:
-        """Attend from each slot's next position to it and all before; only `going` slots write."""
+        """Return attention of one decoding step; `decoding` slots also write keys and values."""
         none, page = state.free.shape[0], self.page_size
         at = jnp.minimum(position // page, state.tables.shape[1] - 1)
         target = jnp.take_along_axis(state.tables, at[:, None], axis=1)[:, 0]
-        target = jnp.where(going, target, none)
+        target = jnp.where(decoding, target, none)
 
-        def mix(kept, window, q, k, v, scale):
+        def attention(kept, window, q, k, v, scale):
             kept = self._write_tokens(kept, target, position % page, k, v)
             return self._attend(kept, state.tables, position, q, window, scale, dtype), kept
 
-        return mix
+        return attention
 
-    # -- what is held in vain
+    # -- garbage collection
 
     def has_garbage(self, state: PagedState, active: Array, entries: Array) -> Bool[Array, ""]:
-        """Tell whether pages are held by nobody who is alive."""
+        """Return whether some pages belong to no running slot and no needed entry."""
         none = state.free.shape[0]
         dead = (state.tables[:, 0] < none) & ~active
         return state.dropped | dead.any() | ((state.entry_tables[:, 0] < none) & ~entries).any()
 
     def reclaim(self, state: PagedState, active: Array, entries: Array) -> PagedState:
-        """Free every page that stands in no table of a running slot or a wanted entry."""
+        """Free every page that is in no table of an active slot or a needed entry."""
         none = state.free.shape[0]
         tables = jnp.where(active[:, None], state.tables, none)
         entry_tables = jnp.where(entries[:, None], state.entry_tables, none)
@@ -250,10 +253,10 @@ class Paged:
             dropped=jnp.zeros_like(state.dropped),
         )
 
-    # -- how a layer's pages lie
+    # -- layout of a layer's pages
 
     def _empty(self, c: DecoderConfig, count: int) -> Any:
-        """Allocate a layer's pool: keys and values, each [N, K, page, H]."""
+        """Return a layer's empty pool: keys and values, each [N, K, page, H]."""
         kinds = widths(c.head_dim, self.dtype, jnp.dtype(c.dtype))
         shape = (count, c.num_key_value_heads, self.page_size)
         return tuple(
@@ -263,7 +266,7 @@ class Paged:
     def _write_pages(
         self, kept: Any, at: Int32[Array, "R P"], k: Array, v: Array, dtype: jnp.dtype
     ) -> tuple[tuple[Array, Array], Any]:
-        """Write whole pages; give the keys and values as they will be read, and the pool."""
+        """Write full pages; return keys and values as later reads give them, and the pool."""
         new = [encode(x, self.dtype) for x in (k, v)]
 
         def write(pool: Array, leaf: Array) -> Array:
@@ -278,7 +281,7 @@ class Paged:
         return (decode(new[0], dtype), decode(new[1], dtype)), kept
 
     def _write_tokens(self, kept: Any, page: Array, at: Array, k: Array, v: Array) -> Any:
-        """Write one token of each row into its page."""
+        """Return the pool with one token of each row written to its page."""
         return tuple(
             tuple(
                 pool.at[page, :, at].set(leaf[:, :, 0], mode="drop")
@@ -288,18 +291,18 @@ class Paged:
         )
 
     def _copy_page(self, pool: Array, to: Array, source: Array) -> Array:
-        """Copy whole pages; page N is nowhere."""
+        """Return the pool with pages copied; a copy to page N is dropped."""
         return pool.at[to].set(pool[source], mode="drop")
 
     def _rows(self, kept: Any, tables: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-        """Lay the pages of each row side by side: [B, K, S, H]; what is none gets masked later."""
+        """Return keys and values of the rows, [B, K, S, H]; missing pages are masked by callers."""
 
-        def lay(pool: Array) -> Array:
+        def gather(pool: Array) -> Array:
             pages = pool[jnp.minimum(tables, pool.shape[0] - 1)]
             rows, count, heads, page, width = pages.shape
             return pages.swapaxes(1, 2).reshape(rows, heads, count * page, width)
 
-        keys, values = (decode(tuple(lay(pool) for pool in buffer), dtype) for buffer in kept)
+        keys, values = (decode(tuple(gather(pool) for pool in buffer), dtype) for buffer in kept)
         return keys, values
 
     def _attend(
@@ -312,18 +315,18 @@ class Paged:
         scale: float,
         dtype: jnp.dtype,
     ) -> Array:
-        """Attend from each row's position to it and all before."""
+        """Return attention of each row's token at `position` to all positions up to it."""
         keys, values = self._rows(kept, tables, dtype)
         distance = position[:, None] - jnp.arange(keys.shape[2])[None]
-        return jnp.asarray(attend(q, keys, values, seen(distance, window)[:, None], scale))
+        return jnp.asarray(attend(q, keys, values, visible_keys(distance, window)[:, None], scale))
 
     # -- counting
 
     def _pages(self, length: Array) -> Array:
         return -(-length // self.page_size)
 
-    def _lacks(self, state: PagedState, position: Array, active: Array) -> Bool[Array, " B"]:
-        """Tell which slots have no page for their next token."""
+    def _needs_page(self, state: PagedState, position: Array, active: Array) -> Bool[Array, " B"]:
+        """Return which active slots have no page for their next token."""
         at = jnp.minimum(position // self.page_size, state.tables.shape[1] - 1)
         page = jnp.take_along_axis(state.tables, at[:, None], axis=1)[:, 0]
         return active & (page == state.free.shape[0])

@@ -1,14 +1,14 @@
-"""Continuous batching inside one program.
+"""Continuous batching inside one compiled program.
 
-    while something waits or runs:
-        prefill   when the entries are used up: the next R prompts that wait, in pieces of W tokens
-        insert    while a slot is free: copy a prompt's keys and values there
-        decode    until a slot is free and somebody waits: one token a slot and step
+    while a row waits or runs:
+        prefill   if no prefilled prompt is left: the next R prompts of the queue, W tokens a step
+        insert    while a slot is free: copy the keys and values of a prefilled prompt to it
+        decode    until a slot is free and a row waits: one token for each slot in each step
 
-Loops stand where branches would be more natural: a cache that passes through a branch is copied. A
-slot processes the last token of its sequence and draws the next one, so every step of a slot gives
-a token. What a row draws is a function of (seed, sample id, position) and of the parameters alone:
-never of the slot, the neighbours or the time.
+Loops are used in place of branches, because XLA copies a cache that passes through a branch. A slot
+processes the last token of its sequence and samples the next, so every step of a slot yields a
+token. The tokens of a row are a function of (seed, sample id, position) and the parameters alone,
+not of slots, other rows or time.
 """
 
 import dataclasses
@@ -39,20 +39,23 @@ from fireopd_jax.rollout.state import (
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """The shapes and the layout that one program is compiled for."""
+    """The decoding loop of one replica, for static shapes and one cache layout."""
 
     model: LanguageModel
     memory: Any
-    """How keys and values are kept: `Dense`, `Paged`."""
+    """Layout of the KV cache: `Dense`, `Paged` or a subclass."""
     piece: int
-    """Prompt tokens of a row that are computed at a time."""
+    """Tokens of each prompt in one prefill step."""
     mesh: Mesh | None = None
-    """Devices, if several: the loop is one replica's, which its `tensor` axis shares."""
+    """Its `tensor` axis shares the work of one replica; None: one device."""
 
     def run(
         self, params: Params, state: EngineState, steps: Int32[Array, ""], version: Int32[Array, ""]
     ) -> EngineState:
-        """Run at most `steps` decoding steps; `params` are in the decode layout."""
+        """Return the state after at most `steps` decoding steps, fewer if no row is left.
+
+        `params` are in the decode layout (`LanguageModel.to_decode_layout`).
+        """
         net = self.model.bind_decode(params)
         end = state.counters.steps + steps
 
@@ -65,11 +68,11 @@ class Loop:
             return jax.lax.while_loop(self.can_insert, self.insert, s)
 
         def decode(s: EngineState) -> EngineState:
-            def going(s: EngineState) -> Bool[Array, ""]:
+            def can_decode(s: EngineState) -> Bool[Array, ""]:
                 waits = self.can_insert(s) | self.can_prefill(s) | self.must_reclaim(s)
                 return self.ready(s).any() & ~waits & (s.counters.steps < end)
 
-            s = jax.lax.while_loop(going, lambda s: self.decode(net, s, version), s)
+            s = jax.lax.while_loop(can_decode, lambda s: self.decode(net, s, version), s)
             return jax.lax.while_loop(self.must_preempt, self.preempt, s)
 
         return jax.lax.while_loop(live, lambda s: decode(refill(s)), state)
@@ -77,7 +80,10 @@ class Loop:
     # -- prompts
 
     def waiting(self, s: EngineState) -> tuple[Array, Array, Array]:
-        """Give the next R sequences that wait: a row of each, how many rows want it, its length."""
+        """Return the next R distinct sequences of the queue: a row, number of rows, length of each.
+
+        The length excludes the last token, which is the first input of decoding.
+        """
         size, count = s.ring.row.shape[0], s.entries.left.shape[0]
         at = (s.ring.head + jnp.arange(size)) % size
         there = jnp.arange(size) < s.ring.size
@@ -89,19 +95,19 @@ class Loop:
         return row, wanted, length
 
     def can_prefill(self, s: EngineState) -> Bool[Array, ""]:
-        """Tell whether a slot is free, no prompt is there for it, and there is room for one."""
+        """Return whether a slot is free, no prefilled prompt is left, and the next one fits."""
         free = (~s.slots.active).any() & (s.entries.left.sum() == 0) & (s.ring.size > 0)
         _, _, length = self.waiting(s)
         return free & self.memory.fits_prompts(s.cache, length)[0]
 
     def prefill(self, net: tuple[Decoder, list[Layer]], s: EngineState) -> EngineState:
-        """Compute the next prompts, in pieces."""
+        """Compute keys and values of the next prompts of the queue, `piece` tokens a step."""
         decoder, layers = net
         memory, width = self.memory, self.piece
         row, wanted, length = self.waiting(s)
         taken = memory.fits_prompts(s.cache, length) & (wanted > 0)
         wanted, length = jnp.where(taken, wanted, 0), jnp.where(taken, length, 0)
-        # The entries that were there are used up.
+        # Every row that needed the old entries has been inserted.
         cache = memory.reclaim(s.cache, s.slots.active, jnp.zeros_like(taken))
         cache = memory.allocate_prompts(cache, length)
 
@@ -130,7 +136,10 @@ class Loop:
     # -- slots
 
     def next_inserts(self, s: EngineState) -> tuple[Array, Array, Array]:
-        """Pair the next waiting rows that have an entry with free slots: slot, entry, length."""
+        """Match waiting rows that have an entry with free slots; return slot, entry, length.
+
+        Slot B means no match.
+        """
         slots, count = s.slots.active.shape[0], s.entries.left.shape[0]
         most = min(slots, count)
         slot = jnp.nonzero(~s.slots.active, size=most, fill_value=slots)[0].astype(jnp.int32)
@@ -139,22 +148,22 @@ class Loop:
         entry = jnp.minimum((upto[None] <= rank[:, None]).sum(axis=1), count - 1)
         slot = jnp.where(rank < upto[-1], slot, slots)
         length = jnp.where(slot < slots, s.entries.length[entry], 0)
-        # In order: where one does not fit, those after it wait too.
+        # In queue order: rows behind one that does not fit wait, too.
         fits = jnp.cumprod(self.memory.fits_slots(s.cache, length)).astype(bool)
         return jnp.where(fits, slot, slots), entry, length
 
     def can_insert(self, s: EngineState) -> Bool[Array, ""]:
-        """Tell whether a slot is free for a prompt that is there."""
+        """Return whether a slot is free for a prefilled prompt and the cache has room for it."""
         there = s.entries.left > 0
         return (~s.slots.active).any() & there.any() & self.fits_first(s)
 
     def fits_first(self, s: EngineState) -> Bool[Array, ""]:
-        """Tell whether the slots have room for the first of the prompts that are there."""
+        """Return whether the cache can insert the first prefilled prompt into a slot."""
         first = s.entries.length[jnp.argmax(s.entries.left > 0)]
         return self.memory.fits_slots(s.cache, first[None])[0]
 
     def insert(self, s: EngineState) -> EngineState:
-        """Let waiting rows take free slots."""
+        """Move waiting rows from the queue to free slots; copy their prompts' keys and values."""
         slot, entry, length = self.next_inserts(s)
         slots, size = s.slots.active.shape[0], s.ring.row.shape[0]
         taken = slot < slots
@@ -188,18 +197,18 @@ class Loop:
         )
 
     def ready(self, s: EngineState) -> Bool[Array, " B"]:
-        """Tell which slots can go on."""
+        """Return which slots can decode a token."""
         return self.memory.ready(s.cache, s.slots.position, s.slots.active, s.slots.order)
 
     def decode(
         self, net: tuple[Decoder, list[Layer]], s: EngineState, version: Int32[Array, ""]
     ) -> EngineState:
-        """Process one token of each slot that can go on, and draw the next."""
+        """Process one token of each slot that is ready, and sample its next token."""
         decoder, layers = net
         slots, requests, memory = s.slots, s.requests, self.memory
-        going = self.ready(s)
-        cache = memory.allocate_tokens(s.cache, slots.position, going)
-        mix = memory.decode(cache, slots.position, going, self.dtype)
+        decoding = self.ready(s)
+        cache = memory.allocate_tokens(s.cache, slots.position, decoding)
+        mix = memory.decode(cache, slots.position, decoding, self.dtype)
         hidden, kept = decoder.extend(
             layers, slots.token[:, None], slots.position[:, None], mix, memory.slot_cache(cache)
         )
@@ -209,19 +218,19 @@ class Loop:
         sampling = requests.sampling.at_rows(row)
         keys = row_keys(sampling.seed, requests.sample_id[row], at)
         drawn = draw_over(self.mesh, logits, keys, sampling, at)
-        valid = going & ~drawn.bad
+        valid = decoding & ~drawn.bad
         count = at + valid
         stopped = valid & (drawn.token[:, None] == sampling.stop).any(axis=1)
         full = valid & (count >= limit_of(requests, row))
         finish = jnp.where(full, LENGTH, RUNNING)
         finish = jnp.where(stopped, STOP, finish)
-        finish = jnp.where(going & drawn.bad, NOT_FINITE, finish)
+        finish = jnp.where(decoding & drawn.bad, NOT_FINITE, finish)
         target = jnp.where(valid, row, requests.length.shape[0])
 
         def write(old: Array, new: ArrayLike) -> Array:
             return old.at[target, at].set(new, mode="drop", unique_indices=True)
 
-        table = jnp.where(going, row, requests.length.shape[0])
+        table = jnp.where(decoding, row, requests.length.shape[0])
         requests = dataclasses.replace(
             requests,
             tokens=write(requests.tokens, drawn.token),
@@ -241,19 +250,19 @@ class Loop:
             s.counters,
             steps=s.counters.steps + 1,
             drawn=s.counters.drawn + valid.sum(dtype=jnp.int32),
-            stalled=s.counters.stalled + (s.slots.active & ~going).sum(dtype=jnp.int32),
+            stalled=s.counters.stalled + (s.slots.active & ~decoding).sum(dtype=jnp.int32),
         )
         cache = memory.with_slot_cache(cache, kept)
         return dataclasses.replace(
             s, requests=requests, slots=slots, cache=cache, counters=counters
         )
 
-    # -- room
+    # -- cache space
 
     def must_reclaim(self, s: EngineState) -> Bool[Array, ""]:
-        """Tell whether somebody lacks room while some is held in vain."""
+        """Return whether a row or slot lacks room while garbage could be freed."""
         if not self.memory.runs_out:
-            return jnp.bool_(False)  # the compiler leaves the loop out
+            return jnp.bool_(False)  # A constant, so that the compiler removes the loop.
         memory, free = self.memory, (~s.slots.active).any() & (s.ring.size > 0)
         there = s.entries.left.sum() > 0
         fits = memory.fits_prompts(s.cache, self.waiting(s)[2])[0]
@@ -262,48 +271,48 @@ class Loop:
         return (waits | stalls) & memory.has_garbage(s.cache, s.slots.active, s.entries.left > 0)
 
     def reclaim(self, s: EngineState) -> EngineState:
-        """Free the room that is held by nobody."""
+        """Free all pages that no running slot and no needed entry uses."""
         cache = self.memory.reclaim(s.cache, s.slots.active, s.entries.left > 0)
         return dataclasses.replace(s, cache=cache)
 
     def must_preempt(self, s: EngineState) -> Bool[Array, ""]:
-        """Tell whether slots run, and none of them has room to go on."""
+        """Return whether slots are active and none of them has room for its next token."""
         if not self.memory.runs_out:
             return jnp.bool_(False)
         return s.slots.active.any() & ~self.ready(s).any()
 
     def preempt(self, s: EngineState) -> EngineState:
-        """Give up the computed prompts and the youngest slot; its row waits again, before all."""
+        """Drop prefilled prompts and preempt the newest slot; requeue its request first."""
         size = s.ring.row.shape[0]
-        youngest = jnp.argmax(jnp.where(s.slots.active, s.slots.order, -1))
+        newest = jnp.argmax(jnp.where(s.slots.active, s.slots.order, -1))
         head = (s.ring.head - 1) % size
-        # What was left of the entry that was in use starts a run of its own again.
+        # The rows that the dropped entry would have served start a new group.
         first = s.ring.first.at[s.ring.head].set(True).at[head].set(True)
         preempted = dataclasses.replace(
             s,
             ring=dataclasses.replace(
                 s.ring,
-                row=s.ring.row.at[head].set(s.slots.row[youngest]),
+                row=s.ring.row.at[head].set(s.slots.row[newest]),
                 first=first,
                 head=head,
                 size=s.ring.size + 1,
             ),
             entries=jax.tree.map(jnp.zeros_like, s.entries),
-            slots=dataclasses.replace(s.slots, active=s.slots.active.at[youngest].set(False)),
+            slots=dataclasses.replace(s.slots, active=s.slots.active.at[newest].set(False)),
             counters=dataclasses.replace(s.counters, preempted=s.counters.preempted + 1),
         )
         return self.reclaim(preempted)
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Type of the computation."""
+        """Compute dtype of the model."""
         return jnp.dtype(self.model.config.dtype)
 
 
 def sequence_at(
     requests: Requests, row: Int32[Array, " R"], at: Int32[Array, "R N"]
 ) -> Int32[Array, "R N"]:
-    """Read tokens of whole sequences, prompt and response; after the end is junk."""
+    """Return tokens at positions of [prompt | response]; beyond the end they are arbitrary."""
     length = requests.length[row][:, None]
     width, room = requests.prompt.shape[1], requests.tokens.shape[1]
     prompt = requests.prompt[row[:, None], jnp.clip(at, 0, width - 1)]
@@ -312,5 +321,5 @@ def sequence_at(
 
 
 def limit_of(requests: Requests, row: Int32[Array, " B"]) -> Int32[Array, " B"]:
-    """Tell how many tokens the responses may have."""
+    """Return the largest number of response tokens of rows."""
     return jnp.minimum(requests.sampling.max_tokens[row], requests.tokens.shape[1])

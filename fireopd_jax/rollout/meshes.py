@@ -1,7 +1,7 @@
-"""How the loop of a rollout lies on a mesh: a loop for each replica, whose devices share the work.
+"""Sharding of a rollout over a mesh: one loop for each replica, whose devices share its work.
 
-data      manual: a program a replica, nothing passes between them
-tensor    the compiler's, from where parameters and cache lie; manual only for the draw
+data      manual (`shard_map`): one loop for each replica, no communication between replicas
+tensor    automatic: XLA follows the shardings of parameters and cache; manual for sampling only
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ def replica_count(mesh: Mesh | None) -> int:
 def over_data(
     function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """Run a function once a replica, each on its own rows.
+    """Return the function mapped over the replicas, each on its own rows.
 
-    Where the devices of a replica share its work, how they do stays the compiler's; else nothing
-    does, which library kernels ask for.
+    With several devices on `tensor`, that axis stays automatic. Else all axes are manual, which
+    library kernels require.
     """
     if mesh is None or mesh.size == 1:
         return function
     manual = {"data"} if tensor_devices(mesh) > 1 else set(mesh.axis_names)
-    # The loops of the replicas end at different times, which no check of their values can see.
+    # Replicas run different numbers of loop iterations, which the VMA check cannot express.
     return jax.shard_map(
         function,
         mesh=mesh,
@@ -52,11 +52,11 @@ def draw_over(
     sampling: Sampling,
     position: Int32[Array, " B"],
 ) -> Draw:
-    """Draw one token a row; the devices of a replica read their own columns only."""
+    """Sample one token for each row; each device of a replica reads its own columns only."""
     if tensor_devices(mesh) == 1:
         return draw(logits, keys, sampling, position)
     whole, columns = PartitionSpec(), PartitionSpec(None, "tensor")
-    # Within the function of `over_data`, whose mesh is the one that counts here.
+    # No mesh argument: this runs inside `over_data`, whose mesh applies.
     return jax.shard_map(
         lambda *arguments: draw(*arguments, axis="tensor"),
         in_specs=(columns, whole, whole, whole),
@@ -67,15 +67,15 @@ def draw_over(
 
 
 def cache_spec(ndim: int, memory: Any, model: LanguageModel, mesh: Mesh | None) -> PartitionSpec:
-    """Tell where an array of a cache lies: its key heads are shared, if there are enough."""
-    if ndim < 4:  # tables of pages
+    """Return the spec of a cache array: key heads over `tensor`, if the axis divides them."""
+    if ndim < 4:  # Page tables are replicated.
         return PartitionSpec()
     heads, devices = model.config.num_key_value_heads, tensor_devices(mesh)
     return over_tensor(ndim, memory.heads_axis, heads, devices)
 
 
 def split_cache(cache: Any, memory: Any, model: LanguageModel, mesh: Mesh | None) -> Any:
-    """Split a new cache over the devices of its replica."""
+    """Return a new cache sharded over the devices of its replica."""
     if tensor_devices(mesh) == 1:
         return cache
 
@@ -87,7 +87,7 @@ def split_cache(cache: Any, memory: Any, model: LanguageModel, mesh: Mesh | None
 
 
 def state_shardings(state: Any, memory: Any, model: LanguageModel, mesh: Mesh | None) -> Any:
-    """Tell where the arrays of a state lie, stacked over the replicas; None on one device."""
+    """Return the shardings of a state stacked over the replicas; None on one device."""
     if mesh is None or mesh.size == 1:
         return None
     places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec("data")), state)

@@ -1,6 +1,6 @@
-"""A part of the rows learns from given responses instead of its own: GKD's fraction of each.
+"""Mixtures of sampled and reference responses: the on-policy fraction of GKD, arXiv 2306.13649.
 
-prompts -> which rows draw -> rollout -> the other rows' references in place of nothing
+prompts -> choice of rows -> rollout of the others -> references inserted in the chosen rows
 """
 
 import dataclasses
@@ -12,28 +12,33 @@ from jaxtyping import Bool
 from fireopd_jax.types import Array, Prompts, Rollout
 
 GIVEN = -1
-"""Version of tokens that no parameters of this run drew."""
+"""Version of reference tokens, which were not sampled in this run."""
 
 
 def given_rows(prompts: Prompts, fraction: float, seed: int) -> Bool[np.ndarray, " B"]:
-    """Choose the rows that do not draw: each by a lot of its own, a function of its sample id."""
+    """Return the rows that get references, each with probability 1 - `fraction`.
+
+    The choice is a function of `seed` and the row's sample id.
+    """
     lots = [np.random.default_rng([seed, int(i) & 0xFFFFFFFF]).random() for i in prompts.sample_id]
     return np.asarray(lots) >= fraction
 
 
 def without(prompts: Prompts, given: Bool[np.ndarray, " B"]) -> Prompts:
-    """Let the chosen rows draw nothing: their length is 0."""
+    """Return the prompts with length 0 in the chosen rows, so that no response is sampled."""
     length = np.where(given, 0, prompts.length).astype(np.int32)
     return dataclasses.replace(prompts, length=length)
 
 
 def mix(rollout: Rollout, prompts: Prompts, given: Bool[Array, " B"]) -> Rollout:
-    """Put the references of the chosen rows in the place of their responses.
+    """Return the rollout with references as the responses of the chosen rows.
 
-    A reference is as wide as a response may be. Its log-probabilities are 0: nobody drew it.
+    Log-probabilities of reference tokens are 0, their versions -1.
+
+    Raises ValueError without references, or if their width is not that of the responses.
     """
     if prompts.reference is None or prompts.reference_length is None:
-        raise ValueError("rows that learn from given responses need references")
+        raise ValueError("rows with given responses need references")
     room = rollout.tokens.shape[1]
     reference, length = (jnp.asarray(x) for x in (prompts.reference, prompts.reference_length))
     if reference.shape[1] != room:

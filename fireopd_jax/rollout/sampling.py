@@ -1,14 +1,14 @@
-"""From logits to one token a row and its log-probabilities; every knob is traced, and a row's own.
+"""Sampling from logits: one token for each row, with its log-probabilities and its own settings.
 
-    logits -> no stop token too early -> / temperature -> top-k -> top-p -> min-p -> draw
+    logits -> ban early stop tokens -> / temperature -> top-k -> top-p -> min-p -> sample
 
-The draw is exact and has two stages, a block of columns by its mass, then a column in it: V / block
-+ block random numbers instead of V. So a row's columns are read only to weigh the blocks, and a
-filter is a cut through their ranking (`cutoff`); nothing is sorted. Work that no row of the batch
-asks for is skipped at run time.
+Sampling is exact and has two stages: a block of vocabulary columns by its probability mass, then a
+column in it. That takes V / block + block random numbers instead of V, and reads the columns only
+to sum each block. Filters are a threshold in the ranking of tokens (`cutoff`); nothing is sorted.
+All settings are traced; work that no row of the batch needs is skipped at run time.
 
-Each row owns its key, a function of (run seed, sample id, token position) alone, so a row draws
-the same token in any batch, and over any shards of the vocabulary.
+The random key of a row is a function of (run seed, sample id, token position) alone, so a row has
+the same token in any batch and for any sharding of the vocabulary.
 """
 
 import functools
@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Bool, Float, Float32, Int32, Key, UInt32
 
 from fireopd_jax.rollout import cutoff
-from fireopd_jax.rollout.columns import Columns, Weights, weigh
+from fireopd_jax.rollout.columns import BlockMass, Columns, block_mass
 from fireopd_jax.rollout.cutoff import Cut
 from fireopd_jax.types import Array, pytree
 
@@ -31,18 +31,18 @@ NO_TOKEN = -1
 
 @pytree
 class Sampling:
-    """The knobs as arrays: a new value compiles nothing.
+    """Sampling settings as arrays, so that new values compile nothing.
 
-    One for all rows (*R is empty), or one for each.
+    One for all rows (*R is empty) or one for each row.
     """
 
     temperature: Float32[Array, "*R"]
-    """0 is greedy: the first of the largest, whatever the filters."""
+    """0 is greedy: the smallest id among the largest logits; filters do not apply."""
     top_p: Float32[Array, "*R"]
     top_k: Int32[Array, "*R"]
     min_p: Float32[Array, "*R"]
     stop: Int32[Array, "*R E"]
-    """Tokens that end a response, padded with -1."""
+    """Token ids that end a response, padded with -1."""
     max_tokens: Int32[Array, "*R"]
     min_tokens: Int32[Array, "*R"]
     seed: UInt32[Array, ""]
@@ -61,7 +61,7 @@ class Sampling:
         min_tokens: int = 0,
         stop_slots: int = 8,
     ) -> "Sampling":
-        """Turn plain numbers into arrays for all rows; `stop` may hold up to `stop_slots` ids."""
+        """Return the settings, the same for all rows; `stop` has at most `stop_slots` ids."""
         if len(stop) > stop_slots:
             raise ValueError(f"at most {stop_slots} stop tokens are supported, not {len(stop)}")
         return cls(
@@ -76,7 +76,7 @@ class Sampling:
         )
 
     def rows(self, count: int) -> "Sampling":
-        """Give each of `count` rows its knobs; the seed stays the run's own."""
+        """Return the settings broadcast to `count` rows; the seed stays a scalar."""
 
         def broadcast(knob: Array, own: int) -> Array:
             return jnp.broadcast_to(knob, (count, *knob.shape[knob.ndim - own :]))
@@ -93,27 +93,27 @@ class Sampling:
         )
 
     def at_rows(self, row: Int32[Array, " A"]) -> "Sampling":
-        """Pick the knobs of rows."""
+        """Return the settings of some rows."""
         knobs = {name: knob for name, knob in vars(self).items() if name != "seed"}
         return Sampling(seed=self.seed, **{name: knob[row] for name, knob in knobs.items()})
 
 
 def seed_for(seed: int, purpose: str) -> int:
-    """Derive the seed of one purpose (rollout, eval, a model's start): 32 bits of its SHA-256."""
+    """Return the seed of one purpose ("rollout", "eval", ...): 32 bits of a SHA-256 hash."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:4], "little")
 
 
 class Draw(NamedTuple):
-    """One drawn token a row."""
+    """One sampled token for each row."""
 
     token: Int32[Array, " B"]
     logprob: Float32[Array, " B"]
-    """Of the distribution really drawn from; of the raw model where greedy."""
+    """Of the distribution that was sampled, after temperature and filters; greedy: as below."""
     model_logprob: Float32[Array, " B"]
-    """Of the raw model, at temperature 1."""
+    """Of the model at temperature 1, without filters."""
     bad: Bool[Array, " B"]
-    """Nothing could be drawn: a logit is NaN or +inf, or all are -inf. The rest is 0 then."""
+    """No token could be sampled: a logit is NaN or +inf, or all are -inf. Other fields are 0."""
 
 
 def row_keys(
@@ -121,9 +121,9 @@ def row_keys(
     sample_id: Int32[Array, " B"],
     position: Int32[Array, ""] | Int32[Array, " B"],
 ) -> Key[Array, " B"]:
-    """Give each row its key at its response position.
+    """Return each row's key at its response position.
 
-    The generator is threefry by name: other kinds depend on the batch under `vmap`.
+    The generator is always threefry: results of others depend on the batch under `vmap`.
     """
     base = jax.random.key(seed, impl="threefry2x32")
     rows = jax.vmap(lambda i: jax.random.fold_in(base, i))(sample_id)
@@ -131,18 +131,18 @@ def row_keys(
 
 
 class _Knobs(NamedTuple):
-    """What the rows ask for, without what a greedy row ignores."""
+    """Settings of the rows at their positions, with filters off in greedy rows."""
 
     greedy: Bool[Array, " B"]
-    coldness: Float32[Array, " B"]
-    """1 / temperature. A product is the same wherever it is compiled; a quotient is not, and a cut
-    must find the very value that it was made of."""
+    inverse_temperature: Float32[Array, " B"]
+    """1 / temperature. Products have the same bits in every compiled context, quotients may not,
+    and a threshold must equal the value it was taken from."""
     top_k: Int32[Array, " B"]
     top_p: Float32[Array, " B"]
-    least: Float32[Array, " B"]
-    """min-p's logarithm: how far below the largest a logit may lie."""
-    barred: Int32[Array, "B E"]
-    """Stop tokens that come too early here, padded with -1."""
+    log_min_p: Float32[Array, " B"]
+    """Log of min-p: the smallest allowed difference of a logit to the largest."""
+    banned: Int32[Array, "B E"]
+    """Stop tokens that are not allowed yet at this position, padded with -1."""
 
 
 def _knobs(sampling: Sampling, position: Int32[Array, " B"]) -> _Knobs:
@@ -150,11 +150,11 @@ def _knobs(sampling: Sampling, position: Int32[Array, " B"]) -> _Knobs:
     early = (position < sampling.min_tokens)[:, None]
     return _Knobs(
         greedy=greedy,
-        coldness=1 / jnp.where(greedy, 1, sampling.temperature),
+        inverse_temperature=1 / jnp.where(greedy, 1, sampling.temperature),
         top_k=jnp.where(greedy, 0, sampling.top_k),
         top_p=jnp.where(greedy, 1, sampling.top_p),
-        least=jnp.where(greedy, -jnp.inf, jnp.log(sampling.min_p)),
-        barred=jnp.where(early, sampling.stop, NO_TOKEN),
+        log_min_p=jnp.where(greedy, -jnp.inf, jnp.log(sampling.min_p)),
+        banned=jnp.where(early, sampling.stop, NO_TOKEN),
     )
 
 
@@ -165,18 +165,18 @@ def draw(
     position: Int32[Array, ""] | Int32[Array, " B"],
     axis: str | None = None,
 ) -> Draw:
-    """Draw one token a row, whose `position` counts the response's tokens before it.
+    """Sample one token for each row; `position` is its index in the response.
 
-    With a mesh `axis`, under `shard_map`, W are this shard's columns of the vocabulary, all else is
-    the same on each shard, and so is what comes back. Shards must hold whole blocks of columns.
+    With a mesh `axis`, inside `shard_map`, W is the number of columns of this shard; all other
+    arguments and the results are the same on every shard. Shards must consist of whole blocks.
     """
     rows, width = logits.shape
     columns = Columns(width, axis)
     columns.check()
     knobs = _knobs(sampling.rows(rows), jnp.broadcast_to(position, (rows,)))
     blocks = columns.split(logits.astype(jnp.float32))
-    raw = weigh(blocks, columns)
-    shaped = (knobs.coldness != 1) | (knobs.barred >= 0).any(axis=1) | _filtered(knobs)
+    raw = block_mass(blocks, columns)
+    shaped = (knobs.inverse_temperature != 1) | (knobs.banned >= 0).any(axis=1) | _filtered(knobs)
     weights, cut = lax.cond(
         shaped.any(),
         lambda: _shape(blocks, knobs, columns),
@@ -195,58 +195,59 @@ def draw(
 
 
 def _filtered(knobs: _Knobs) -> Bool[Array, " B"]:
-    return (knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.least > -jnp.inf)
+    return (knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.log_min_p > -jnp.inf)
 
 
 def _shape(
     blocks: Float32[Array, "B N block"], knobs: _Knobs, columns: Columns
-) -> tuple[Weights, Cut]:
-    """Weigh the blocks of what is really drawn from, and find its cut."""
-    # Two branches that both write: one that passed its operand on would have it copied.
-    coldness = knobs.coldness[:, None, None]
+) -> tuple[BlockMass, Cut]:
+    """Return the block masses of the distribution to sample, and its threshold."""
+    # Both branches compute a new array: XLA copies an operand that a branch returns unchanged.
+    inverse_temperature = knobs.inverse_temperature[:, None, None]
     z = lax.cond(
-        (knobs.barred >= 0).any(),
-        lambda: _bar(blocks, columns.ids(), knobs.barred) * coldness,
-        lambda: blocks * coldness,
+        (knobs.banned >= 0).any(),
+        lambda: _ban(blocks, columns.ids(), knobs.banned) * inverse_temperature,
+        lambda: blocks * inverse_temperature,
     )
-    weights = weigh(z, columns)
+    weights = block_mass(z, columns)
 
-    def filtered() -> tuple[Weights, Cut]:
+    def filtered() -> tuple[BlockMass, Cut]:
         cut = lax.cond(
             ((knobs.top_k > 0) | (knobs.top_p < 1)).any(),
-            lambda: cutoff.find(z, weights, knobs.top_k, knobs.top_p, columns),
+            lambda: cutoff.find_cut(z, weights, knobs.top_k, knobs.top_p, columns),
             lambda: cutoff.no_cut(weights.top),
         )
-        kept = _keep(z, columns.ids(), weights.top, cut, knobs.least)
-        return weigh(kept, columns), cut
+        kept = _keep(z, columns.ids(), weights.top, cut, knobs.log_min_p)
+        return block_mass(kept, columns), cut
 
     return lax.cond(_filtered(knobs).any(), filtered, lambda: (weights, cutoff.no_cut(weights.top)))
 
 
-def _bar(z: Array, ids: Array, barred: Int32[Array, "B E"]) -> Array:
-    """Put -inf on each row's barred tokens; z is f32[B, *S]."""
+def _ban(z: Array, ids: Array, banned: Int32[Array, "B E"]) -> Array:
+    """Return z with -inf at each row's banned tokens; z is f32[B, *S]."""
     shape = (-1, *[1] * (z.ndim - 1))
-    hit = functools.reduce(operator.or_, (ids == stop.reshape(shape) for stop in barred.T))
+    hit = functools.reduce(operator.or_, (ids == stop.reshape(shape) for stop in banned.T))
     return jnp.where(hit, -jnp.inf, z)
 
 
-def _keep(z: Array, ids: Array, top: Array, cut: Cut, least: Array) -> Array:
-    """Put -inf on what lies beyond the cut or too far below the top; z is f32[B, *S]."""
-    floor = (top + least).reshape(-1, *[1] * (z.ndim - 1))
+def _keep(z: Array, ids: Array, top: Array, cut: Cut, log_min_p: Array) -> Array:
+    """Return z with -inf below the threshold and below min-p; z is f32[B, *S]."""
+    floor = (top + log_min_p).reshape(-1, *[1] * (z.ndim - 1))
     return jnp.where(cut.keeps(z, ids) & (z >= floor), z, -jnp.inf)
 
 
 def _two_stages(
     blocks: Float32[Array, "B N block"],
-    weights: Weights,
+    weights: BlockMass,
     cut: Cut,
     keys: Key[Array, " B"],
     knobs: _Knobs,
     columns: Columns,
 ) -> tuple[Int32[Array, " B"], Float32[Array, " B"], Float32[Array, " B"]]:
-    """Draw a block by its mass, then a token in it; return its logits too, shaped and raw.
+    """Sample a block by its mass, then a token in it; return its id and its logits.
 
-    A greedy row takes the block of the largest logit, and in it the largest: no noise.
+    The logits are those after temperature and filters, then the original ones. Greedy rows take the
+    block with the largest logit and the largest logit in it, without noise.
     """
     size = columns.block
     halves = jax.vmap(jax.random.split)(keys)
@@ -255,8 +256,8 @@ def _two_stages(
     chosen = _argmax(columns.gather(score), halves[:, 0], greedy)
     raw, here = columns.pick(blocks, chosen)
     ids = chosen[:, None] * size + jnp.arange(size, dtype=jnp.int32)[None]
-    z = _bar(raw, ids, knobs.barred) * knobs.coldness[:, None]
-    inside = _argmax(_keep(z, ids, weights.top, cut, knobs.least), halves[:, 1], greedy)
+    z = _ban(raw, ids, knobs.banned) * knobs.inverse_temperature[:, None]
+    inside = _argmax(_keep(z, ids, weights.top, cut, knobs.log_min_p), halves[:, 1], greedy)
 
     def share(value: Array) -> Array:
         value = jnp.take_along_axis(value, inside[:, None], axis=1)[:, 0]
@@ -268,9 +269,9 @@ def _two_stages(
 def _argmax(
     score: Float32[Array, "B N"], keys: Key[Array, " B"], greedy: Bool[Array, "B 1"]
 ) -> Int32[Array, " B"]:
-    """Draw from softmax(score), exactly, by Gumbel noise; the first of the largest where greedy.
+    """Sample from softmax(score), exactly, by Gumbel noise; greedy rows: the first maximum.
 
-    The noise has high resolution: the default never draws tokens less likely than about 1e-7.
+    The noise has high resolution; the default noise never selects probabilities below about 1e-7.
     """
     shape = score.shape[1:]
     noise = jax.vmap(lambda key: jax.random.gumbel(key, shape, jnp.float32, mode="high"))(keys)

@@ -1,4 +1,4 @@
-"""How responses are drawn in training: the section `rollout` of a configuration."""
+"""Sampling of responses in training: the section `rollout` of a configuration."""
 
 from typing import Annotated
 
@@ -14,31 +14,31 @@ from fireopd_jax.rollout.kv_paged_tpu import PagedTPU
 
 @config
 class RolloutConfig:
-    """How responses are drawn in training."""
+    """Sampling of responses in training."""
 
     batch_size: PositiveInt = 64
-    """Responses a step."""
+    """Responses in each step."""
     group_size: PositiveInt = 1
-    """Responses of each prompt; divides the batch size."""
+    """Responses to each prompt; divides the batch size."""
     max_tokens: PositiveInt = 512
     """Longest response, its end-of-sequence token included."""
     on_policy_fraction: UnitInterval = 1.0
-    """Share of the rows, each by lot, that learn from a response of the student's own; the others
-    learn from their references. For losses that do not mind who wrote a response."""
+    """Probability that a row is trained on the student's own response; other rows are trained on
+    their references. Only for losses that do not assume on-policy responses."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """Divides the logits; models score at it too. 0 is greedy."""
+    """Sampling temperature, at which responses are also scored; 0 is greedy."""
     top_p: UnitInterval = 1.0
-    """Smallest set of tokens with at least this mass."""
+    """Sample from the smallest set of tokens with at least this probability mass; 1 is off."""
     top_k: NonNegativeInt = 0
-    """Most likely tokens to draw from; 0 is off."""
+    """Sample from this many most likely tokens; 0 is off."""
     min_p: UnitInterval = 0.0
-    """Least probability, relative to the most likely token's."""
+    """Smallest probability relative to the most likely token's; 0 is off."""
     min_tokens: NonNegativeInt = 0
-    """Tokens before a response may end: no stop token is drawn among the first so many."""
+    """Tokens before a response may end: none of the first so many is a stop token."""
     slots: PositiveInt | None = None
-    """Responses decoded at a time, on each device; changes no response. By default 32 on a CPU, 256
-    elsewhere."""
+    """Responses decoded at a time on each replica; does not change responses. By default 32 on a
+    CPU, 256 on other devices."""
     cache: Annotated[
         Dense | DenseGPU | Paged | PagedTPU | PagedGPU, Field(discriminator="kind")
     ] = Dense()
-    """How keys and values are kept."""
+    """Layout of the KV cache."""

@@ -1,8 +1,8 @@
-"""What the engine keeps on the device.
+"""The state of the engine on the device.
 
-    Requests   a table, a row a request: prompt, knobs, and what has been drawn so far
-    Ring       the rows that wait, in order; neighbours with one prompt share its prefill
-    Entries    prompts that are computed, and how many of the next waiting rows each serves
+    Requests   a table with one row for each request: prompt, sampling settings, response so far
+    Ring       the queue of waiting rows; consecutive rows with the same prompt share its prefill
+    Entries    prefilled prompts, and how many of the next rows of the queue each of them serves
     Slots      the rows that are being decoded
 
 Q requests, P prompt tokens, T response tokens, R entries, B slots, E stop tokens.
@@ -21,33 +21,33 @@ from fireopd_jax.types import pytree
 
 RUNNING, STOP, LENGTH, NOT_FINITE = range(4)
 FINISH = ("running", "stop", "length", "not_finite")
-"""Why a response ended, by its code: not yet, on a stop token, at its limit, or because the logits
-were not finite."""
+"""Why a response ended, by its code: not yet, a stop token, its length limit, or logits that were
+not finite."""
 
 SLOTS = {"cpu": 32}
-"""Slots by platform where nobody says how many; 256 elsewhere."""
+"""Default number of slots by platform; 256 on others."""
 PIECE = 128
-"""Tokens of a prompt that are computed at a time, where it has as many."""
+"""Largest number of tokens of each prompt in one prefill step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The sizes that a loop is compiled for."""
+    """Static sizes that a decoding loop is compiled for."""
 
     slots: int
-    """Rows that are decoded at a time."""
+    """B: rows that are decoded at a time."""
     entries: int
-    """Prompts that are computed at a time."""
+    """R: prompts that are prefilled at a time."""
     piece: int
-    """Tokens of each prompt that are computed at a time."""
+    """Tokens of each prompt in one prefill step."""
     capacity: int
-    """Positions of a slot: a multiple of the piece."""
+    """Positions of a slot, a multiple of `piece`."""
 
     @classmethod
     def of(
         cls, rows: int, width: int, room: int, slots: int | None = None, align: int = 8
     ) -> "Shape":
-        """Choose sizes for so many rows, prompts and responses of so many tokens at most."""
+        """Return sizes for `rows` requests, prompts of `width` and responses of `room` tokens."""
         slots = max(1, min(slots or SLOTS.get(jax.default_backend(), 256), rows))
         piece = -(-min(width, PIECE) // align) * align
         return cls(
@@ -60,73 +60,77 @@ class Shape:
 
 @pytree
 class Requests:
-    """Rows of one table; `count` tokens of each response are there."""
+    """The request table; each response has `count` tokens so far."""
 
     prompt: Int32[Array, "Q P"]
     length: Int32[Array, " Q"]
+    """Prompt tokens; 0 in an empty row."""
     sample_id: Int32[Array, " Q"]
     sampling: Sampling
-    """Knobs, a row each; the seed is shared."""
+    """Sampling settings of each row; the seed is shared."""
     tokens: Int32[Array, "Q T"]
     logprob: Float32[Array, "Q T"]
     model_logprob: Float32[Array, "Q T"]
     version: Int32[Array, "Q T"]
-    """Update count of the parameters that drew each token."""
+    """Update count of the parameters that each token was sampled from."""
     count: Int32[Array, " Q"]
     finish: Int32[Array, " Q"]
+    """Index into `FINISH`."""
 
 
 @pytree
 class Ring:
-    """A queue of rows: `size` of them from `head` on, modulo its length."""
+    """A ring buffer of table rows: `size` of them from `head` on, modulo Q."""
 
     row: Int32[Array, " Q"]
     first: Bool[Array, " Q"]
-    """The row's sequence is not that of the row before it."""
+    """The row does not share its prefill with the row before it."""
     head: Int32[Array, ""]
     size: Int32[Array, ""]
 
 
 @pytree
 class Entries:
-    """Prompts that are computed; the next `left.sum()` rows of the ring are theirs, in order."""
+    """Prefilled prompts; the next `left.sum()` rows of the queue use them, in order."""
 
     left: Int32[Array, " R"]
     length: Int32[Array, " R"]
-    """Tokens whose keys and values are there: all of the sequence but the last."""
+    """Tokens whose keys and values are computed: all of the sequence but the last."""
 
 
 @pytree
 class Slots:
-    """What each slot decodes next: `token`, at `position`."""
+    """The next input of each slot: `token` at `position`."""
 
     row: Int32[Array, " B"]
     token: Int32[Array, " B"]
     position: Int32[Array, " B"]
     order: Int32[Array, " B"]
-    """Order in which the slots were taken."""
+    """Running number of the row that was inserted: larger is newer."""
     active: Bool[Array, " B"]
 
 
 @pytree
 class Counters:
-    """What happened since the start."""
+    """Counts since the start of a run."""
 
     steps: Int32[Array, ""]
     drawn: Int32[Array, ""]
-    """Tokens; drawn / (steps B) is the use of the slots."""
+    """Sampled tokens; drawn / (steps B) is the utilisation of the slots."""
     prefills: Int32[Array, ""]
     prefilled: Int32[Array, ""]
-    """Prompt tokens that were computed."""
+    """Prompt tokens whose keys and values were computed."""
     inserted: Int32[Array, ""]
+    """Rows that took a slot; never reset, since `Slots.order` counts them."""
     stalled: Int32[Array, ""]
-    """Slots that waited for a page, summed over steps."""
+    """Slots without a free page, summed over steps."""
     preempted: Int32[Array, ""]
+    """Rows that lost their slot for lack of pages."""
 
 
 @pytree
 class EngineState:
-    """All of it. A state is given away to the function that changes it."""
+    """The whole state of one replica; functions that change it donate it."""
 
     requests: Requests
     ring: Ring
@@ -137,7 +141,7 @@ class EngineState:
 
 
 def empty_requests(rows: int, width: int, room: int, sampling: Sampling) -> Requests:
-    """Make a table without requests; every buffer is its own."""
+    """Return a request table of empty rows; no two fields share a buffer, so it can be donated."""
     return Requests(
         prompt=jnp.zeros((rows, width), jnp.int32),
         length=jnp.zeros(rows, jnp.int32),
@@ -153,7 +157,7 @@ def empty_requests(rows: int, width: int, room: int, sampling: Sampling) -> Requ
 
 
 def initial_state(requests: Requests, slots: int, entries: int, cache: Any) -> EngineState:
-    """Make a state in which nothing waits and nothing runs."""
+    """Return a state with an empty queue and empty slots."""
     rows = requests.length.shape[0]
 
     def zeros(*shape: int) -> Array:
@@ -176,7 +180,10 @@ def initial_state(requests: Requests, slots: int, entries: int, cache: Any) -> E
 
 
 def enqueue(ring: Ring, requests: Requests, rows: Int32[Array, " A"]) -> Ring:
-    """Append rows, in order; row Q is none. Neighbours with one sequence share its prefill."""
+    """Append rows to the queue, in order; entries equal to Q are padding.
+
+    Consecutive rows with the same prompt and no response yet share its prefill.
+    """
     size = ring.row.shape[0]
     real = rows < size
     at = jnp.where(real, (ring.head + ring.size + jnp.cumsum(real) - 1) % size, size)
@@ -200,7 +207,7 @@ def enqueue(ring: Ring, requests: Requests, rows: Int32[Array, " A"]) -> Ring:
 def write(
     requests: Requests, ring: Ring, rows: Int32[Array, " A"], table: Requests
 ) -> tuple[Requests, Ring]:
-    """Put requests into rows of the table and let them wait, in order; row Q is none."""
+    """Write requests to rows of the table and append them to the queue; row Q is padding."""
 
     def put(old: Array, new: Array) -> Array:
         return old if old.ndim == 0 else old.at[rows].set(new, mode="drop")
@@ -210,14 +217,14 @@ def write(
 
 
 def remove(state: EngineState, row: Int32[Array, ""]) -> EngineState:
-    """Let a row neither run nor wait; row Q is none."""
+    """Remove a row from slots and queue; row Q is padding."""
     ring, size = state.ring, state.ring.row.shape[0]
     at = (ring.head + jnp.arange(size)) % size
     there = jnp.arange(size) < ring.size
     gone = there & (ring.row[at] == row)
     found = gone.any()
     kept = jnp.nonzero(there & ~gone, size=size, fill_value=0)[0]
-    # Who stood behind it shares its prompt with nobody before; the entries' counts are off.
+    # The row behind it starts a group of its own, and the entries' counts no longer match.
     first = (ring.first[at] | jnp.roll(gone, 1))[kept]
     ring = Ring(
         row=ring.row[at][kept],
@@ -232,5 +239,5 @@ def remove(state: EngineState, row: Int32[Array, ""]) -> EngineState:
 
 
 def pick(r: Requests, rows: Int32[Array, " A"]) -> tuple[Array, Array, Array, Array]:
-    """Read the responses of rows: tokens, both log-probs, versions."""
+    """Return the responses of rows: tokens, both log-probabilities, versions."""
     return r.tokens[rows], r.logprob[rows], r.model_logprob[rows], r.version[rows]

@@ -41,7 +41,8 @@ def keep(logits, sampling):
     knobs = _knobs(sampling.rows(len(logits)), jnp.zeros(len(logits), jnp.int32))
     blocks = columns.split(logits)
     weights, cut = _shape(blocks, knobs, columns)
-    z = _keep(blocks * knobs.coldness[:, None, None], columns.ids(), weights.top, cut, knobs.least)
+    z = blocks * knobs.inverse_temperature[:, None, None]
+    z = _keep(z, columns.ids(), weights.top, cut, knobs.log_min_p)
     return (z > -jnp.inf).reshape(len(logits), -1)[:, : columns.width]
 
 

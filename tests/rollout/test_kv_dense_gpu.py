@@ -69,7 +69,7 @@ def test_what_cudnn_cannot_do_is_refused():
     sliding = tiny_model(
         dtype="bfloat16", head_dim=16, layer_types=("sliding_attention",), sliding_window=5
     )
-    with pytest.raises(UserError, match=r"no sliding window"):
+    with pytest.raises(UserError, match=r"does not support sliding windows"):
         DenseGPU().init(sliding.config, 2, 1, 32)
 
 

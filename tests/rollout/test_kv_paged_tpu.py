@@ -40,7 +40,9 @@ def test_the_kernel_sees_what_plain_pages_hold(options, monkeypatch):
 
 
 def test_other_widths_of_heads_are_refused():
-    with pytest.raises(UserError, match=r"paged_tpu takes heads of a multiple of 128.* have 8"):
+    with pytest.raises(
+        UserError, match=r"paged_tpu needs a head width that is a multiple of 128.* has 8"
+    ):
         PagedTPU().init(tiny_model().config, 2, 1, 32)
 
 
