@@ -1,4 +1,4 @@
-"""Small models, prompts, rollouts and scores for the tests of the method's stages."""
+"""Small models, prompts, rollouts and scores for tests."""
 
 import os
 from unittest import mock
@@ -29,7 +29,7 @@ def one_device():
 
 
 def make_rollout(mask, teacher=None, logprob=None):
-    """Return a rollout with this mask; its tokens and prompts mean nothing."""
+    """Return a rollout with this mask; its tokens and prompts are arbitrary."""
     mask = np.asarray(mask)
     rows = np.arange(len(mask), dtype=np.int32)
     ones = np.ones((len(mask), 1), np.int32)
@@ -55,7 +55,7 @@ def make_scores(student_logprob, teacher_logprob, student_entropy, teacher_entro
 
 
 def random_case(seed, rows=7, tokens=6, num_teachers=2):
-    """Return (scores, mask, teacher); row 1 is empty, values behind the mask are junk."""
+    """Return (scores, mask, teacher); row 1 is empty, values outside the mask are NaN."""
     rng = np.random.default_rng(seed)
     length = rng.integers(1, tokens + 1, rows)
     length[0] = tokens
@@ -74,7 +74,7 @@ def random_case(seed, rows=7, tokens=6, num_teachers=2):
 
 
 def tiny_model(vocab_size=32, **architecture):
-    """Return a one-layer decoder without parameters; keywords are its architecture's."""
+    """Return a one-layer decoder without parameters; keywords are fields of its architecture."""
     small = {
         "hidden_size": 16,
         "num_hidden_layers": 1,
@@ -87,7 +87,7 @@ def tiny_model(vocab_size=32, **architecture):
 
 
 def random_params(model, seed=0):
-    """Return parameters far from the initial ones: logits spread, norms have own scales."""
+    """Return random parameters with spread logits and norm scales different from 1."""
     rng = np.random.default_rng(seed)
     shapes, tree = jax.tree.flatten_with_path(jax.eval_shape(model.init, jax.random.key(0)))
     leaves = []
@@ -138,7 +138,7 @@ def response_stats(
 
 
 def make_prompts(lengths, width, vocab_size=32, seed=0, sample_id=None, teacher=None):
-    """Return prompts of these lengths; the teachers' are others, longer by one. Padding is junk."""
+    """Return prompts of these lengths; teacher prompts have one token more. Padding is random."""
     rng = np.random.default_rng(seed)
     length = np.asarray(lengths, np.int32)
     rows = np.arange(len(length), dtype=np.int32)
@@ -159,7 +159,7 @@ def make_prompts(lengths, width, vocab_size=32, seed=0, sample_id=None, teacher=
 
 
 def through_cache(model, params, rows, prompt, memory, piece=8):
-    """Return the hidden states of sequences: prompts in pieces, then token by token in slots."""
+    """Return the hidden states of sequences: prompts by prefill, then token by token in slots."""
     prompt = np.asarray(prompt, np.int32)
     total = np.array([len(row) for row in rows], np.int32)
     capacity = -(-int(total.max()) // piece) * piece
@@ -206,7 +206,7 @@ def through_cache(model, params, rows, prompt, memory, piece=8):
 
 
 def qwen_loop(memory, dtype="bfloat16"):
-    """Return the loop of an engine at sizes of Qwen3-0.6B, two layers of it, and its arguments."""
+    """Return an engine's loop for two layers of Qwen3-0.6B's sizes, and its arguments' shapes."""
     config = tiny_model(
         hidden_size=1024,
         num_hidden_layers=2,
@@ -226,7 +226,7 @@ def qwen_loop(memory, dtype="bfloat16"):
         cache = memory.init(config, shape.slots, shape.entries, shape.capacity)
         return params, initial_state(requests, shape.slots, shape.entries, cache)
 
-    # Laid out as on the machine that it will be compiled for, which is no CPU.
+    # The decode layout of the target, an accelerator: on a CPU, kernels would be transposed.
     with mock.patch.object(jax, "default_backend", lambda: "accelerator"):
         params, state = jax.eval_shape(start, jax.random.key(0))
     flat, tree = jax.tree.flatten((params, state, jnp.int32(0), jnp.int32(0)))
@@ -234,7 +234,7 @@ def qwen_loop(memory, dtype="bfloat16"):
 
 
 def equations_of(jaxpr):
-    """Walk all equations of a traced program, also within its loops, branches and kernels."""
+    """Yield all equations of a traced program, also inside loops, branches and kernels."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.tree.leaves(
@@ -246,14 +246,14 @@ def equations_of(jaxpr):
 
 
 def shapes_of(jaxpr):
-    """Walk the shapes of all that these equations read and write."""
+    """Yield the shapes of all inputs and outputs of a traced program's equations."""
     for equation in equations_of(jaxpr):
         for variable in (*equation.invars, *equation.outvars):
             yield getattr(variable.aval, "shape", ())
 
 
 def skip_unless_hopper_kernels_run():
-    """Skip a test of the kernels for H100 and H200 on other GPUs, and on JAX of before."""
+    """Skip a test of the Hopper kernels on other GPUs and on older JAX."""
     oldest = pallas_gpu_tile.OLDEST_JAX
     if jax.__version_info__ < oldest or not has_one_hopper_gpu():
         pytest.skip(f"needs one H100 or H200 and JAX {'.'.join(map(str, oldest))}")

@@ -184,7 +184,7 @@ def uncached(mask: Bool[Array, "B N N"]) -> AttentionFn:
 
 
 def with_remat(layer: Callable[..., Array], remat: Remat) -> Callable[..., Array]:
-    """Return the layer function wrapped in `jax.checkpoint` as `remat` says."""
+    """Return the layer function, wrapped in `jax.checkpoint` according to `remat`."""
     if remat == "none":
         return layer
     # Attention's products have batch axes. They are the largest, so `dots` does not save them.

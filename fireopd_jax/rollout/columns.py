@@ -79,8 +79,8 @@ class Columns:
     def max(self, value: Shaped[Array, "*S"]) -> Shaped[Array, "*S"]:
         """Return the maximum over the shards.
 
-        For a value that all shards have computed alike it is that value, and JAX then knows that
-        the shards agree, which branches on it require.
+        If all shards have the same value, the result is that value, but now JAX's types state that
+        the shards agree, which a branch on it requires.
         """
         return value if self.axis is None else lax.pmax(value, self.axis)
 

@@ -308,7 +308,7 @@ class Engine:
         finish: np.ndarray,
         count: np.ndarray,
     ) -> Iterator[tuple[Place, Completion]]:
-        """Yield the responses of some rows as they stand, fetched in blocks."""
+        """Yield the responses so far of some rows, fetched in blocks."""
         assert self._state is not None
         by_replica = [
             sorted(q for d, q in places if d == replica) for replica in range(self.replicas)

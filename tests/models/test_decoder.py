@@ -1,4 +1,4 @@
-"""The decoder: attention against plain loops, causality, and one result by all of its paths."""
+"""The decoder: attention against plain loops, causality, equal results of all code paths."""
 
 import dataclasses
 
@@ -57,7 +57,7 @@ def test_attention_equals_plain_loops(heads, shared):
     q = rng.standard_normal((2, 3, heads, 8)).astype(np.float32)
     k, v = (rng.standard_normal((2, shared, 5, 8)).astype(np.float32) for _ in "kv")
     mask = rng.random((2, 3, 5)) < 0.6
-    mask[0, 1] = False  # sees nothing: finite, the plain mean
+    mask[0, 1] = False  # no visible key: the result is finite, the mean of values
     out = np.asarray(attend(q, k, v, mask))
     assert np.isfinite(out).all()
     np.testing.assert_allclose(out, plain_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
@@ -106,7 +106,7 @@ def test_gradient_flows_to_every_parameter(tied):
         return stats.logprob.sum() + stats.entropy.sum()
 
     for path, leaf in jax.tree.leaves_with_path(gradient(params)):
-        # The layers' axis is the first: each layer must learn.
+        # The first axis is the layer: each layer must have a gradient.
         for layer in leaf if "layers" in jax.tree_util.keystr(path) else [leaf]:
             assert np.isfinite(layer).all() and np.abs(layer).max() > 1e-6, path
 

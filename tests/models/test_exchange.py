@@ -1,4 +1,4 @@
-"""A teacher that ends otherwise than its student: what it says of its end counts for the other."""
+"""A teacher with another EOS id than its student: the two ids' output rows are swapped."""
 
 import dataclasses
 
@@ -18,10 +18,10 @@ def test_two_words_change_places_in_what_is_said_and_in_nothing_else(tied):
     params = random_params(model)
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, 32, (6, 4)).astype(np.int32)
-    prompt[:3, 1], prompt[3:, 2] = OURS, ITS  # both stand in prompts, too
+    prompt[:3, 1], prompt[3:, 2] = OURS, ITS  # Prompts contain both ids, too.
     length = np.full(6, 4, np.int32)
     tokens = rng.integers(10, 32, (6, 5)).astype(np.int32)
-    tokens[:, 2] = ITS  # and amid a response
+    tokens[:, 2] = ITS  # So does the middle of a response.
     tokens[:, 4] = OURS
     mask = np.ones((6, 5), bool)
 
@@ -34,7 +34,7 @@ def test_two_words_change_places_in_what_is_said_and_in_nothing_else(tied):
     ended = tokens.copy()
     ended[:, 4], ended[:, 2] = ITS, ITS
     wanted = ask(model, params, ended)
-    # Amid the response it is asked about its own end, and speaks of the student's.
+    # In the middle of the response, the teacher's EOS id has the probability of the student's.
     hidden, head = model.response_hidden(params, prompt, length, tokens, mask)
     logp = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, head))
     expected = np.array(wanted.logprob)

@@ -1,4 +1,4 @@
-"""config.json: both spellings, each family's rules, and refusals that name file and key."""
+"""config.json: both spellings, each family's rules, and errors that name file and key."""
 
 import pytest
 

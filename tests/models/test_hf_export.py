@@ -1,4 +1,4 @@
-"""Exported folders: whole or absent, cut into shards, and the same model in `transformers`."""
+"""Exported folders: complete or absent, sharded, and the same model in `transformers`."""
 
 import json
 
@@ -106,7 +106,7 @@ def test_the_tokenizer_comes_along(tmp_path):
         assert loaded.chat_template == TOKENIZER.chat_template
         text = " a é\n<|end|> 12"
         assert loaded.encode(text) == TOKENIZER.encode(text)
-    # Names that readers of before transformers 5 know.
+    # The names that transformers 4 knows.
     described = read(tmp_path / "out", "tokenizer_config.json")
     assert described["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert "extra_special_tokens" not in described

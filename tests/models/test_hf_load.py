@@ -1,4 +1,4 @@
-"""Safetensors folders: every tensor at its place, in any number of files, and clear refusals."""
+"""Loading safetensors folders: every tensor, any number of files, and clear errors."""
 
 import json
 import struct
@@ -37,7 +37,7 @@ MODELS = {
 
 
 def write(folder, name, shards=1, dtype=None):
-    """Write a model as Hugging Face would; give its parameters."""
+    """Write a model in Hugging Face's format; return its parameters."""
     model = MODELS[name]
     params = random_params(model)
     tensors = dict(hf_tensors(params, model.config, dtype))
@@ -64,7 +64,7 @@ def same(a, b):
 
 @pytest.fixture(params=["host", "device"])
 def memory(request, monkeypatch):
-    """Load as for CPUs, and as for devices with a memory of their own."""
+    """Run a test with the code for CPUs, and with the code for accelerators."""
     if request.param == "device":
         monkeypatch.setattr(hf_load, "on_cpu", lambda place: False)
 
@@ -187,7 +187,7 @@ def test_blocks_of_any_size_fill_the_memory(tmp_path, monkeypatch, name):
 
 
 def test_what_is_loaded_is_never_written_to(tmp_path):
-    """Devices may share what the host has read, and a program may be given it."""
+    """Devices may share host memory, and a program may get it as a donated argument."""
     params = write(tmp_path / "m", "tied")
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     got = read(tmp_path / "m", "tied", NamedSharding(mesh, PartitionSpec()))

@@ -69,7 +69,7 @@ CASES = {
 
 
 def make(family, settings, seed=0):
-    """Build their model; every weight is random, the norms' too."""
+    """Return a model of `transformers` with random weights, also of its norms."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     name = family.removesuffix("Text")
     config = getattr(transformers, f"{family}Config")(**BASE | settings)
@@ -86,7 +86,7 @@ def make(family, settings, seed=0):
 
 @functools.cache
 def case(name, tmp):
-    """Write a model once; give their module, the folder, what we read, and a batch of rows."""
+    """Write a model once; return its module, the folder, our model of it, and a batch of rows."""
     reference = make(*CASES[name])
     folder = tmp / name
     reference.save_pretrained(folder)
@@ -105,7 +105,7 @@ def tokens(seed=1):
 
 
 def wanted_logits(reference, ids, length):
-    """Their logits of each row alone, without its padding."""
+    """Return the logits of `transformers` for each row alone, without padding."""
     torch = pytest.importorskip("torch")
     with torch.no_grad():
         return [
@@ -120,7 +120,7 @@ def bent(config, logits):
 
 
 def full(config, params, ids, length):
-    """Our logits of all rows together, right-padded."""
+    """Return our logits of all rows in one right-padded batch."""
     positions = np.broadcast_to(np.arange(WIDTH, dtype=np.int32), ids.shape)
     visible = np.arange(WIDTH)[None] < length[:, None]
 
@@ -194,7 +194,7 @@ def test_bfloat16_stays_within_its_tolerance(name, tmp):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     got = full(config, params, tokens(), LENGTH)
     theirs = wanted_logits(half, tokens(), LENGTH)
-    # In units of the logits' spread; experts chosen otherwise at a tie weigh more.
+    # In units of the logits' spread; a router tie that resolves to another expert counts more.
     for row, reference_row, own, n in zip(got, exact, theirs, LENGTH, strict=True):
         spread = reference_row.std()
         ours = np.sqrt(np.mean((row[:n] - reference_row) ** 2)) / spread
@@ -203,7 +203,7 @@ def test_bfloat16_stays_within_its_tolerance(name, tmp):
 
 
 def respelled(values):
-    """The older spelling of a config.json."""
+    """Return a config.json in the older spelling."""
     values = dict(values)
     given = values.pop("rope_parameters")
     values["torch_dtype"] = values.pop("dtype")
@@ -235,7 +235,7 @@ def test_both_spellings_and_our_own_config_say_the_same(name, tmp):
     theirs = transformers.AutoConfig.from_pretrained(other)
     assert theirs.model_type == values["model_type"]
     wanted = transformers.AutoConfig.from_pretrained(folder).rope_parameters
-    # Ours also writes out what they take by default.
+    # Our file also has the keys that theirs omits as defaults.
     assert wanted.items() <= theirs.rope_parameters.items()
 
 

@@ -1,4 +1,4 @@
-"""Scoring given responses: against a decoder in plain NumPy, and what padding must not change."""
+"""Scores of given responses: equal to a decoder in NumPy, and independent of padding."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ def parameters(name):
 
 
 def ragged(prompt_width=4, response_width=4, junk=0):
-    """Prompts and responses of fixed content; `junk` fills what is padding."""
+    """Return prompts and responses with fixed tokens; `junk` fills the padding."""
     rng = np.random.default_rng(3)
     prompt = np.full((3, prompt_width), junk, np.int32)
     tokens = np.full((3, response_width), junk, np.int32)
@@ -45,7 +45,7 @@ def ragged(prompt_width=4, response_width=4, junk=0):
 
 
 def plain_logits(model, params, sequence):
-    """Logits after each token of one unpadded sequence, in float64."""
+    """Return the logits after each token of one unpadded sequence, in float64."""
     c = model.config
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     half = c.head_dim // 2

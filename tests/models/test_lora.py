@@ -1,4 +1,4 @@
-"""Adapters: nothing at first, the same as merged weights after, and alone to have a gradient."""
+"""Adapters: no effect at first, the same as merged weights later, and the only gradient."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ MODELS = {
 
 
 def learnt(params, lora=LORA, seed=1):
-    """Adapters that have learnt something: no B is zero."""
+    """Return adapters whose B are not zero."""
     shapes = jax.eval_shape(lora.init, jax.random.key(0), params)
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), shapes)
@@ -158,7 +158,7 @@ def test_the_gradient_is_that_of_differences():
         moved = jax.tree.map(lambda x, d: x + step * d, adapters, direction)
         return logprobs(model, params, LORA.scaled(moved)).sum(where=BATCH.rollout.mask)
 
-    step = 2e-3  # so small that what is of third order counts little
+    step = 2e-3  # Small, so that terms of third order are negligible.
     wanted = (total(step) - total(-step)) / (2 * step)
     np.testing.assert_allclose(jax.grad(total)(0.0), wanted, rtol=2e-2)
 

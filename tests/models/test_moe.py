@@ -1,4 +1,4 @@
-"""The mixture of experts against a plain loop over tokens; its neighbours change nothing."""
+"""The mixture of experts: equal to a loop over tokens, and independent of other tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def plain(params, x, norm):
 
 def rows(skewed, count=24):
     x = np.random.default_rng(3).standard_normal((count, 16))
-    # Skewed: all tokens alike, so that some experts get all and others nothing.
+    # All tokens are alike, so that some experts get all tokens and others none.
     return x[:1] + 0.01 * x if skewed else x
 
 

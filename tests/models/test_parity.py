@@ -17,7 +17,7 @@ LINEAR = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
 
 
 def theirs(torch, architecture):
-    """Build their model; every weight random, the norms' too."""
+    """Return a model of `transformers` with random weights, also of its norms."""
     transformers = pytest.importorskip("transformers")
     names = {k: v for k, v in architecture.items() if k != "rope_theta"}
     rope = {"rope_type": "default", "rope_theta": architecture["rope_theta"]}
@@ -34,7 +34,7 @@ def theirs(torch, architecture):
 
 
 def ours(weights, tied):
-    """Lay their weights as our parameters: kernels transposed, layers stacked."""
+    """Return its weights as our parameters: kernels transposed, layers stacked."""
 
     def stack(name):
         return np.stack([weights[f"model.layers.{i}.{name}.weight"] for i in range(LAYERS)])

@@ -1,6 +1,6 @@
-"""Float32 is multiplied as float32: no product is left to the platform's own precision.
+"""Float32 products name their precision, so that no platform multiplies in fewer bits.
 
-Of scores, their gradients and rollouts; losses multiply by the same head.
+Checked for scores, their gradients and rollouts; losses use the same head products.
 """
 
 import jax
@@ -27,7 +27,7 @@ PRODUCTS = "dot_general", "ragged_dot", "ragged_dot_general"
 
 
 def products(jaxpr):
-    """Find all products of float32."""
+    """Return all float32 products of a traced program."""
     for equation in equations_of(jaxpr):
         types = {operand.aval.dtype for operand in equation.invars[:2]}
         if equation.primitive.name in PRODUCTS and types == {jnp.dtype("float32")}:

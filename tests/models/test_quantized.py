@@ -1,4 +1,4 @@
-"""Kernels in eight bits: the oracle's numbers, a model near the other, a quarter of its bytes."""
+"""Int8 kernels: the oracle's integers, small errors of log-probabilities, fewer bytes."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ FAMILIES = {
         "layer_types": ("sliding_attention", "full_attention"), "rope_local_theta": 100.0,
     },
 }  # fmt: skip
-# Nats, where random logits are spread wide: twice what was measured.
+# In nats, for widely spread random logits: twice the measured errors.
 MEAN, MAX = 0.06, 0.3
 
 
@@ -64,13 +64,13 @@ def whole(params):
 def test_numbers_and_steps_are_the_oracles(dtype):
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(rng.standard_normal((3, 40, 7)) * 10.0 ** rng.integers(-3, 3, 7), dtype)
-    kernel = kernel.at[1, :, 2].set(0)  # a column of nothing
+    kernel = kernel.at[1, :, 2].set(0)  # a column of zeros
     got = jax.jit(quantize)(kernel)
     assert got.scale.shape == (3, 1, 7) and got.scale.dtype == jnp.float32
     for layer in range(3):
         values, steps = int8(kernel[layer])
         np.testing.assert_allclose(got.scale[layer, 0], steps, rtol=1e-6)
-        # A weight half-way between two numbers may go either way in float32.
+        # A weight half-way between two integers may round either way in float32.
         assert np.abs(values - got.values[layer]).max() <= 1
         assert (values != got.values[layer]).mean() < 0.02
         wide = np.asarray(kernel[layer], np.float64)
@@ -82,7 +82,7 @@ def test_numbers_and_steps_are_the_oracles(dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_host_comes_to_the_same_bits(dtype):
-    # Of bfloat16's weights many lie half-way between two numbers.
+    # Many bfloat16 weights are half-way between two integers.
     kernel = np.random.default_rng(1).standard_normal((300, 200)).astype(dtype)
     kernel = kernel.astype(np.float32)
     kernel[:, 3] = 0
@@ -140,7 +140,7 @@ def test_kernels_take_a_quarter_and_nothing_else_changes(family):
             assert before.ndim < 3 or "gate" in jax.tree_util.keystr(path), path
             assert before == after
     assert kernels == 7
-    assert bytes_after < 0.3 * bytes_before  # of wider kernels the steps are next to nothing
+    assert bytes_after < 0.3 * bytes_before  # Scales are a smaller part of wider kernels.
 
 
 def test_routers_embeddings_heads_norms_and_biases_are_left():

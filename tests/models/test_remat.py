@@ -1,4 +1,4 @@
-"""What the backward pass computes again: the same gradient, with less held meanwhile."""
+"""Rematerialisation: the same gradient with less memory."""
 
 import functools
 
@@ -48,7 +48,7 @@ def test_every_policy_gives_the_same_loss_and_gradient(shape):
 
 
 def held(remat, with_adapters=False):
-    """Bytes that the compiled gradient holds besides its inputs and outputs."""
+    """Return the temporary memory of the compiled gradient, in bytes."""
     model = tiny_model(num_hidden_layers=12, hidden_size=32, intermediate_size=96)
     params = random_params(model)
     tokens = np.zeros((8, 32), np.int32)

@@ -1,4 +1,4 @@
-"""Rotary scalings against their equations in plain Python."""
+"""RoPE scalings against their equations in plain Python."""
 
 import math
 
@@ -12,7 +12,7 @@ PLAIN = [THETA ** (-i / HALF) for i in range(HALF)]
 
 
 def rotation(scaling):
-    """The frequency of each pair, and the length of its rotated unit vector."""
+    """Return the frequency of each pair, and the length of its rotated unit vector."""
     cos, sin = rotary(np.array([[1]], np.int32), 2 * HALF, THETA, scaling)
     cos, sin = (np.asarray(x, np.float64).reshape(-1) for x in (cos, sin))
     return np.arctan2(sin, cos), np.hypot(cos, sin)

@@ -1,4 +1,4 @@
-"""Layers of several kinds: windows count tokens, not slots, and every path gives one result."""
+"""Several layer types: windows count tokens, not columns, and all code paths agree."""
 
 import jax
 import numpy as np
@@ -49,7 +49,7 @@ def test_prefill_and_decode_equal_the_whole_and_the_row_alone(name):
     for memory in (Dense(), Paged(page_size=8)):
         for i, hidden in enumerate(through_cache(model, params, rows, LENGTH, memory)):
             np.testing.assert_allclose(hidden, got[i][visible[i]], rtol=1e-5, atol=1e-5)
-    # A row without its padding: the window must not have counted it.
+    # A row without its padding: the window must not count padding.
     for i in range(ROWS):
         own = tokens[i][visible[i]][None]
         n = own.shape[1]

@@ -1,10 +1,10 @@
-"""What a row may draw, by sorting it whole: the reference that the sampler's filters must equal."""
+"""Filters by sorting whole rows: the reference for the sampler's filters."""
 
 import numpy as np
 
 
 def kept(z, top_k=0, top_p=1.0, min_p=0.0):
-    """Tell which tokens stay: top-k, then top-p of what is left, then min-p; equals rank by id."""
+    """Return the mask after top-k, then top-p of the rest, then min-p; ties rank by token id."""
     z = np.asarray(z, np.float32)
     order = np.argsort(-z, kind="stable")[: top_k or None]
     mass = np.exp(np.asarray(z[order] - z[order[0]], np.float64))
@@ -18,7 +18,7 @@ def kept(z, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def distribution(logits, temperature=1.0, **filters):
-    """Give the probabilities that should be drawn from."""
+    """Return the probabilities that the sampler should have."""
     z = np.asarray(logits, np.float64) / temperature
     p = np.where(kept(z, **filters), np.exp(z - z.max()), 0)
     return p / p.sum()

@@ -13,11 +13,11 @@ from fireopd_jax.rollout.sampling import Sampling, _keep, _knobs, _shape, draw, 
 from tests.rollout.filters import kept
 
 SMALL, LARGE = 41, 3001
-"""Fewer tokens than candidates, and so many that most filters must search beyond those."""
+"""Fewer tokens than candidates, and so many that most thresholds are beyond the candidates."""
 
 
 def rows(size):
-    """Logits of every kind: spread, tied, flat, forbidden, alone, peaked, signed zeros."""
+    """Return logits that are spread, tied, flat, banned, single, peaked, and signed zeros."""
     rng = np.random.default_rng(5)
     spread = [2 * rng.standard_normal(size) for _ in range(2)]
     narrow = 0.05 * rng.standard_normal(size) - 7
@@ -36,7 +36,7 @@ def rows(size):
 
 @jax.jit
 def keep(logits, sampling):
-    """Give the mask of what the sampler may draw."""
+    """Return the mask of tokens that the sampler keeps."""
     columns = Columns(logits.shape[1])
     knobs = _knobs(sampling.rows(len(logits)), jnp.zeros(len(logits), jnp.int32))
     blocks = columns.split(logits)
@@ -100,7 +100,7 @@ def test_any_number_of_candidates_gives_the_same(monkeypatch):
 
 
 def test_what_is_drawn_is_kept_at_any_temperature():
-    # A quotient that one place rounds otherwise than another would lose the token at the cut.
+    # A quotient that rounds differently in two places would lose the token at the threshold.
     logits = rows(LARGE)[:3]
     run = jax.jit(lambda z, k, s, p: draw(z, row_keys(s.seed, k, p), s, p))
     ids = jnp.arange(3, dtype=jnp.int32)

@@ -1,7 +1,7 @@
-"""The loop that draws: where responses end, and what a response must not depend on.
+"""The decoding loop: where responses end, and what a response must not depend on.
 
-Stop tokens do not touch the noise, so a run without any tells what every other run must be: the
-same responses, cut after their first stop token or at the limit.
+Stop tokens do not change the random numbers. So a run without stop tokens determines all others:
+the same responses, truncated after their first stop token or at the limit.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def unstopped():
 
 
 def check(rollout, stop, limit=ROOM):
-    """Compare with the unstopped responses, cut."""
+    """Compare with truncated responses of a run without stop tokens."""
     free = unstopped()
     for i in range(ROWS):
         tokens = [] if LENGTHS[i] == 0 else list(free.tokens[i, :limit])
@@ -131,7 +131,7 @@ def test_order_and_batch_size_do_not_matter():
 
 
 def test_neighbours_do_not_matter():
-    # Another row's NaN must stay there; token 31 stands in no prompt of its own but the others'.
+    # The embedding of token 31 is NaN. In one run, the prompts of rows 1 to 7 consist of it.
     model = PARAMS | {"embed_tokens": PARAMS["embed_tokens"].at[31].set(np.nan)}
     head = tiny_model(num_hidden_layers=2, tie_word_embeddings=False)
     poisoned = model | {"lm_head": PARAMS["embed_tokens"].at[31].set(0)}
@@ -148,7 +148,7 @@ def test_neighbours_do_not_matter():
 
     alone, among = run(clean), run(beside)
     assert 31 not in alone.tokens[0]
-    # Where nothing can be drawn, the response ends.
+    # A response ends where no token can be sampled.
     assert not among.mask[1:].any() and not among.finished.any()
     np.testing.assert_array_equal(among.tokens[0], alone.tokens[0])
     np.testing.assert_allclose(among.logprob[0], alone.logprob[0], rtol=1e-5)
@@ -184,7 +184,7 @@ def test_greedy_is_the_models_own_best():
         return jnp.einsum("bsd,vd->bsv", hidden, decoder.head).argmax(-1)
 
     sequence = np.zeros((ROWS, WIDTH + ROOM), np.int32)
-    for i, length in enumerate(FULL.length):  # without a gap, padded at the end
+    for i, length in enumerate(FULL.length):  # No gaps: padding is at the end only.
         sequence[i, :length] = FULL.tokens[i, :length]
         sequence[i, length : length + ROOM] = rollout.tokens[i]
     predicted = np.asarray(best(sequence))
@@ -228,7 +228,7 @@ def test_eight_devices_draw_what_one_draws():
 
 def test_a_row_that_pads_the_head_is_never_drawn():
     padded = dataclasses.replace(MODEL, vocab_size=40, valid=MODEL.vocab_size)
-    # The padding would be by far the most likely.
+    # Padding ids have by far the largest logits.
     rows = 50 * PARAMS["embed_tokens"][:8]
     wide = PARAMS | {"embed_tokens": jnp.concatenate([PARAMS["embed_tokens"], rows])}
     for knobs in ({}, {"temperature": 0.0}, {"top_p": 0.9}):

@@ -1,4 +1,4 @@
-"""A dense cache as cuDNN wants it: its meaning is that of the plain one, and it compiles."""
+"""The dense cache in cuDNN's layout: equal to the plain one, and it compiles."""
 
 import importlib
 
@@ -25,7 +25,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture
 def by_xla(monkeypatch):
-    """Let the same function of JAX run without cuDNN, which allows float32 as well."""
+    """Run the same JAX function without cuDNN, which allows float32, too."""
     monkeypatch.setattr(DenseGPU, "implementation", "xla")
     monkeypatch.setattr(kv_dense_gpu, "TYPES", ("float32",))
 
@@ -42,7 +42,7 @@ def test_what_it_attends_to_is_what_a_plain_cache_holds():
 
 @pytest.mark.usefixtures("by_xla")
 def test_an_engine_draws_the_same_also_when_the_cache_grows(monkeypatch):
-    monkeypatch.setattr("fireopd_jax.rollout.serving.GROW_FROM", 64)
+    monkeypatch.setattr("fireopd_jax.rollout.engine_programs.GROW_FROM", 64)
     lengths = RNG.integers(1, 9, 6)
     requests = [
         Request(i, RNG.integers(0, 32, length).astype(np.int32), Knobs(max_tokens=10 + 8 * i))
@@ -61,10 +61,10 @@ def test_an_engine_draws_the_same_also_when_the_cache_grows(monkeypatch):
 
 
 def test_what_cudnn_cannot_do_is_refused():
-    with pytest.raises(UserError, match=r"in bfloat16, .* here they are float32 and 16"):
+    with pytest.raises(UserError, match=r"supports bfloat16 .* this model has float32 and 16"):
         DenseGPU().init(MODEL.config, 2, 1, 32)
     wide = tiny_model(dtype="bfloat16", head_dim=256)
-    with pytest.raises(UserError, match=r"up to 128, here they are bfloat16 and 256"):
+    with pytest.raises(UserError, match=r"up to 128, this model has bfloat16 and 256"):
         DenseGPU().init(wide.config, 2, 1, 32)
     sliding = tiny_model(
         dtype="bfloat16", head_dim=16, layer_types=("sliding_attention",), sliding_window=5
@@ -75,7 +75,7 @@ def test_what_cudnn_cannot_do_is_refused():
 
 @pytest.fixture
 def cudnn(monkeypatch):
-    """JAX asks the cuDNN of this process for its version, and here is none."""
+    """Fake the cuDNN version: JAX queries it in this process, which has no cuDNN."""
     module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(module, "check_cudnn_version", lambda: 91000)
 

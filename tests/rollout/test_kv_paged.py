@@ -1,4 +1,4 @@
-"""The allocator of pages: nothing is lost, nothing is owned twice, groups share what they may."""
+"""The page allocator: no page is lost or owned twice, and groups share full pages."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ PAGE = 8
 
 
 class Checked(Engine):
-    """Looks at the pages after every few steps."""
+    """An engine that checks its pages after every few steps."""
 
     looks = 0
     shared = 0
@@ -29,7 +29,7 @@ class Checked(Engine):
         cache, slots = state.cache, state.slots
         none, top = len(cache.free), int(cache.top)
         free = cache.free[:top]
-        assert len(set(free)) == top  # no page is free twice
+        assert len(set(free)) == top  # No page is in the free stack twice.
         held = [set(row[row < none]) for row in cache.tables[slots.active]]
         entries = cache.entry_tables[state.entries.left > 0]
         alive = set().union(*held, set(entries[entries < none]))
@@ -39,7 +39,7 @@ class Checked(Engine):
         ):
             written = row[: -(-position // PAGE)]
             assert (written < none).all() and len(set(written)) == len(written)
-        # Two slots share only pages that are full of one prompt.
+        # Two slots share only full pages of one prompt.
         tables, positions = cache.tables[slots.active], slots.position[slots.active]
         rows = slots.row[slots.active]
         for i in range(len(tables)):
@@ -110,11 +110,11 @@ def test_what_nobody_holds_is_freed_and_nothing_else():
     state = memory.insert(
         state,
         jnp.array([0, 0, 1], jnp.int32),
-        jnp.array([2, 0, 3], jnp.int32),  # slot 3 is none
+        jnp.array([2, 0, 3], jnp.int32),  # slot 3: no copy
         jnp.array([20, 20, 9], jnp.int32),
         8,
     )
-    assert int(state.top) == 12 - 5 - 2  # two copies of the last, unfinished page
+    assert int(state.top) == 12 - 5 - 2  # two copies of the last, partial page
     tables = np.asarray(state.tables)
     assert (tables[2, :2] == tables[0, :2]).all() and tables[2, 2] != tables[0, 2]
     active = jnp.array([True, False, False])

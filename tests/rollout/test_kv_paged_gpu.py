@@ -1,4 +1,4 @@
-"""Pages as the GPU's kernel wants them: its meaning is that of plain pages, and it compiles."""
+"""The paged cache for the GPU kernel: equal to the plain paged cache, and it compiles."""
 
 import numpy as np
 import pytest

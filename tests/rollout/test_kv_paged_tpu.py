@@ -1,4 +1,4 @@
-"""Pages as the TPU's kernel wants them: its meaning is that of plain pages, and it compiles."""
+"""The paged cache for the TPU kernel: equal to the plain paged cache, and it compiles."""
 
 import jax
 import numpy as np
@@ -29,8 +29,8 @@ def test_the_kernel_sees_what_plain_pages_hold(options, monkeypatch):
         calls.append(options["sliding_window"])
         return kernel.ref_ragged_paged_attention(*arguments, **options)
 
-    # The interpreter of Pallas lacks a step of this kernel; the library brings its meaning in plain
-    # JAX, whose loop over rows wants their number, not a tracer.
+    # Pallas' interpreter does not support this kernel. The library has a reference in plain JAX,
+    # which needs the number of rows as a Python integer, not a tracer.
     monkeypatch.setattr(kernel, "ragged_paged_attention", reference)
     with jax.disable_jit():
         got = through_cache(model, params, rows, prompt, PagedTPU(page_size=8))

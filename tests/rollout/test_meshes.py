@@ -1,4 +1,4 @@
-"""Rollouts over data and tensor axes: the draws of one device, and what passes between devices."""
+"""Rollouts over data and tensor axes: the tokens of one device, and little communication."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ STOP = tuple(range(3, 70, 9))
 
 @functools.cache
 def drawn(data, tensor, memory=DENSE):
-    """Return what a mesh draws, on the host."""
+    """Return the rollout of a mesh, on the host."""
     mesh = make_mesh(MeshConfig(data=data, tensor=tensor))
     run = jax.jit(
         lambda params, prompts: generate(
@@ -49,7 +49,7 @@ def drawn(data, tensor, memory=DENSE):
     [
         (4, 2, Dense()),
         pytest.param(2, 4, Dense(dtype="int8"), marks=pytest.mark.slow),
-        (1, 8, Dense()),  # more devices than key heads: those lie whole on each
+        (1, 8, Dense()),  # more devices than key heads: these are replicated
         pytest.param(2, 4, Paged(page_size=8), marks=pytest.mark.slow),
     ],
     ids=str,
@@ -83,7 +83,7 @@ def test_the_engine_of_a_mesh_draws_what_one_device_draws():
 
 
 def test_devices_of_a_replica_tell_one_another_sums_not_logits_nor_caches():
-    """Half of the heads, of the MLP and of the words are a device's own."""
+    """Each of two devices has half of the heads, of the MLP and of the vocabulary."""
     made = engine(2, 2, dataclasses.replace(MODEL, vocab_size=5000))
     kept = jax.tree.leaves(made._state.cache)
     assert all(leaf.sharding.shard_shape(leaf.shape)[2] == leaf.shape[2] // 2 for leaf in kept)
@@ -98,7 +98,7 @@ def test_devices_of_a_replica_tell_one_another_sums_not_logits_nor_caches():
     moved = re.findall(r"= \(?\w+\[([0-9,]*)\][^=]*? (?:all-gather|all-to-all)\(", text)
     sizes = [int(np.prod([int(d) for d in shape.split(",") if d])) for shape in moved]
     assert "all-reduce" in text and sizes
-    # What is gathered of two slots are masses of blocks, and the few best words of each.
+    # Gathered are the block masses of two slots, and the largest logits of each shard.
     assert max(sizes) < 2 * table.shape[0] / 8
 
 

@@ -1,4 +1,4 @@
-"""Rows that learn from given responses: chosen by lot, the same in any batch."""
+"""Rows with given responses: chosen at random, the same in any batch."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What is drawn: frequencies against NumPy, rows that know no neighbours, and what is refused."""
+"""Sampling: frequencies against NumPy, independence of other rows, and errors."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def sampling(seed=0, stop=(), **knobs):
 
 
 def stack(samplings):
-    """Give each row its own knobs."""
+    """Return settings with one value for each row."""
     rows = jax.tree.map(lambda *x: jnp.stack(x), *samplings)
     return dataclasses.replace(rows, seed=samplings[0].seed)
 
@@ -57,7 +57,7 @@ def draw_many(sampling, logits=LOGITS, position=0):
 
 
 def fit(counts, p):
-    """Give the chi-square p-value of counts; cells expected less than 5 times share a bin."""
+    """Return the chi-square p-value of counts; cells expected less than 5 times share a bin."""
     expected = p * counts.sum()
     rare = expected < 5
     counts, expected = (
@@ -105,7 +105,7 @@ TAIL_LOGITS[0] = 0
 
 
 def tail_draws(one):
-    """Count draws from the many tokens 18 nats below the first."""
+    """Return how many samples are among the tokens 18 nats below the first."""
 
     @jax.jit
     def run(logits):
@@ -134,7 +134,7 @@ def test_which_the_default_of_jax_never_does():
 
 
 def test_tokens_never_change():
-    # Drawn by the first version of this sampler: a run that resumes must go on with the same.
+    # From the first version of this sampler: a resumed run must sample the same tokens.
     wanted = {
         (300, 0): [224, 273, 249, 111, 88, 245, 249, 298],
         (300, 9): [185, 187, 213, 275, 87, 93, 90, 298],
@@ -261,7 +261,7 @@ def test_keys_do_not_know_the_batch():
     each = row_keys(jnp.uint32(7), ids, jnp.array([2, 1, 2, 2], jnp.int32))
     same = (np.asarray(jax.random.key_data(each)) == keys).all(axis=1)
     assert same.tolist() == [True, False, True, True]
-    with jax.default_prng_impl("rbg"):  # faster on some accelerators, and not a function of the key
+    with jax.default_prng_impl("rbg"):  # Another default generator must not matter.
         np.testing.assert_array_equal(
             keys, jax.random.key_data(row_keys(jnp.uint32(7), ids, jnp.int32(2)))
         )

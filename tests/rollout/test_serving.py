@@ -98,7 +98,7 @@ def test_the_order_of_the_queue_changes_nothing(plain):
         ({"slots": 1, "chunk_steps": 1000}, False),
         ({"slots": 16, "rows": None}, False),
         ({"memory": Paged(page_size=8), "slots": 4}, False),
-        # A pool that four long rows do not fit into: they wait, lose their pages, and go on.
+        # A pool too small for four long rows: they wait, are preempted, and continue.
         ({"memory": Paged(page_size=8, tokens=64), "slots": 4, "rows": 14}, True),
     ],
     ids=["one slot", "more slots than rows", "paged", "a small pool"],
@@ -133,7 +133,7 @@ def test_rows_of_one_prompt_share_its_prefill(plain):
     prompt = PROMPTS.tokens[0, :WIDTH]
     group = [Request(i, prompt, Knobs(max_tokens=3, temperature=4.0)) for i in range(5)]
     drawn = plain.generate(group)
-    # The table has room for six rows: all five wait side by side.
+    # The table has six rows, so all five are in the queue together.
     assert plain.statistics.prefilled - before == WIDTH - 1
     assert len({tuple(c.tokens) for c in drawn}) > 2
 
@@ -225,7 +225,7 @@ def test_a_stop_string_ends_a_response_whatever_the_chunk(plain):
     for one, two in zip(drawn, other, strict=True):
         np.testing.assert_array_equal(one.tokens, two.tokens)
         assert one.finish == two.finish
-    # Rows without it are as ever, and the slots that were given up serve again.
+    # Rows without a stop string do not change, and cancelled slots are used again.
     untouched = [i for i, c in enumerate(drawn) if len(c.tokens) == reference().mask[i].sum()]
     assert untouched
     check(plain.generate(requests()))
@@ -238,19 +238,19 @@ def test_min_tokens_keeps_the_stop_tokens_away(plain):
 
 
 def test_logits_that_are_not_finite_end_their_row_alone(plain):
-    # Token 31 is poison; only row 2 reads it.
+    # The embedding of token 31 is NaN; only the request `poison` contains it.
     head = tiny_model(num_hidden_layers=2, tie_word_embeddings=False)
     params = PARAMS | {
         "embed_tokens": PARAMS["embed_tokens"].at[31].set(np.nan),
         "lm_head": PARAMS["embed_tokens"].at[31].set(0.0),
     }
     tokens = np.where(PROMPTS.tokens == 31, 0, PROMPTS.tokens)
-    knobs = Knobs(max_tokens=6, min_tokens=6, stop=(31,))  # so that nobody draws it
+    knobs = Knobs(max_tokens=6, min_tokens=6, stop=(31,))  # so that it is never sampled
     clean = [Request(i, tokens[i, : LENGTHS[i]], knobs) for i in range(5)]
     poison = Request(9, np.array([1, 31, 2], np.int32), knobs)
     made = engine(head, params, slots=1)
     alone = made.generate(clean)
-    among = made.generate([poison, *clean])  # its slot serves the others afterwards
+    among = made.generate([poison, *clean])  # The others use its slot afterwards.
     assert among[0].finish == "not_finite" and not len(among[0].tokens)
     assert made.statistics.not_finite == 1
     for one, two in zip(alone, among[1:], strict=True):

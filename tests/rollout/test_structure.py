@@ -1,4 +1,4 @@
-"""What the compiled loop must not contain: copies of the cache, sorts, talk between replicas."""
+"""The compiled loop has no copies of the cache, no sorts, no communication between replicas."""
 
 import re
 
@@ -27,14 +27,14 @@ def compiled(model=MODEL, params=None, **settings):
 
 
 def sizes(text, operation):
-    """List the element counts of all results of an operation."""
+    """Return the element counts of all results of an operation."""
     shapes = re.findall(rf"= \(?\w+\[([0-9,]*)\][^=]*? {operation}\(", text)
     return [int(np.prod([int(d) for d in shape.split(",") if d])) for shape in shapes]
 
 
 @pytest.mark.parametrize("memory", [Dense(), Paged(page_size=8)], ids=["dense", "paged"])
 def test_the_cache_is_updated_in_place(memory):
-    # Large enough that XLA does not find a copy cheaper than an alias.
+    # Large enough that XLA does not prefer a copy to an alias.
     wide = tiny_model(
         VOCABULARY,
         num_hidden_layers=2,
@@ -65,7 +65,7 @@ def test_nothing_of_the_vocabulary_is_sorted():
     _, program = compiled()
     assert max(sizes(program.as_text(), "sort"), default=0) < VOCABULARY
     found = sizes("%s = (f32[2,5000]{1,0}, s32[2,5000]{1,0}) sort(%a, %b)", "sort")
-    assert found == [10000]  # what is looked for would be found
+    assert found == [10000]  # The pattern would find a sort.
 
 
 def test_replicas_do_not_wait_for_one_another():

@@ -1,4 +1,4 @@
-"""The vocabulary split over a mesh axis: the same draws, and only summaries on the wire."""
+"""The vocabulary sharded over a mesh axis: the same tokens, with little communication."""
 
 import dataclasses
 import re
@@ -45,7 +45,7 @@ def sharded(data, vocabulary, knobs):
 
 
 def case(size=SIZE, rows=ROWS):
-    """Give logits with ties over all shards, and a mixture of knobs."""
+    """Return logits with ties across all shards, and different settings in each row."""
     logits = 3 * np.random.default_rng(0).standard_normal((rows, size))
     logits[: rows // 4] = np.round(logits[: rows // 4])
     stop = tuple(int(token) for token in np.argsort(-logits[-1])[:3])
@@ -85,7 +85,7 @@ def test_no_logits_travel():
     kinds = "all-gather|all-reduce|all-to-all|collective-permute"
     sent = re.findall(rf"= \(?\w+\[([\d,]*)\][^=]* (?:{kinds})(?:-start)?\(", text)
     numbers = [np.prod([int(n) for n in shape.split(",") if n]) for shape in sent]
-    # 64 block masses a row; where a filter is asked for, 256 candidates of each shard.
+    # 64 block masses for each row; with a filter, 256 candidates of each shard.
     assert len(sent) > 3 and set(numbers) <= {9, 18, 9 * 64, 9 * 256 * 8}, sent
 
 
