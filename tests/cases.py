@@ -175,8 +175,8 @@ def through_cache(model, params, rows, prompt, memory, piece=8):
         decoder, layers = model.bind_decode(decode_params)
         at = jnp.broadcast_to(start + jnp.arange(piece), (len(rows), piece))
         new = jnp.take_along_axis(tokens, at, axis=1)
-        mix = memory.prefill(state, start, dtype)
-        hidden, cache = decoder.extend(layers, new, at, mix, memory.prompt_cache(state))
+        attention = memory.prefill(state, start, dtype)
+        hidden, cache = decoder.extend(layers, new, at, attention, memory.prompt_cache(state))
         return hidden, memory.with_prompt_cache(state, cache)
 
     @jax.jit
@@ -185,9 +185,9 @@ def through_cache(model, params, rows, prompt, memory, piece=8):
         going = position < total
         state = memory.allocate_tokens(state, position, going)
         new = jnp.take_along_axis(tokens, jnp.minimum(position, capacity - 1)[:, None], axis=1)
-        mix = memory.decode(state, position, going, dtype)
+        attention = memory.decode(state, position, going, dtype)
         cache = memory.slot_cache(state)
-        hidden, cache = decoder.extend(layers, new, position[:, None], mix, cache)
+        hidden, cache = decoder.extend(layers, new, position[:, None], attention, cache)
         return hidden, memory.with_slot_cache(state, cache)
 
     state = memory.allocate_prompts(memory.init(model.config, len(rows), len(rows), capacity), held)

@@ -115,8 +115,8 @@ class Loop:
             start, kept = carry
             at = jnp.broadcast_to(start + jnp.arange(width), (row.shape[0], width))
             tokens = sequence_at(s.requests, row, at)
-            mix = memory.prefill(cache, start, self.dtype)
-            _, kept = decoder.extend(layers, tokens, at, mix, kept)
+            attention = memory.prefill(cache, start, self.dtype)
+            _, kept = decoder.extend(layers, tokens, at, attention, kept)
             return start + width, kept
 
         begin = (jnp.int32(0), memory.prompt_cache(cache))
@@ -208,9 +208,13 @@ class Loop:
         slots, requests, memory = s.slots, s.requests, self.memory
         decoding = self.ready(s)
         cache = memory.allocate_tokens(s.cache, slots.position, decoding)
-        mix = memory.decode(cache, slots.position, decoding, self.dtype)
+        attention = memory.decode(cache, slots.position, decoding, self.dtype)
         hidden, kept = decoder.extend(
-            layers, slots.token[:, None], slots.position[:, None], mix, memory.slot_cache(cache)
+            layers,
+            slots.token[:, None],
+            slots.position[:, None],
+            attention,
+            memory.slot_cache(cache),
         )
         logits = self.model.logits(decoder, hidden[:, 0])
         row = jnp.minimum(slots.row, requests.length.shape[0] - 1)

@@ -1,7 +1,7 @@
-"""The host engine: the same responses whatever the schedule, and every way a response may end.
+"""The engine on the host: the same responses for any schedule, and every way a response ends.
 
-`generate` draws all rows at once and is the reference; an engine of a few slots, refilled, with a
-short table, in small chunks, must draw the same.
+`generate`, which samples all rows in one batch, is the reference. An engine with few slots, a short
+request table and small chunks of steps must return the same responses.
 """
 
 import dataclasses
