@@ -11,7 +11,7 @@ import pytest
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.ops import pallas_gpu_tile
-from fireopd_jax.ops.dispatch import one_hopper
+from fireopd_jax.ops.dispatch import has_one_hopper_gpu
 from fireopd_jax.ops.head import head_stats
 from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.sampling import Sampling

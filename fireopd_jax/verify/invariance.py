@@ -122,7 +122,13 @@ class Programs:
         )
 
 
-def score(stage: Any, model: LanguageModel, params: tuple[Params, ...], rollout: Rollout) -> Scores:
+def score(
+    stage: Any,
+    model: LanguageModel,
+    mesh: Mesh | None,
+    params: tuple[Params, ...],
+    rollout: Rollout,
+) -> Scores:
     """Score a rollout with student, teacher and base policy."""
     student, teacher, base = ((model, each) for each in params)
     return stage(student, [teacher], rollout, 1.0, mesh, base)

@@ -15,7 +15,7 @@ import pytest
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.runtime.compilation import CompileCounter
-from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, shard_rows, replicate
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate, shard_rows
 from tests.cases import make_prompts, random_params, response_stats, tiny_model
 
 ROWS, WIDTH, ROOM = 8, 5, 6
