@@ -1,15 +1,16 @@
-"""The few pytrees that the stages pass to one another.
+"""The pytrees that the stages pass to one another.
 
     prompts -> roll out -> Rollout -> score -> Scores -> filter, reweight -> Batch -> update
 
-Every `[B, T]` array speaks of the response token at the same index. `mask` is true on the tokens
-that the sampler drew, the end-of-sequence token included, and false after it.
+Index t of every `[B, T]` array refers to response token t. `mask` is true on the sampled tokens,
+the end-of-sequence token included, and false after it.
 
 B rows, P and Q prompt tokens, T response tokens, R reference tokens, S slots of a support, E width
-of a teacher.
+of a teacher's hidden states.
 """
 
 import dataclasses
+import enum
 from typing import TypeVar, dataclass_transform
 
 import jax
@@ -22,10 +23,10 @@ Class = TypeVar("Class")
 
 @dataclass_transform(frozen_default=True)
 def pytree(cls: type[Class]) -> type[Class]:
-    """Make `cls` a frozen dataclass and a JAX pytree whose every field is a child.
+    """Return `cls` as a frozen dataclass and a JAX pytree with every field as a child.
 
-    Rebuilding skips `__init__`: JAX puts tracers, shapes and sentinels into the leaves, which a
-    checked constructor would refuse.
+    Unflattening skips `__init__`: JAX puts tracers, shapes and sentinels into the leaves, which a
+    type-checked constructor would reject.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     names = tuple(field.name for field in dataclasses.fields(cls))  # pyright: ignore[reportArgumentType]
@@ -50,10 +51,10 @@ def pytree(cls: type[Class]) -> type[Class]:
 
 @pytree
 class Prompts:
-    """What student and teachers are asked. A row of length 0 is padding: it is never ranked."""
+    """The prompts of a batch, for student and teachers. A row of length 0 is padding."""
 
     tokens: Int32[Array, "B P"]
-    """Prompt ids of the student, right-padded."""
+    """Prompt token ids in the student's template, right-padded."""
     length: Int32[Array, " B"]
     teacher_tokens: Int32[Array, "B Q"]
     """The same prompt in the template of the row's own teacher, right-padded."""
@@ -61,136 +62,163 @@ class Prompts:
     teacher: Int32[Array, " B"]
     """Route: index of the teacher that scores the row."""
     row: Int32[Array, " B"]
-    """Index into the data set, for answers and reports."""
+    """Index into the data set."""
     sample_id: Int32[Array, " B"]
-    """Identity of the row's random stream."""
+    """Sampling is a function of the run's seed, this id and the token position."""
     group: Int32[Array, " B"]
-    """Rows of one prompt share their group."""
+    """Equal for the rows of one prompt."""
     reference: Int32[Array, "B R"] | None = None
     """A reference response, right-padded, its end-of-sequence token included."""
     reference_length: Int32[Array, " B"] | None = None
 
 
+class Writer(enum.IntEnum):
+    """Source of a response token."""
+
+    STUDENT = 0
+    """Sampled from the student in this step."""
+    REFERENCE = 1
+    """From a reference response: of the data set, or sampled from another model earlier."""
+
+
 @pytree
 class Rollout:
-    """Responses, and what the sampler knew of them."""
+    """Responses, with the sampler's log-probabilities."""
 
     prompts: Prompts
     tokens: Int32[Array, "B T"]
     mask: Bool[Array, "B T"]
     logprob: Float32[Array, "B T"]
-    """Of the distribution really sampled: after temperature and filters."""
+    """Log-probability under the distribution sampled from: after temperature and filters."""
     model_logprob: Float32[Array, "B T"]
-    """Of the raw model at temperature 1."""
+    """Log-probability under the raw model at temperature 1."""
     finished: Bool[Array, " B"]
-    """The response ended with a stop token (not by its length limit)."""
+    """Whether the response ended with a stop token, not by the length limit."""
     version: Int32[Array, "B T"]
-    """Update count of the parameters that drew each token."""
+    """Update count of the parameters that each token was sampled with."""
+    writer: Int32[Array, "B T"]
+    """Source of each token: a `Writer`."""
+    correct: Float32[Array, " B"] | None = None
+    """1 where the response was graded as right, 0 where not; None where nothing was graded."""
 
 
 @pytree
 class TokenStats:
-    """A model's view of `rollout.tokens`."""
+    """A model's statistics at each position of `rollout.tokens`."""
 
     logprob: Float32[Array, "B T"]
     entropy: Float32[Array, "B T"]
-    """Nats over the whole vocabulary."""
+    """Entropy over the whole vocabulary, in nats."""
     support: Float32[Array, "B T S"] | None = None
-    """Of a student that learns: log-probabilities of `scores.support.ids`."""
+    """In the update only: the student's log-probabilities at `scores.support.ids`."""
     divergence: Float32[Array, "B T"] | None = None
-    """Of a student that learns: the divergence from its teacher that the loss has asked for."""
+    """In the update only: the divergence from the teacher that the loss needs."""
 
 
 @pytree
 class Support:
-    """The words that student and teacher are compared at, S slots a position."""
+    """The token ids at which student and teacher are compared: S slots per position."""
 
     ids: Int32[Array, "B T S"]
-    """-1 in a slot that is empty; no word stands twice."""
+    """Distinct token ids; -1 in empty slots."""
     teacher: Float32[Array, "B T S"]
-    """The teacher's log-probabilities, over the whole vocabulary."""
+    """The teacher's log-probabilities, normalised over the whole vocabulary; -inf if empty."""
 
 
 @pytree
 class Overlap:
-    """How far the K most probable words of student and teacher are the same.
+    """Overlap of the top-K token ids of student and teacher.
 
     References: arXiv 2604.13016, Eq. 6, 7, 9 and 10.
     """
 
     ratio: Float32[Array, "B T"]
-    """Share of the K words that both name."""
+    """Number of token ids in both top-K sets, over K."""
     student_mass: Float32[Array, "B T"]
-    """The student's probability of the common words."""
+    """The student's probability mass on the common token ids."""
     teacher_mass: Float32[Array, "B T"]
     advantage: Float32[Array, "B T"]
-    """Mean over the common words of p (log q - log p), both renormalised on them; 0 of none."""
+    """Mean over the common ids of p (log q - log p), p and q renormalised on them; 0 if none."""
 
 
 @pytree
 class Margin:
-    """How far apart a prompt's right and wrong responses are, and what would part them enough.
+    """Gap in mean advantage between a prompt's right and wrong responses, and the added shift.
 
     References: arXiv 2605.03677 (Uni-OPD), Eq. 23.
     """
 
     shift: Float32[Array, " B"]
-    """Added to every advantage of a row: + d / 2 of a right one, - d / 2 of a wrong one."""
+    """Added to every advantage of a row: + d / 2 if right, - d / 2 if wrong."""
     gap: Float32[Array, " B"]
-    """mean s+ - mean s- of the row's group, s the mean advantage; 0 where all are of one sort."""
+    """mean s+ - mean s- of the row's group, s the mean advantage; 0 if all are right or wrong."""
 
 
 @pytree
 class Scores:
-    """What the models say of a rollout, each at the rollout's temperature; no gradient."""
+    """Scores of a rollout by student and teacher, at the rollout's temperature; no gradient."""
 
     student: TokenStats
-    teacher: TokenStats
+    teacher: TokenStats | None
+    """None where the teacher returns text without log-probabilities."""
     base: TokenStats | None = None
-    """The policy that a method extrapolates from."""
+    """The base policy's statistics, for losses with extrapolation."""
     support: Support | None = None
     overlap: Overlap | None = None
     teacher_hidden: Float[Array, "B T E"] | None = None
     """The teacher's final hidden states, for losses over the whole vocabulary."""
     reverse_kl: Float32[Array, "B T"] | None = None
     """KL(student || teacher) over the whole vocabulary."""
-    correct: Float32[Array, " B"] | None = None
-    """1 where the response was graded as right, 0 where not."""
     margin: Margin | None = None
+    token_weight: Float32[Array, "B T"] | None = None
+    """FiRe-OPD's raw token weight with log V in place of both maxima, from the teacher's head
+    kernel; None unless the reweighting asks for it."""
+
+    @property
+    def teacher_stats(self) -> TokenStats:
+        """The teacher's statistics; raises ValueError where there are none."""
+        if self.teacher is None:
+            raise ValueError("the teacher's log-probabilities are needed, but it returns only text")
+        return self.teacher
+
+    @property
+    def advantage(self) -> Float32[Array, "B T"]:
+        """A = log pi_T - log pi_S of each response token, in nats."""
+        return self.teacher_stats.logprob - self.student.logprob
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """What a filter or a weighting may know of the rows besides their scores."""
+class StageContext:
+    """Inputs of filters and reweightings besides the scores; built once per step."""
 
     mask: Bool[Array, "B T"]
+    """True on response tokens; in `all_of`, on those that the previous filters kept."""
     teacher: Int32[Array, " B"]
     """Route: index of the teacher that scores the row."""
     num_teachers: int = 1
     vocab_size: int | None = None
+    """Size of the student's vocabulary."""
     tokens: Int32[Array, "B T"] | None = None
     sample_id: Int32[Array, " B"] | None = None
     progress: Float32[Array, ""] | float = 0.0
-    """Share of the updates that are done, 0 to 1."""
-    recent: Float32[Array, "W B 2"] | None = None
-    """Scores and teachers of the rows of earlier batches; NaN where there was none."""
+    """Fraction of the updates done, 0 to 1."""
     special: tuple[int, ...] | None = None
-    """Ids that the method's filter has named by their texts."""
+    """Token ids of `MethodConfig.texts`."""
     stop: tuple[int, ...] | None = None
-    """Ids that end a response."""
+    """Token ids that end a response."""
 
-    def masked(self, mask: Bool[Array, "B T"]) -> "Rows":
-        """Look at some of the tokens only."""
+    def masked(self, mask: Bool[Array, "B T"]) -> "StageContext":
+        """Return the same context restricted to the tokens of `mask`."""
         return dataclasses.replace(self, mask=mask)
 
 
 @pytree
 class Batch:
-    """A rollout ready for the update; its sums over any micro-batches are the global loss."""
+    """A rollout ready for the update; the loss is a plain sum over its tokens."""
 
     rollout: Rollout
     scores: Scores
     weight: Float32[Array, "B T"]
-    """The method's weight of each token, mean 1 over a trajectory."""
+    """Weight of each token by the reweighting, usually of mean 1 over a trajectory."""
     coefficient: Float32[Array, "B T"]
-    """Each token's share of the loss: 0 where dropped or masked, sums to 1."""
+    """Each token's share of the loss: 0 where dropped or masked; sums to 1."""

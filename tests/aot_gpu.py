@@ -1,7 +1,7 @@
 """Compile for an H200 ahead of time, without any GPU or driver.
 
-The plugin and compiler of CUDA are enough, and a text that describes the GPU. What runs on it, and
-how fast, nobody learns here.
+This needs only the CUDA plugin and compiler, and a text description of the GPU. Compiled programs
+are not run.
 """
 
 import functools
@@ -23,7 +23,7 @@ MODULES = {
 
 
 def missing() -> str | None:
-    """Say what is not installed, if anything is not."""
+    """Return what is missing for ahead-of-time compilation, None if nothing is."""
     if jax.__version_info__ < (0, 11):
         return f"Mosaic GPU needs JAX 0.11, this is {jax.__version__}"
     for module, packages in MODULES.items():
@@ -65,7 +65,7 @@ def compile_for_h200(function, *shapes, dump=None, gpus=1):
 
 
 def resources(dump: Path) -> list[dict[str, int]]:
-    """Read registers a thread and bytes of spilled ones, of each kernel; none if not noted."""
+    """Return registers per thread and spilled bytes of each kernel; empty if not recorded."""
     found = []
     for path in sorted(dump.glob("*.ptxas")):
         text = path.read_text()

@@ -1,4 +1,4 @@
-"""Compile for TPUs ahead of time, with no TPU: libtpu from PyPI is the whole compiler."""
+"""Compile for TPUs ahead of time, without a TPU: libtpu from PyPI holds the compiler."""
 
 import functools
 import importlib.util

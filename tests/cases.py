@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fireopd_jax.method.batch import assemble, stage_context
+from fireopd_jax.method.scoring import Resident, ScoreInputs
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.ops import pallas_gpu_tile
@@ -44,6 +46,29 @@ def make_rollout(mask, teacher=None, logprob=None):
         model_logprob=drawn,
         finished=np.ones(len(mask), bool),
         version=np.zeros(mask.shape, np.int32),
+        writer=np.zeros(mask.shape, np.int32),
+    )
+
+
+def assembled(rollout, scores, filter, reweight, aggregate="seq", num_teachers=1, **known):
+    """Return the batch assembled by stateless stages, and the keep mask."""
+    context = stage_context(rollout, num_teachers, **known)
+    out = assemble(rollout, scores, filter, reweight, aggregate, context)
+    return out.batch, out.keep
+
+
+def scored(stage, student, teachers, rollout, temperature=1.0, **known):
+    """Return the scores by models given as (model, parameters)."""
+    base = known.pop("base", None)
+    return stage(
+        ScoreInputs(
+            rollout,
+            Resident(*student),
+            [Resident(*each) for each in teachers],
+            temperature,
+            base=None if base is None else Resident(*base),
+            **known,
+        )
     )
 
 

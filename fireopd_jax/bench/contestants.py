@@ -19,7 +19,7 @@ from fireopd_jax.models.hf_names import hf_tensors
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.rollout.engine import CacheLayout, generate
 from fireopd_jax.rollout.sampling import Sampling
-from fireopd_jax.rollout.serving import Engine
+from fireopd_jax.rollout.streaming import Engine
 from fireopd_jax.types import Prompts
 
 ENGINE, STATIC = "engine", "static batch"
@@ -50,7 +50,7 @@ def run_engine(engine: Engine, work: Workload) -> None:
 def on_one_core(
     model: LanguageModel, work: Workload, slots: int, memory: CacheLayout
 ) -> Contestant:
-    """Let an engine answer in a process that has one core, as Hugging Face may with one thread.
+    """Return the engine in a process of one core, to compare with Hugging Face on one thread.
 
     XLA starts as many threads as the process has cores, and two cost more CPU seconds than one.
     """

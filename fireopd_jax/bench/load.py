@@ -32,7 +32,7 @@ from rich.table import Table
 from fireopd_jax.bench.head import write_whole
 from fireopd_jax.config import UserError
 from fireopd_jax.method.losses.sampled_token import SampledReverseKL
-from fireopd_jax.method.scoring import SampledToken
+from fireopd_jax.method.scoring import Resident, SampledToken, ScoreInputs
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.hf_config import hf_config_json
 from fireopd_jax.models.hf_export import write_json, write_weights
@@ -40,7 +40,9 @@ from fireopd_jax.models.hf_load import load, open_folder, read_config
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.recipe.optim import OptimConfig
 from fireopd_jax.runtime.compilation import compile_cache
-from fireopd_jax.training.update import init_state, make_optimizer, make_update
+from fireopd_jax.training.optimizer import make_optimizer
+from fireopd_jax.training.state import init_state
+from fireopd_jax.training.update import make_update
 from fireopd_jax.types import Batch, Prompts, Rollout, Scores, TokenStats
 
 GIB = 2**30
@@ -226,7 +228,10 @@ def programs(depth: int) -> dict[str, Callable[[], Any]]:
     update = make_update(model, SampledReverseKL(), optimizer)
 
     def score(student, teacher, rollout, temperature):
-        return SampledToken()((model, student), [(model, teacher)], rollout, temperature)
+        inputs = ScoreInputs(
+            rollout, Resident(model, student), [Resident(model, teacher)], temperature
+        )
+        return SampledToken()(inputs)
 
     return {
         "score": lambda: jax.jit(score).lower(params, params, batch.rollout, temperature),
@@ -240,7 +245,7 @@ def make_batch(rows: int = 4, width: int = 8, length: int = 8) -> Batch:
     prompts = Prompts(ids, of_row, ids, of_row, of_row, of_row, of_row, of_row)
     values = jnp.zeros((rows, length))
     tokens, mask = values.astype(jnp.int32), values > 0
-    rollout = Rollout(prompts, tokens, mask, values, values, of_row > 0, tokens)
+    rollout = Rollout(prompts, tokens, mask, values, values, of_row > 0, tokens, tokens)
     stats = TokenStats(values, values)
     return Batch(rollout, Scores(stats, stats), values, values)
 

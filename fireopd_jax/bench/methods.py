@@ -26,8 +26,7 @@ from fireopd_jax.config import UserError
 from fireopd_jax.recipe.schema import Config, load_config, with_method
 from fireopd_jax.session.setup import Setup, set_up
 from fireopd_jax.sharding.mesh import replicate, shard_rows
-from fireopd_jax.training.programs import Beside, make_programs
-from fireopd_jax.training.update import init_state
+from fireopd_jax.training.programs import make_programs
 from fireopd_jax.types import Prompts, Rollout
 
 BASELINE = "opd"
@@ -96,7 +95,7 @@ def contestant(setup: Setup, config: Config, name: str, rollout: Rollout) -> Con
     Raises UserError for a method that grades responses, because the rollout is random.
     """
     method = with_method(config, name).method
-    if method.score.margin is not None:
+    if "rollout.correct" in method.score.needs:
         raise UserError(
             f"--methods {name}: needs graded responses, and the responses here are random"
         )
@@ -107,16 +106,17 @@ def contestant(setup: Setup, config: Config, name: str, rollout: Rollout) -> Con
         for i, spec in enumerate((setup.student, *setup.teachers))
     ]
     student, *teachers = whole
-    extra_inputs = Beside(base=student if method.score.base else None)
-    score_inputs = student, teachers, rollout, jnp.float32(1), jnp.int32(0), extra_inputs
-    score = programs.score.lower(*score_inputs).compile()
+    base = student if method.score.base else None
+    stages = method.init(config.rollout.batch_size)
+    score_inputs = student, teachers, rollout, jnp.float32(1), jnp.int32(0), stages, base
+    score = programs.score.jitted.lower(*score_inputs).compile()
     batch, *_ = score(*score_inputs)
-    lent_teacher = teachers[0] if method.loss.divergence_from_teacher is not None else None
-    state = init_state(programs.learner(student), programs.optimizer)
-    rest = batch, jnp.float32(1), None, lent_teacher
-    update = programs.update.lower(replicate(setup.mesh, state), *rest).compile()
+    judge = teachers[0] if method.loss.divergence_from_teacher is not None else None
+    rest = batch, jnp.float32(1), None, judge
     # The update donates its input state and returns the next one.
-    kept = [replicate(setup.mesh, state)]
+    kept = [programs.init(jax.tree.map(jnp.copy, student))]
+    jitted: Any = programs.update
+    update = jitted.lower(kept[0], *rest).compile()
 
     def run_update() -> Any:
         kept[0], metrics = update(kept[0], *rest)
@@ -149,6 +149,7 @@ def random_rollout(setup: Setup) -> Rollout:
         model_logprob=values,
         finished=np.ones(rows, bool),
         version=np.zeros((rows, room), np.int32),
+        writer=np.zeros((rows, room), np.int32),
     )
     return shard_rows(setup.mesh, rollout)
 

@@ -1,1 +1,1 @@
-"""What a person asks for at the command line: one module a command."""
+"""The commands of the command line, one module each."""

@@ -1,11 +1,11 @@
-"""Let a model answer prompts from a file.
+"""`fireopd generate`: sample responses to the prompts of a file.
 
     a run, a folder or a hub's name -> parameters, tokenizer ┐
     prompts.jsonl -> ids ────────────────────────────────────┴─> Engine -> .OUT.part -> out.jsonl
 
-Responses are written as they end, each with its index; when all are there, they are put in order
-under the name that was asked for. A command that was killed goes on from what is there, and ends in
-the same responses: what a row draws depends on the seed and its index alone.
+Responses are written to .OUT.part as they finish, each with its index; when all are there, they are
+written in order to the output file. A killed command resumes from .OUT.part with the same
+responses, as sampling depends only on the seed, the row's index and the token position.
 """
 
 import dataclasses
@@ -17,34 +17,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from jax.sharding import Sharding
 
 from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import SAMPLE_IDS
 from fireopd_jax.data.sources import DataConfig, Row, read_rows
-from fireopd_jax.models.hf_load import load, resolve
+from fireopd_jax.models.hf_load import resolve
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.recipe.schema import ModelConfig
+from fireopd_jax.recipe.models import ModelConfig
 from fireopd_jax.rollout.requests import Completion, Knobs, Request
 from fireopd_jax.rollout.sampling import seed_for
-from fireopd_jax.rollout.serving import Engine
-from fireopd_jax.runs.checkpoints import restore_params
+from fireopd_jax.rollout.streaming import Engine
 from fireopd_jax.runs.tracking import progress
 from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.session.finished import open_model, own_template_kwargs, run_config
-from fireopd_jax.session.setup import ModelSpec, load_spec
+from fireopd_jax.session.parameters import load_or_make
+from fireopd_jax.session.specs import ModelSpec, load_spec
 from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicated
 from fireopd_jax.text.chat import decode, prompt_ids
 
 ALIGN = 16
-"""Prompts are padded to a multiple of it, so that files of like prompts share their programs."""
+"""Prompts are padded to a multiple of this, so that fewer programs are compiled."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How the responses are drawn."""
+class GenerateOptions:
+    """GenerateOptions of the sampling."""
 
     max_tokens: int = 256
     samples: int = 1
@@ -59,28 +58,30 @@ class Settings:
     raw: bool = False
     """Prompts are plain text: no chat template, no special tokens."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the computation; by default the model's own."""
+    """Compute dtype; by default the model's own."""
 
 
 def generate_to_file(
     model: str,
     prompts: Path,
     out: Path,
-    settings: Settings = Settings(),
+    settings: GenerateOptions = GenerateOptions(),
     *,
     name: str = "student",
     slots: int | None = None,
     tensor: int = 1,
     logprobs: bool = True,
 ) -> None:
-    """Answer each prompt of a file `samples` times; `out` appears when all are there, in order.
+    """Sample `samples` responses to each prompt of a file, and write them in order to `out`.
 
-    `model` is a run, whose model `name` answers in the template it had there, or a model's folder
-    or name on the hub. All devices take part, `tensor` of them to a copy of the model. Rows have
-    `prompt`, `text`, `token_ids`, `logprobs` and `finish`.
+    `model` is a run (whose model `name` is used, with its template arguments), a model's folder or
+    a name on the hub. All devices are used, `tensor` of them for each replica of the model. Lines
+    have `prompt`, `text`, `token_ids`, `logprobs` and `finish`.
+
+    Raises UserError for an existing `out`, an unknown model, or prompts that do not fit it.
     """
     if out.exists():
-        raise UserError(f"{out} exists; expected a new file, nothing is overwritten")
+        raise UserError(f"{out} exists; expected a new file")
     mesh = make_mesh(MeshConfig(tensor=tensor))
     spec, params, template_kwargs = open_any(model, name, settings.dtype, replicated(mesh))
     rows = read_rows(DataConfig(path=str(prompts), prompt_column="prompt"))
@@ -116,11 +117,10 @@ def generate_to_file(
 def open_any(
     model: str, name: str, dtype: Literal["float32", "bfloat16"] | None, place: Sharding
 ) -> tuple[ModelSpec, Params, Mapping[str, Any]]:
-    """Read a model of a run, of a folder or of the hub, with the arguments of its template."""
+    """Return spec, parameters and template arguments of a model of a run, folder or the hub."""
     folder = Path(model)
     if (folder / "models").is_dir() or (folder / "config.yaml").is_file():
-        spec, params = open_model(folder, name, dtype)
-        params = jax.device_put(params, place)
+        spec, params = open_model(folder, name, dtype, place)
         return spec, params, own_template_kwargs(run_config(folder), name)
     if folder.is_dir() and not any((folder / f).is_file() for f in ("model.json", "config.json")):
         raise UserError(
@@ -129,24 +129,24 @@ def open_any(
         )
     folder = resolve(model)
     spec = load_spec("model", folder, ModelConfig(path=str(folder), dtype=dtype))
-    if (folder / "model.json").is_file():
-        like = jax.jit(spec.model.init)(jax.random.key(0))
-        return spec, jax.device_put(restore_params(folder, like), place), {}
-    return spec, load(folder, spec.model.config, spec.model.vocab_size, place), {}
+    return spec, load_or_make(spec, place), {}
 
 
 def rendered_ids(
     spec: ModelSpec, rows: Sequence[Row], template_kwargs: Mapping[str, Any]
 ) -> list[list[int]]:
-    """Render prompts in the model's chat template."""
+    """Return the token ids of the prompts in the model's chat template."""
     return prompt_ids(spec.tokenizer, [row.prompt for row in rows], template_kwargs)
 
 
 def plain_ids(spec: ModelSpec, rows: Sequence[Row]) -> list[list[int]]:
-    """Encode prompts as the plain texts that they are."""
+    """Return the token ids of plain-text prompts, without template or special tokens.
+
+    Raises UserError for a chat, and for an empty prompt.
+    """
     for row in rows:
         if len(row.prompt) != 1:
-            raise UserError(f"{row.origin}: --raw expects a prompt that is a text, not a chat")
+            raise UserError(f"{row.origin}: --raw expects a plain-text prompt, not a chat")
     texts = [row.prompt[0]["content"] for row in rows]
     ids = spec.tokenizer(texts, add_special_tokens=False)["input_ids"]
     for row, tokens in zip(rows, ids, strict=True):  # pyright: ignore[reportArgumentType]
@@ -156,9 +156,12 @@ def plain_ids(spec: ModelSpec, rows: Sequence[Row]) -> list[list[int]]:
 
 
 def make_requests(
-    spec: ModelSpec, ids: Sequence[Sequence[int]], settings: Settings
+    spec: ModelSpec, ids: Sequence[Sequence[int]], settings: GenerateOptions
 ) -> Iterator[Request]:
-    """Ask for every sample of every prompt; together they stay within the model's positions."""
+    """Yield a request for every sample of every prompt.
+
+    Prompt and response stay within the model's positions. Raises UserError for a longer prompt.
+    """
     limit = spec.model.config.max_position_embeddings or 2**30
     names = ("temperature", "top_p", "top_k", "min_p", "min_tokens")
     shared = {name: getattr(settings, name) for name in names}
@@ -166,8 +169,8 @@ def make_requests(
         room = min(settings.max_tokens, limit - len(tokens))
         if room < 1:
             raise UserError(
-                f"prompt {i + 1} has {len(tokens)} tokens, the model is made for {limit} "
-                "(max_position_embeddings)"
+                f"prompt {i + 1} has {len(tokens)} tokens, no room for a response: the model has "
+                f"{limit} positions (max_position_embeddings)"
             )
         knobs = Knobs(max_tokens=room, stop=spec.stop, stop_strings=settings.stop, **shared)
         for sample in range(settings.samples):
@@ -176,7 +179,7 @@ def make_requests(
 
 
 def record(spec: ModelSpec, row: Row, completion: Completion, logprobs: bool) -> dict[str, Any]:
-    """Lay a response out as a line of the file; a greedy token's log-prob is the raw model's."""
+    """Return a response as a line of the file; log-probs of greedy tokens are the raw model's."""
     ids = completion.tokens.tolist()
     prompt = row.prompt
     line = {
@@ -190,7 +193,7 @@ def record(spec: ModelSpec, row: Row, completion: Completion, logprobs: bool) ->
 
 
 def digest(ids: Sequence[Sequence[int]]) -> str:
-    """Hash prompts."""
+    """Return a hash of the prompts' token ids."""
     out = hashlib.sha256()
     for row in ids:
         out.update(np.asarray([len(row), *row], "<i8").tobytes())
@@ -199,9 +202,10 @@ def digest(ids: Sequence[Sequence[int]]) -> str:
 
 @contextmanager
 def journal(part: Path, identity: Mapping[str, Any]) -> Iterator[tuple[set[int], Any]]:
-    """Open the record of what is done: the indices, and how to add one.
+    """Open the file of finished responses; yield their indices, and a function that appends one.
 
-    Its first line says what it belongs to. A line that was cut by a kill is dropped.
+    The first line holds the settings; a line cut off by a kill is dropped. Raises UserError for a
+    file of other settings, or in use by another process.
     """
     with part.open("a+b") as file:
         try:
@@ -216,8 +220,8 @@ def journal(part: Path, identity: Mapping[str, Any]) -> Iterator[tuple[set[int],
         elif (begun := json.loads(lines[0])) != identity:
             key = next(key for key in identity if begun.get(key) != identity[key])
             raise UserError(
-                f"{part} was begun with {key}={begun.get(key)!r}, not {identity[key]!r}; go on as "
-                "it was begun, or remove that file"
+                f"{part} was begun with {key}={begun.get(key)!r}, not {identity[key]!r}; use the "
+                "same settings, or remove that file"
             )
         done = {json.loads(line)["index"] for line in lines[1:]}
 
@@ -229,14 +233,14 @@ def journal(part: Path, identity: Mapping[str, Any]) -> Iterator[tuple[set[int],
 
 
 def settle(part: Path, out: Path, count: int) -> None:
-    """Put the rows in order under their name, and only then drop the record."""
+    """Write the responses in order to `out`, then remove the file of finished responses."""
     lines = part.read_text(encoding="utf-8").splitlines()[1:]
     rows = {line["index"]: line["row"] for line in map(json.loads, lines)}
     assert sorted(rows) == list(range(count))
     beside = out.with_name(f".writing-{out.name}")
     try:
         beside.write_text("".join(json.dumps(rows[i]) + "\n" for i in range(count)), "utf-8")
-        out.hardlink_to(beside)  # fails, where a rename would overwrite a file made meanwhile
+        out.hardlink_to(beside)  # fails where a rename would overwrite a file created meanwhile
     finally:
         beside.unlink(missing_ok=True)
     part.unlink()

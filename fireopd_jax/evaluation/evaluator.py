@@ -5,7 +5,7 @@ prompts -> generate -> decode -> grade -> avg@k over problems
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from fireopd_jax.config import UnitInterval, config
+from fireopd_jax.config import Section, UnitInterval, config
 from fireopd_jax.evaluation.graders import grade
 from fireopd_jax.types import Prompts, Rollout
 
 
 @config
-class EvalConfig:
+class EvalConfig(Section):
     """Settings of the evaluation."""
 
     problems: NonNegativeInt = 256
@@ -36,6 +36,18 @@ class EvalConfig:
     """Steps between evaluations of the student during training; 0 turns them off."""
     every_problems: PositiveInt = 64
     """Number of problems in the evaluations during training, with one response each."""
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Nothing is evaluated without problems, nor between steps without `every`."""
+        if not self.problems:
+            for field in dataclasses.fields(self):
+                if field.name not in ("problems", "batch_size"):
+                    yield field.name, "with eval.problems=0"
+            return
+        if not self.every:
+            yield "every_problems", "with eval.every=0"
+        if self.temperature == 0:
+            yield "top_p", "with eval.temperature=0, which is greedy"
 
 
 @dataclasses.dataclass(frozen=True)

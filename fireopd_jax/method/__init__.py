@@ -1,1 +1,1 @@
-"""What a method is: scoring, filtering, reweighting and the loss, over the global batch."""
+"""The stages of a method: scoring, filtering, reweighting and the loss, over the global batch."""

@@ -1,66 +1,102 @@
-"""The only place where keep, weight and mask meet.
+"""Combine keep, weight and mask into the coefficients of a batch; done nowhere else.
 
     rollout, scores -> filter -> reweight -> coefficients -> Batch -> total_loss
 
-Denominators are counted here, once, over the global batch. The loss is then a plain sum, so any
+Denominators are computed here, once, over the global batch. The loss is then a plain sum, so any
 split of the rows into micro-batches adds up to the same loss and gradient.
 """
-
-from collections.abc import Callable
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float32
 
-from fireopd_jax.types import Array, Batch, Rollout, Rows, Scores
+from fireopd_jax.method.stage import Aggregate, Filter, Keep, Reweighting, StageState
+from fireopd_jax.metrics import Metric
+from fireopd_jax.types import Array, Batch, Rollout, Scores, StageContext, pytree
 
-Keep = Bool[Array, " B"] | Bool[Array, "B T"]
-Filter = Callable[[Scores, Rows], Keep]
-Reweight = Callable[[Scores, Rows, Keep], Float32[Array, "B T"]]
+
+@pytree
+class StageStates:
+    """States that the filter and the reweighting carry from step to step."""
+
+    filter: StageState = ()
+    reweight: StageState = ()
+
+
+@pytree
+class Assembled:
+    """A batch ready for the update, with its keep mask and the next states of the stages."""
+
+    batch: Batch
+    keep: Keep
+    states: StageStates
+    """Stage states for the next step."""
+    metrics: dict[str, Metric]
+    """Metrics of the filter."""
+
+
+def init_states(filter: Filter, reweight: Reweighting, rows: int) -> StageStates:
+    """Return the states of the stages before the first step, for batches of `rows` rows."""
+    return StageStates(filter.init(rows), reweight.init(rows))
 
 
 def assemble(
     rollout: Rollout,
     scores: Scores,
     filter: Filter,
-    reweight: Reweight,
-    aggregate: Literal["seq", "token"],
-    num_teachers: int,
-    vocab_size: int | None = None,
-    **known: Any,
-) -> tuple[Batch, Keep]:
-    """Return the batch of the update and what the filter kept; no gradient passes.
+    reweight: Reweighting,
+    aggregate: Aggregate,
+    context: StageContext | None = None,
+    states: StageStates | None = None,
+) -> Assembled:
+    """Filter and weight a scored rollout, and compute its coefficients; no gradient passes.
 
-    `known` is what else the stages may want to know: fields of `Rows`.
+    `context` defaults to `stage_context(rollout)`, with one teacher. Stages with a state need
+    `states`: from `init_states`, or from the previous step.
     """
     rollout, scores = jax.lax.stop_gradient((rollout, scores))
-    rows = rows_of(rollout, num_teachers, vocab_size, **known)
-    keep = filter(scores, rows)
-    weight = jax.lax.stop_gradient(reweight(scores, rows, keep))
-    return Batch(rollout, scores, weight, coefficients(rollout.mask, keep, aggregate)), keep
+    context = stage_context(rollout) if context is None else context
+    states = StageStates() if states is None else states
+    keep, of_filter = filter(scores, context, states.filter)
+    weight, of_reweight = reweight(scores, context, keep, states.reweight)
+    coefficient = coefficients(rollout.mask, keep, aggregate)
+    batch = Batch(rollout, scores, jax.lax.stop_gradient(weight), coefficient)
+    metrics = filter.metrics(scores, context, states.filter)
+    return Assembled(batch, keep, StageStates(of_filter, of_reweight), metrics)
 
 
-def rows_of(rollout: Rollout, num_teachers: int, vocab_size: int | None, **known: Any) -> Rows:
-    """Gather what the stages may know of the rows."""
-    return Rows(
+def stage_context(
+    rollout: Rollout,
+    num_teachers: int = 1,
+    vocab_size: int | None = None,
+    *,
+    progress: Float32[Array, ""] | float = 0.0,
+    special: tuple[int, ...] | None = None,
+    stop: tuple[int, ...] | None = None,
+) -> StageContext:
+    """Return the context of the stages in one step: masks, routes and ids besides the scores."""
+    return StageContext(
         mask=rollout.mask,
         teacher=rollout.prompts.teacher,
         num_teachers=num_teachers,
         vocab_size=vocab_size,
         tokens=rollout.tokens,
         sample_id=rollout.prompts.sample_id,
-        **known,
+        progress=progress,
+        special=special,
+        stop=stop,
     )
 
 
 def coefficients(
-    mask: Bool[Array, "B T"], keep: Keep, aggregate: Literal["seq", "token"]
+    mask: Bool[Array, "B T"], keep: Keep, aggregate: Aggregate
 ) -> Float32[Array, "B T"]:
     """Return each token's share of the loss; they sum to 1, or are all 0 when nothing is kept.
 
-    "seq": keep mask / (L_i N_keep), each kept trajectory counts once, L_i its kept tokens.
-    "token": keep mask / N_tokens, each kept token counts once.
+    "seq": keep * mask / (L_i N_keep), L_i the kept tokens of row i: each kept trajectory counts
+    once. "token": keep * mask / N_tokens: each kept token counts once.
+
+    Raises ValueError for another aggregate.
     """
     kept = jnp.asarray(mask & (keep if keep.ndim == 2 else keep[:, None]))
     length = jnp.sum(kept, axis=1, keepdims=True)

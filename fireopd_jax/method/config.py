@@ -1,14 +1,16 @@
-"""A method as its choices: who scores, what is kept, how tokens are weighed, the loss.
+"""The configuration of a method: scoring, filter, reweighting, loss and aggregate.
 
-score -> filter, reweight, loss; what these need the score must give
+score -> filter, reweight, loss; the score must provide the fields that these need
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from fireopd_jax.config import config
+from fireopd_jax.method.batch import StageStates, init_states
 from fireopd_jax.method.filtering import AllOf, Filters, TeacherQuantile
+from fireopd_jax.method.losses.base import TokenLoss
 from fireopd_jax.method.losses.sampled_token import SampledReverseKL, SampledSquare
 from fireopd_jax.method.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
 from fireopd_jax.method.losses.vocabulary import MiniLLM, VocabularyDivergence
@@ -19,23 +21,24 @@ from fireopd_jax.method.reweighting import (
     Uniform,
 )
 from fireopd_jax.method.scoring import SampledToken, TopK, WholeVocabulary
+from fireopd_jax.method.stage import Aggregate, Filter, Reweighting
 
 
 @config
 class MethodConfig:
-    """Who scores, what is kept, how tokens are weighed, and the loss. FiRe-OPD by default."""
+    """Scoring, filter, reweighting, loss and aggregate of a method; FiRe-OPD by default."""
 
     score: Annotated[SampledToken | TopK | WholeVocabulary, Field(discriminator="kind")] = (
         SampledToken()
     )
-    """What student and teachers say of a rollout."""
+    """What student and teachers compute for each token of a rollout."""
     filter: Annotated[Filters | AllOf, Field(discriminator="kind")] = TeacherQuantile()
-    """Which trajectories, or tokens, the student learns from."""
+    """Which trajectories, or tokens, are trained on."""
     reweight: Annotated[
         Uniform | ConfidenceConfusion | Progressive | SoftTrajectories,
         Field(discriminator="kind"),
     ] = ConfidenceConfusion()
-    """How much each token counts."""
+    """Weight of each token in the loss."""
     loss: Annotated[
         SampledReverseKL
         | SampledSquare
@@ -47,15 +50,24 @@ class MethodConfig:
         Field(discriminator="kind"),
     ] = SampledReverseKL()
     """Per-token loss."""
-    aggregate: Literal["seq", "token"] = "seq"
+    aggregate: Aggregate = "seq"
     """Each kept trajectory counts once (`seq`), or each kept token (`token`)."""
 
     @property
-    def readers(self) -> tuple[Any, ...]:
-        """The stages that read the scores."""
+    def readers(self) -> tuple[Filter | Reweighting | TokenLoss, ...]:
+        """The stages that use the scores: filter, reweighting and loss."""
         return self.filter, self.reweight, self.loss
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the score must give them."""
+        """Fields of the scores that these stages use."""
         return frozenset().union(*(stage.needs for stage in self.readers))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Texts whose token ids the stages need, as `StageContext.special`."""
+        return tuple(text for stage in self.readers for text in stage.texts)
+
+    def init(self, rows: int) -> StageStates:
+        """Return the states of the stages before the first step, for batches of `rows` rows."""
+        return init_states(self.filter, self.reweight, rows)

@@ -1,18 +1,16 @@
-"""What a batch says of the method: each statistic is defined here, once, as a mergeable sum.
+"""Metrics of a scored and filtered batch, each defined once, as a mergeable sum or maximum.
 
     Batch, keep -> {name: Mean or Max}
 
-Names follow what users of other tools know. Entropies and log-probs are in nats, over the response
+Names follow those of other libraries. Entropies and log-probs are in nats, over the response
 tokens of all valid rows unless a name says otherwise.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from fireopd_jax.method.batch import Keep
-from fireopd_jax.method.filtering import AllOf
+from fireopd_jax.method.stage import Keep
 from fireopd_jax.metrics import Max, Mean
 from fireopd_jax.ops.ranks import (
     masked_quantile,
@@ -20,14 +18,14 @@ from fireopd_jax.ops.ranks import (
     median_by_id,
     repetition_rate,
 )
-from fireopd_jax.types import Array, Batch, Rows, Scores
+from fireopd_jax.types import Array, Batch, TokenStats, Writer
 
 FOREIGN, OFTEN = 10.0, 8
-"""Nats of |log p/q| above which a model would not write a token, and occurrences that show it."""
+"""Foreign token ids: median |log p/q| above FOREIGN nats, in at least OFTEN occurrences."""
 NGRAM = 4
-"""Tokens of the n-grams whose repetition is counted."""
+"""Length n of the n-grams whose repetition is counted."""
 BINS = 4
-"""Parts of the room for a response, of which each has figures of its own."""
+"""Equal parts of the longest response; some metrics are computed for each part."""
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 TOP = 0.99
 """Quantile from which on an advantage belongs to the top 1 %."""
@@ -36,25 +34,24 @@ TOP = 0.99
 def of_batch(
     batch: Batch, keep: Keep, room: int, teachers: Sequence[str] = ()
 ) -> dict[str, Mean | Max]:
-    """Describe rollouts, scores and weights.
+    """Return the metrics of rollouts, scores and weights, by name.
 
-    `room` is the longest response there was space for; `teachers` are named where there are
-    several.
+    `room` is the maximum response length; `teachers` are the teachers' names by route. Metrics of
+    the teacher's log-probabilities are absent where `scores.teacher` is None.
     """
     rollout, scores = batch.rollout, batch.scores
     mask, keep = jnp.asarray(rollout.mask), jnp.asarray(keep)
-    valid = mask.any(axis=1)
-    length = mask.sum(axis=1)
+    valid, length = mask.any(axis=1), mask.sum(axis=1)
     kept = keep if keep.ndim == 1 else keep.any(axis=1)
     counted = batch.coefficient > 0
-    log_ratio = scores.student.logprob - scores.teacher.logprob
-    score = jnp.where(mask, scores.teacher.logprob, 0).sum(axis=1) / jnp.maximum(length, 1)
     unfinished = ~rollout.finished
     weight = batch.weight
-    own = mask & (jnp.asarray(rollout.version) >= 0)
+    own = mask & (jnp.asarray(rollout.writer) == Writer.STUDENT)
     drift = scores.student.logprob - rollout.logprob
-    by_part = _of_support(batch) | _of_advantages(batch) | _of_positions(batch, room)
-    by_part |= _of_grades(batch) | _of_teachers(batch, kept, valid, teachers)
+    by_part = _of_support(batch) | _of_quarters(batch, room) | _of_grades(batch)
+    by_part |= _of_routes(batch, kept, valid, teachers)
+    if scores.teacher is not None:
+        by_part |= _of_teacher(batch, scores.teacher, kept, valid) | _of_advantages(batch)
     return by_part | {
         "num_tokens": Mean(length.sum().astype(jnp.float32), jnp.float32(1)),
         "completions/mean_length": Mean.of(length, valid),
@@ -64,52 +61,47 @@ def of_batch(
         "completions/empty_rate": Mean.of(~valid),
         "completions/repetition_rate": Mean.of(repetition_rate(rollout.tokens, mask, NGRAM), valid),
         "completions/filled_fraction": Mean.of(length / room, valid),
-        "distill/reverse_kl": Mean.of(log_ratio, mask),
-        "distill/advantage_positive_fraction": Mean.of(log_ratio < 0, mask),
-        "distill/log_ratio_max": Max.of(jnp.abs(log_ratio), mask),
-        "distill/log_ratio_above_10": Mean.of(jnp.abs(log_ratio) > FOREIGN, mask),
-        "distill/foreign_fraction": _of_foreign(batch),
-        "distill/entropy_gap": Mean.of(
-            jnp.abs(scores.teacher.entropy - scores.student.entropy), mask
-        ),
-        "teacher_logprob": Mean.of(scores.teacher.logprob, mask),
-        "teacher_entropy": Mean.of(scores.teacher.entropy, mask),
-        "teacher_entropy_max": Max.of(scores.teacher.entropy, mask),
         "student_entropy": Mean.of(scores.student.entropy, mask),
         "student_entropy_max": Max.of(scores.student.entropy, mask),
-        "fire/keep_fraction": Mean.of(kept, valid),
-        "fire/token_keep_fraction": Mean.of(counted, mask),
-        "fire/kept_tokens": Mean(counted.sum().astype(jnp.float32), jnp.float32(1)),
-        "fire/score_kept": Mean.of(score, valid & kept),
-        "fire/score_dropped": Mean.of(score, valid & ~kept),
-        "fire/dropped_clipped_ratio": Mean.of(unfinished, valid & ~kept),
-        "fire/token_weight_mean": Mean.of(weight, counted),
-        "fire/token_weight_max": Max.of(weight, counted),
-        "fire/token_weight_square": Mean.of(weight**2, counted),
-        # Of the distribution that was drawn from: filters of the sampler show, too.
+        "method/keep_fraction": Mean.of(kept, valid),
+        "method/token_keep_fraction": Mean.of(counted, mask),
+        "method/kept_tokens": Mean(counted.sum().astype(jnp.float32), jnp.float32(1)),
+        "method/dropped_clipped_ratio": Mean.of(unfinished, valid & ~kept),
+        "method/token_weight_mean": Mean.of(weight, counted),
+        "method/token_weight_max": Max.of(weight, counted),
+        "method/token_weight_square": Mean.of(weight**2, counted),
+        # `rollout.logprob` is of the distribution sampled from, after top-p, top-k and min-p.
         "sampler/logprob_gap": Mean.of(jnp.abs(drift), own),
         "sampler/logprob_gap_max": Max.of(jnp.abs(drift), own),
     }
 
 
-def of_filters(filter: AllOf, scores: Scores, rows: Rows) -> dict[str, Mean | Max]:
-    """Tell what share of the tokens that came to each of several filters it has kept.
-
-    A second filter of a kind is `KIND_2`.
-    """
-    before, seen, out = jnp.asarray(rows.mask), Counter[str](), {}
-    for each, after in zip(filter.filters, filter.left(scores, rows), strict=True):
-        seen[each.kind] += 1
-        name = each.kind if seen[each.kind] == 1 else f"{each.kind}_{seen[each.kind]}"
-        out[f"fire/keep_fraction_by_{name}"] = Mean.of(after, before)
-        before = after
-    return out
+def _of_teacher(
+    batch: Batch, teacher: TokenStats, kept: Array, valid: Array
+) -> dict[str, Mean | Max]:
+    """Return the metrics of the teacher's log-probabilities, and of their gap to the student's."""
+    mask, student = jnp.asarray(batch.rollout.mask), batch.scores.student
+    log_ratio = student.logprob - teacher.logprob
+    score = jnp.where(mask, teacher.logprob, 0).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)
+    return {
+        "distill/reverse_kl": Mean.of(log_ratio, mask),
+        "distill/advantage_positive_fraction": Mean.of(log_ratio < 0, mask),
+        "distill/log_ratio_max": Max.of(jnp.abs(log_ratio), mask),
+        "distill/log_ratio_above_10": Mean.of(jnp.abs(log_ratio) > FOREIGN, mask),
+        "distill/foreign_fraction": _of_foreign(batch),
+        "distill/entropy_gap": Mean.of(jnp.abs(teacher.entropy - student.entropy), mask),
+        "teacher_logprob": Mean.of(teacher.logprob, mask),
+        "teacher_entropy": Mean.of(teacher.entropy, mask),
+        "teacher_entropy_max": Max.of(teacher.entropy, mask),
+        "method/score_kept": Mean.of(score, valid & kept),
+        "method/score_dropped": Mean.of(score, valid & ~kept),
+    }
 
 
 def _of_advantages(batch: Batch) -> dict[str, Mean | Max]:
-    """Describe A = log pi_T - log pi_S: its spread, and who carries most of it."""
+    """Return mean square and maximum of A = log pi_T - log pi_S, and its top-1 % share of |A|."""
     mask, scores = jnp.asarray(batch.rollout.mask), batch.scores
-    advantage = scores.teacher.logprob - scores.student.logprob
+    advantage = scores.advantage
     size = jnp.abs(advantage)
     inside = mask & jnp.isfinite(size)
     top = inside & (size >= masked_quantile(size, mask, TOP))
@@ -125,28 +117,31 @@ def _of_advantages(batch: Batch) -> dict[str, Mean | Max]:
 
 
 def _of_foreign(batch: Batch) -> Mean:
-    """Tell the share of tokens that one model would never write: mostly of another template.
+    """Return the fraction of tokens whose id is foreign to one model, mostly template tokens.
 
-    A mistake of the student's may be as unlikely, but not wherever the same token stands.
+    A token id counts by the median of |A| over its occurrences, so that a single unlikely sample
+    does not.
     """
     mask, scores = jnp.asarray(batch.rollout.mask).reshape(-1), batch.scores
-    size = jnp.abs(scores.teacher.logprob - scores.student.logprob).reshape(-1)
+    size = jnp.abs(scores.advantage).reshape(-1)
     ids = jnp.asarray(batch.rollout.tokens).reshape(-1)
     median, count = median_by_id(ids, size, mask)
     return Mean.of((median > FOREIGN) & (count >= OFTEN), mask)
 
 
-def _of_positions(batch: Batch, room: int) -> dict[str, Mean | Max]:
-    """Describe each quarter of the room for a response: late tokens go wrong first."""
+def _of_quarters(batch: Batch, room: int) -> dict[str, Mean | Max]:
+    """Return metrics for each quarter of the longest response; late tokens degrade first."""
     mask, scores = jnp.asarray(batch.rollout.mask), batch.scores
-    size = jnp.abs(scores.teacher.logprob - scores.student.logprob)
     part = jnp.minimum(jnp.arange(mask.shape[1]) * BINS // room, BINS - 1)
     out: dict[str, Mean | Max] = {}
     for index in range(BINS):
         inside = mask & (part == index)[None]
-        here = (inside & jnp.isfinite(size)).any()
         name = f"quarter_{index + 1}"
         out[f"distill/student_entropy_{name}"] = Mean.of(scores.student.entropy, inside)
+        if scores.teacher is None:
+            continue
+        size = jnp.abs(scores.advantage)
+        here = (inside & jnp.isfinite(size)).any()
         quantiles = masked_quantiles(size, inside, tuple(QUANTILES.values()))
         for label, quantile in zip(QUANTILES, quantiles, strict=True):
             value = Mean(jnp.where(here, quantile, 0.0), here.astype(jnp.float32))
@@ -155,36 +150,39 @@ def _of_positions(batch: Batch, room: int) -> dict[str, Mean | Max]:
 
 
 def _of_grades(batch: Batch) -> dict[str, Mean | Max]:
-    """Describe the grades, where responses were graded."""
-    scores, mask = batch.scores, jnp.asarray(batch.rollout.mask)
-    if scores.correct is None or scores.margin is None:
+    """Return the metrics of graded responses; {} where nothing was graded."""
+    rollout, scores = batch.rollout, batch.scores
+    if rollout.correct is None:
         return {}
-    valid, group = mask.any(axis=1), jnp.asarray(batch.rollout.prompts.group)
+    mask = jnp.asarray(rollout.mask)
+    valid, group = mask.any(axis=1), jnp.asarray(rollout.prompts.group)
     same = (group[:, None] == group[None]) & valid[None]
-    right = jnp.asarray(scores.correct) > 0
-    return {
+    right = jnp.asarray(rollout.correct) > 0
+    out: dict[str, Mean | Max] = {
         "completions/correct": Mean.of(right, valid),
         "completions/group_all_correct": Mean.of((~same | right[None]).all(axis=1), valid),
-        "distill/margin_gap": Mean.of(scores.margin.gap, valid),
-        "distill/margin_shift": Mean.of(jnp.abs(scores.margin.shift), valid),
     }
+    if scores.margin is not None:
+        out["distill/margin_gap"] = Mean.of(scores.margin.gap, valid)
+        out["distill/margin_shift"] = Mean.of(jnp.abs(scores.margin.shift), valid)
+    return out
 
 
-def _of_teachers(
+def _of_routes(
     batch: Batch, kept: Array, valid: Array, teachers: Sequence[str]
 ) -> dict[str, Mean | Max]:
-    """Tell how much is kept of each teacher's rows, where there are several."""
+    """Return the fraction of kept rows for each of several teachers; {} for one."""
     if len(teachers) < 2:
         return {}
     route = jnp.asarray(batch.rollout.prompts.teacher)
     return {
-        f"fire/keep_fraction_{name}": Mean.of(kept, valid & (route == index))
+        f"method/keep_fraction_{name}": Mean.of(kept, valid & (route == index))
         for index, name in enumerate(teachers)
     }
 
 
 def _of_support(batch: Batch) -> dict[str, Mean | Max]:
-    """Describe the support, and how far the two lists of probable words agree, where scored.
+    """Return the teacher's mass on the support and the overlap of the top-K sets, where scored.
 
     References: arXiv 2604.13016, Eq. 6, 7, 9 and 10.
     """

@@ -1,4 +1,4 @@
-"""FiRe-OPD in one call, for a training loop of one's own.
+"""FiRe-OPD's filter and token weights in one call, for use in another training loop.
 
 log-probabilities and entropies of the whole rollout batch -> weight f32[B, T], keep bool[B]
 """
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 
 from fireopd_jax.method.filtering import TeacherQuantile
 from fireopd_jax.method.reweighting import ConfidenceConfusion, Scope
-from fireopd_jax.types import Array, Rows, Scores, TokenStats
+from fireopd_jax.types import Array, Scores, StageContext, TokenStats
 
 
 def fire_weights(
@@ -28,13 +28,14 @@ def fire_weights(
     num_teachers: int | None = None,
     vocab_size: int | None = None,
 ) -> tuple[Float32[Array, "B T"], Bool[Array, " B"]]:
-    """Return w~ and which trajectories to keep.
+    """Return the token weights w~, f32[B, T], and the keep mask of the trajectories, bool[B].
 
-    Give the global batch, never a micro-batch. Use both results: dropped rows are weighted, too.
-    Rows of several teachers need both `teacher`, the route of each row, and `num_teachers`; the
-    `max_scope` of `vocabulary` needs `vocab_size`.
+    The arrays must hold the global batch, never a micro-batch. Use both results: dropped rows have
+    weights, too. With several teachers give `teacher`, the index of each row's teacher, and
+    `num_teachers`; `max_scope="vocabulary"` needs `vocab_size`.
 
-    Raises ValueError when only one of the two is given, or no vocabulary where it is needed.
+    Raises ValueError when only one of `teacher` and `num_teachers` is given, or `vocab_size` is
+    missing.
 
     References: arXiv 2606.02684, Eq. 4-8.
     """
@@ -46,12 +47,12 @@ def fire_weights(
         raise ValueError("teacher and num_teachers go together: give both, or neither")
     if teacher is None or num_teachers is None:
         teacher, num_teachers = jnp.zeros(mask.shape[0], jnp.int32), 1
-    # Neither stage reads the student's log-probability.
+    # Neither stage uses the student's log-probability.
     scores = Scores(
         student=TokenStats(logprob=jnp.zeros_like(logprob), entropy=of_student),
         teacher=TokenStats(logprob=logprob, entropy=of_teacher),
     )
-    rows = Rows(mask, teacher, num_teachers, vocab_size)
-    keep = TeacherQuantile(drop_fraction=drop_fraction, scope=filter_scope)(scores, rows)
+    context = StageContext(mask, teacher, num_teachers, vocab_size)
+    keep, _ = TeacherQuantile(drop_fraction=drop_fraction, scope=filter_scope)(scores, context)
     reweight = ConfidenceConfusion(alpha=alpha, beta=beta, max_scope=max_scope)
-    return reweight(scores, rows, keep), keep
+    return reweight.weight(scores, context, keep), keep

@@ -1,46 +1,45 @@
-"""How much each token of a trajectory counts.
+"""Reweightings: the weight of each token in the loss.
 
-    scores, rows, keep -> weight f32[B, T]
+    scores, context, keep -> weight f32[B, T]
 
-Weights have mean 1 over their own trajectory's tokens (but `progressive`, whose rise is its point,
+Weights have mean 1 over each trajectory's tokens (except `progressive`, which is not normalised,
 and `soft_trajectories`, whose mean over rows is 1), are 0 where masked, and carry no gradient.
-Dropped rows are weighted like the others; `batch.py` leaves them out. Maxima are over the global
-batch: they must see it at once, never a micro-batch.
+Dropped rows have weights like the others; their coefficient in `batch.py` is 0. Maxima are over
+the global batch, never over a micro-batch.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float32
+from jaxtyping import Float32
 from pydantic import Field
 
-from fireopd_jax.config import config
+from fireopd_jax.config import Section, config
+from fireopd_jax.method.stage import Keep, Reweighting
 from fireopd_jax.ops.ranks import masked_quantile
-from fireopd_jax.types import Array, Rows, Scores
+from fireopd_jax.types import Array, Scores, StageContext
 
-Keep = Bool[Array, " B"] | Bool[Array, "B T"]
 Scope = Literal["batch", "kept", "teacher", "row", "vocabulary"]
 
 
 @config
-class Uniform:
-    """Weigh every token 1."""
+class Uniform(Reweighting):
+    """Weight 1 for every token."""
 
     kind: Literal["uniform"] = "uniform"
     """Name of this weighting."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    def __call__(self, scores: Scores, rows: Rows, keep: Keep) -> Float32[Array, "B T"]:
+    def weight(self, scores: Scores, context: StageContext, keep: Keep) -> Float32[Array, "B T"]:
         """Return 1 on each response token."""
-        return jnp.asarray(rows.mask).astype(jnp.float32)
+        return jnp.asarray(context.mask).astype(jnp.float32)
 
 
 @config
-class ConfidenceConfusion:
-    """Favour tokens where the teacher is sure and the student is not.
+class ConfidenceConfusion(Section, Reweighting):
+    """Larger weights where the teacher's entropy is low and the student's is high.
 
     c^T = 1 - H^T / max H^T, c^S = H^S / max H^S, w = (1 + alpha c^T)(1 + beta c^S), and
     w~ = w / (the mean of w over the trajectory).
@@ -55,54 +54,70 @@ class ConfidenceConfusion:
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Strength of the student's confusion c^S; 0 ignores it."""
     max_scope: Scope = "batch"
-    """Tokens the entropy maxima are taken over: all, those of kept rows, of the rows of the same
-    teacher, or of the row itself: what the authors' code does at the settings it ships. Or none:
-    with `vocabulary` the bound log V stands in place of both maxima, and no outlier sets them."""
+    """Tokens that the entropy maxima are taken over: all, those of kept rows, of the rows of the
+    same teacher, or of the row itself (the authors' code at its published settings).
+    `vocabulary` uses the bound log V in place of both maxima, which no outlier affects."""
     max_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Quantile that stands for the maximum: below 1 no single outlier sets it. What lies above
-    counts as 1."""
+    """Quantile used as the maximum: below 1 no single outlier determines it, and entropies above
+    it are clipped to it."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher.entropy", "student.entropy"})
 
-    def __call__(self, scores: Scores, rows: Rows, keep: Keep) -> Float32[Array, "B T"]:
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Yield the keys of the maxima where none is taken: zero strengths, or the bound log V."""
+        if self.alpha == self.beta == 0:
+            yield "max_scope", "with alpha = beta = 0"
+            yield "max_quantile", "with alpha = beta = 0"
+        elif self.max_scope == "vocabulary":
+            yield "max_quantile", "with max_scope: vocabulary, whose bound is log V"
+
+    @property
+    def kernel_strengths(self) -> tuple[float, float] | None:
+        """(alpha, beta) where no maximum over the batch is needed, so that the kernel weights."""
+        return (self.alpha, self.beta) if self.max_scope == "vocabulary" else None
+
+    def weight(self, scores: Scores, context: StageContext, keep: Keep) -> Float32[Array, "B T"]:
         """Return w~, 0 where masked."""
-        mask = jnp.asarray(rows.mask)
+        mask = jnp.asarray(context.mask)
 
         def share(entropy: Array) -> Array:
-            top = self._top(entropy, rows, keep)
+            top = self._top(entropy, context, keep)
             return jnp.clip(entropy / jnp.maximum(top, 1e-6), 0.0, 1.0)
 
-        confidence = 1.0 - share(scores.teacher.entropy)
-        confusion = share(scores.student.entropy)
-        weight = (1.0 + self.alpha * confidence) * (1.0 + self.beta * confusion)
+        if scores.token_weight is not None and self.kernel_strengths is not None:
+            weight = scores.token_weight
+        else:
+            confidence = 1.0 - share(scores.teacher_stats.entropy)
+            confusion = share(scores.student.entropy)
+            weight = (1.0 + self.alpha * confidence) * (1.0 + self.beta * confusion)
         weight = jnp.where(mask, weight, 0.0)
         length = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
         mean = jnp.sum(weight, axis=1, keepdims=True) / length
         return jax.lax.stop_gradient(weight / jnp.where(mean == 0.0, 1.0, mean))
 
     def _top(
-        self, entropy: Array, rows: Rows, keep: Keep
+        self, entropy: Array, context: StageContext, keep: Keep
     ) -> Float32[Array, "B 1"] | Float32[Array, "1 1"]:
-        """Return the largest finite entropy of the tokens in scope, or the quantile near it.
+        """Return the maximum, or `max_quantile`, of the finite entropies of the tokens in scope.
 
-        A row that went wrong must not reach the others through the maximum.
+        Non-finite values are excluded, so that a broken row does not change the others' weights.
         """
         if self.max_scope == "vocabulary":
-            return jnp.full((1, 1), math.log(_known(rows.vocab_size)), jnp.float32)
-        inside = jnp.asarray(rows.mask) & jnp.isfinite(entropy)
+            return jnp.full((1, 1), math.log(_known(context.vocab_size)), jnp.float32)
+        inside = jnp.asarray(context.mask) & jnp.isfinite(entropy)
         if self.max_scope == "kept":
             inside = inside & (keep if keep.ndim == 2 else keep[:, None])
         if self.max_scope == "row":
             return jax.vmap(self._largest)(entropy, inside)[:, None]
         if self.max_scope == "teacher":
-            route = jnp.asarray(rows.teacher)
-            own = jnp.arange(rows.num_teachers)[:, None, None] == route[None, :, None]
+            route = jnp.asarray(context.teacher)
+            own = jnp.arange(context.num_teachers)[:, None, None] == route[None, :, None]
             each = jax.vmap(lambda mine: self._largest(entropy, inside & mine))(own)
             return each[route][:, None]
         return self._largest(entropy, inside)[None, None]
 
     def _largest(self, entropy: Array, inside: Array) -> Float32[Array, ""]:
-        """Return the quantile of the values `inside`, by default their maximum; 0 of none."""
+        """Return the `max_quantile` of the values where `inside` is true; 0 where none is."""
         if self.max_quantile == 1:
             return jnp.max(jnp.where(inside, entropy, 0.0), initial=0.0)
         quantile = masked_quantile(entropy, inside, self.max_quantile)
@@ -110,11 +125,11 @@ class ConfidenceConfusion:
 
 
 @config
-class Progressive:
-    """Favour the tokens before most of the disagreement has been met.
+class Progressive(Reweighting):
+    """Larger weights for the tokens before most of the disagreement |A| has accumulated.
 
     w_t = 1 + gamma (1 - sum_{u < t} |A_u| / sum_u |A_u|), A = log pi_T - log pi_S: from 1 + gamma
-    at the first token down towards 1. Not normalised, as in the paper.
+    at the first token down to 1. Not normalised, as in the paper.
 
     References: arXiv 2606.22600 (IW-OPD).
     """
@@ -126,10 +141,10 @@ class Progressive:
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher.logprob", "student.logprob"})
 
-    def __call__(self, scores: Scores, rows: Rows, keep: Keep) -> Float32[Array, "B T"]:
+    def weight(self, scores: Scores, context: StageContext, keep: Keep) -> Float32[Array, "B T"]:
         """Return w, 0 where masked."""
-        mask = jnp.asarray(rows.mask)
-        gap = jnp.where(mask, jnp.abs(scores.teacher.logprob - scores.student.logprob), 0.0)
+        mask = jnp.asarray(context.mask)
+        gap = jnp.where(mask, jnp.abs(scores.advantage), 0.0)
         before = jnp.cumsum(gap, axis=1) - gap
         total = gap.sum(axis=1, keepdims=True)
         met = before / jnp.where(total > 0, total, 1.0)
@@ -137,42 +152,43 @@ class Progressive:
 
 
 @config
-class SoftTrajectories:
-    """Weigh trajectories by their likelihood instead of dropping the least likely: an ablation.
+class SoftTrajectories(Reweighting):
+    """Weight trajectories by their teacher likelihood instead of dropping some: an ablation.
 
     u_i = n exp(s_i / tau) / sum_j exp(s_j / tau) over the n rows of the batch, s_i the mean of
-    log pi_T; every token of row i has u_i times the weight that `tokens` gives it.
+    log pi_T; the weight of a token of row i is u_i times its weight from `tokens`.
 
-    References: arXiv 2606.02684, the ablation with soft trajectory weights, whose formula the notes
-    do not give.
+    References: arXiv 2606.02684, the ablation with soft trajectory weights; the formula is our own.
     """
 
     kind: Literal["soft_trajectories"] = "soft_trajectories"
     """Name of this weighting."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """tau, in nats: a large one makes all rows alike."""
+    """tau, in nats; a large value makes all rows' weights equal."""
     tokens: Annotated[Uniform | ConfidenceConfusion | Progressive, Field(discriminator="kind")] = (
         Uniform()
     )
-    """How tokens are weighed within a trajectory."""
+    """Reweighting of the tokens within a trajectory."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the score must give."""
+        """Fields of the scores that the reweighting uses."""
         return self.tokens.needs | {"teacher.logprob"}
 
-    def __call__(self, scores: Scores, rows: Rows, keep: Keep) -> Float32[Array, "B T"]:
-        """Return the product, 0 where masked."""
-        mask = jnp.asarray(rows.mask)
+    def weight(self, scores: Scores, context: StageContext, keep: Keep) -> Float32[Array, "B T"]:
+        """Return u_i times the token's weight within its trajectory, 0 where masked."""
+        mask = jnp.asarray(context.mask)
         valid, length = mask.any(axis=1), mask.sum(axis=1)
-        score = jnp.where(mask, scores.teacher.logprob, 0.0).sum(axis=1) / jnp.maximum(length, 1)
+        score = jnp.where(mask, scores.teacher_stats.logprob, 0.0).sum(axis=1) / jnp.maximum(
+            length, 1
+        )
         usable = valid & jnp.isfinite(score)
         share = jax.nn.softmax(score / self.temperature, where=usable)
         share = jnp.where(usable, share * jnp.sum(valid), 0.0)
-        return jax.lax.stop_gradient(share[:, None] * self.tokens(scores, rows, keep))
+        return jax.lax.stop_gradient(share[:, None] * self.tokens.weight(scores, context, keep))
 
 
 def _known(vocab_size: int | None) -> int:
     if vocab_size is None:
-        raise ValueError("max_scope 'vocabulary' needs vocab_size, the size of the vocabulary")
+        raise ValueError("max_scope 'vocabulary' needs vocab_size, the size of the vocabulary V")
     return vocab_size

@@ -1,1 +1,1 @@
-"""The whole configuration of a run: its sections, presets, and the checks between them."""
+"""The configuration of a run: its sections, layers, keys, and the checks between sections."""

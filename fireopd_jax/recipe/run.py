@@ -1,41 +1,50 @@
-"""Where a run is kept, how long it is, and how often it saves and reports."""
+"""Configuration of a run: folder, length, checkpoints and reports."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from fireopd_jax.config import config
+from fireopd_jax.config import Section, config
 
 
 @config
-class RunConfig:
-    """Where a run is kept, how long it is, and how often it saves and speaks."""
+class RunConfig(Section):
+    """Folder, length, checkpoints and reports of a run."""
 
     name: str = "run"
-    """Name of the run's folder in `runs/`; a number is added when it is taken."""
+    """Name of the run's folder in `runs/`; a number is appended if it exists."""
     dir: str | None = None
-    """The run's folder itself: started when new, resumed when interrupted. Empty: by name."""
+    """Path of the run's folder: a new run, or an interrupted one to resume. By default from
+    `name`."""
     seed: int = 0
-    """Everything random in the run is a function of it."""
+    """Seed of all randomness in the run."""
     steps: PositiveInt = 100
-    """Batches of rollouts that the student learns from."""
+    """Number of rollout batches that the student is trained on."""
     updates_per_rollout: PositiveInt = 1
-    """Optimizer updates on each batch of rollouts; the loss's clipping acts from the second on."""
+    """Optimizer updates per rollout batch; the loss's clipping takes effect from the second on."""
     compare: tuple[str, ...] = ()
-    """Methods (names in `configs/method/`) trained besides, from the same start and budget."""
+    """Methods (names in `configs/method/`) to train as controls, from the same start, as long."""
     resume: Literal["auto", "never"] = "auto"
-    """Whether an interrupted run in `dir` goes on (auto) or is an error (never)."""
+    """Resume an interrupted run in `dir` (auto), or raise an error (never)."""
     save_every: PositiveInt = 50
     """Steps between checkpoints; the last step is always saved."""
     keep: PositiveInt = 2
-    """How many of the newest checkpoints are kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: NonNegativeInt = 1
-    """How many checkpoints of the best evaluations are kept besides."""
+    """Number of checkpoints with the best evaluation to keep in addition."""
     log_every: PositiveInt = 1
     """Steps between lines of metrics.jsonl."""
     completions_every: NonNegativeInt = 50
-    """Steps between saved samples of prompts and responses; 0 saves none."""
+    """Steps between saved batches of prompts and responses; 0 saves none."""
     export: bool = False
     """Write the finished student to `models/student_hf` too, as a Hugging Face folder."""
     compilation_cache: bool = True
     """Keep compiled programs on disk for later runs."""
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Yield `name` if `dir` is given, else `resume`: without `dir` every run is new."""
+        if self.dir is not None:
+            yield "name", "with run.dir"
+        else:
+            yield "resume", "without run.dir: every run is new"

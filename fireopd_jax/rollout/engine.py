@@ -4,7 +4,7 @@
 
 The rows are sharded over the `data` axis of the mesh, with one loop for each replica, so a replica
 with short responses does not wait for others at every step. The devices of a replica, on the
-`tensor` axis, share its model, KV cache and vocabulary. `serving.Engine` has the same loop for
+`tensor` axis, share its model, KV cache and vocabulary. `streaming.Engine` has the same loop for
 requests that arrive over time, with budgets and streaming.
 """
 
@@ -23,7 +23,7 @@ from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.meshes import over_data, replica_count, split_cache
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.state import STOP, Requests, Shape, empty_requests, enqueue, initial_state
-from fireopd_jax.types import Prompts, Rollout
+from fireopd_jax.types import Prompts, Rollout, Writer
 
 CacheLayout = Dense | Paged
 """Layouts of the KV cache."""
@@ -81,6 +81,7 @@ def generate(
         model_logprob=model_logprob,
         finished=finish == STOP,
         version=versions,
+        writer=jnp.full_like(tokens, Writer.STUDENT),
     )
 
 

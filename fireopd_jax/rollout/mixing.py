@@ -9,10 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from fireopd_jax.types import Array, Prompts, Rollout
-
-GIVEN = -1
-"""Version of reference tokens, which were not sampled in this run."""
+from fireopd_jax.types import Array, Prompts, Rollout, Writer
 
 
 def given_rows(prompts: Prompts, fraction: float, seed: int) -> Bool[np.ndarray, " B"]:
@@ -33,7 +30,7 @@ def without(prompts: Prompts, given: Bool[np.ndarray, " B"]) -> Prompts:
 def mix(rollout: Rollout, prompts: Prompts, given: Bool[Array, " B"]) -> Rollout:
     """Return the rollout with references as the responses of the chosen rows.
 
-    Log-probabilities of reference tokens are 0, their versions -1.
+    Their tokens have log-probability 0, version 0 and `Writer.REFERENCE`.
 
     Raises ValueError without references, or if their width is not that of the responses.
     """
@@ -52,5 +49,5 @@ def mix(rollout: Rollout, prompts: Prompts, given: Bool[Array, " B"]) -> Rollout
         tokens=jnp.where(row, jnp.where(there, reference, 0), rollout.tokens),
         mask=jnp.where(row, there, rollout.mask),
         finished=jnp.where(given, length > 0, rollout.finished),
-        version=jnp.where(row, GIVEN, rollout.version),
+        writer=jnp.where(row, Writer.REFERENCE, rollout.writer),
     )

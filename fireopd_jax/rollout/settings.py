@@ -17,11 +17,11 @@ class RolloutConfig:
     """Sampling of responses in training."""
 
     batch_size: PositiveInt = 64
-    """Responses in each step."""
+    """Responses per step."""
     group_size: PositiveInt = 1
-    """Responses to each prompt; divides the batch size."""
+    """Responses per prompt; must divide the batch size."""
     max_tokens: PositiveInt = 512
-    """Longest response, its end-of-sequence token included."""
+    """Maximum response length in tokens, the end-of-sequence token included."""
     on_policy_fraction: UnitInterval = 1.0
     """Probability that a row is trained on the student's own response; other rows are trained on
     their references. Only for losses that do not assume on-policy responses."""
@@ -34,10 +34,10 @@ class RolloutConfig:
     min_p: UnitInterval = 0.0
     """Smallest probability relative to the most likely token's; 0 is off."""
     min_tokens: NonNegativeInt = 0
-    """Tokens before a response may end: none of the first so many is a stop token."""
+    """Minimum response length: the first so many tokens are no stop tokens."""
     slots: PositiveInt | None = None
-    """Responses decoded at a time on each replica; does not change responses. By default 32 on a
-    CPU, 256 on other devices."""
+    """Slots per replica: responses decoded at the same time; does not change responses. By default
+    32 on a CPU, 256 on other devices."""
     cache: Annotated[
         Dense | DenseGPU | Paged | PagedTPU | PagedGPU, Field(discriminator="kind")
     ] = Dense()

@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, checkpoints, metrics, completions and report."""
+"""The outputs of a run: folder, checkpoints, metrics, completions and report."""

@@ -1,6 +1,6 @@
-"""Samples of a step for people and notebooks: prompt, response, and what the method made of it.
+"""The trajectories of a step as a Parquet file: prompt, response, scores and weights.
 
-Batch, keep -> completions/step_000050.parquet, a row a trajectory
+Batch, keep -> completions/step_000050.parquet, one row per trajectory
 """
 
 from collections.abc import Callable, Sequence
@@ -13,21 +13,23 @@ import pyarrow.parquet
 
 from fireopd_jax.data.sources import Row
 from fireopd_jax.evaluation.graders import grade
-from fireopd_jax.types import Batch
+from fireopd_jax.method.stage import Keep
+from fireopd_jax.types import Batch, Writer
 
 
 def write_completions(
     file: Path,
     batch: Batch,
-    keep: jax.Array,
+    keep: Keep,
     *,
     rows: Sequence[Row],
     teachers: Sequence[str],
     decode: Callable[[list[int]], str],
 ) -> None:
-    """Write every trajectory of a batch; lists hold one number a response token.
+    """Write every trajectory of a batch to a Parquet file; lists have one entry per token.
 
-    `rows` are the data set's, `teachers` the names by route, `decode` turns ids into text.
+    `rows` are those of the data set, `teachers` the names by route, `decode` maps token ids to
+    text. Rows without a token are left out; without any row no file is written.
     """
     batch, keep = jax.device_get((batch, keep))
     rollout, scores = batch.rollout, batch.scores
@@ -36,23 +38,24 @@ def write_completions(
         row, real = int(rollout.prompts.row[i]), rollout.mask[i]
         source = rows[row]
         response = decode(rollout.tokens[i][real].tolist())
-        table.append(
-            {
-                "row": row,
-                "prompt": source.prompt[-1]["content"],
-                "response": response,
-                "answer": source.answer,
-                "correct": None if source.answer is None else grade(response, source.answer),
-                "finished": bool(rollout.finished[i]),
-                "teacher": teachers[int(rollout.prompts.teacher[i])],
-                "kept": bool(np.any(keep[i])),
-                "teacher_score": float(scores.teacher.logprob[i][real].mean()),
-                "tokens": rollout.tokens[i][real].tolist(),
-                "student_logprob": scores.student.logprob[i][real].tolist(),
-                "teacher_logprob": scores.teacher.logprob[i][real].tolist(),
-                "weight": batch.weight[i][real].tolist(),
-            }
-        )
+        line = {
+            "row": row,
+            "prompt": source.prompt[-1]["content"],
+            "response": response,
+            "answer": source.answer,
+            "correct": None if source.answer is None else grade(response, source.answer),
+            "finished": bool(rollout.finished[i]),
+            "teacher": teachers[int(rollout.prompts.teacher[i])],
+            "writer": Writer(int(rollout.writer[i][real][0])).name.lower(),
+            "kept": bool(np.any(keep[i])),
+            "tokens": rollout.tokens[i][real].tolist(),
+            "student_logprob": scores.student.logprob[i][real].tolist(),
+            "weight": batch.weight[i][real].tolist(),
+        }
+        if scores.teacher is not None:
+            logprob = scores.teacher.logprob[i][real]
+            line |= {"teacher_score": float(logprob.mean()), "teacher_logprob": logprob.tolist()}
+        table.append(line)
     if table:
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_suffix(".part")

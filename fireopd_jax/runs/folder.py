@@ -1,13 +1,13 @@
-"""The run folder: who may write where, what is complete, what goes on.
+"""The run folder: its files, its lock, and whether the run is new, resumed or complete.
 
     run.dir or runs/<name> -> lock -> new, resume or complete -> RunFolder
 
     config.yaml  env.json  metrics.jsonl  completions/  eval/  checkpoints/  logs/  summary.json
     README.md
 
-`config.yaml` makes a folder a run, `summary.json` makes it complete, and a lock of the operating
-system on `.lock` says that a live process writes there. Nothing is ever overwritten and nothing is
-asked. This module knows nothing of JAX.
+A folder with `config.yaml` is a run, one with `summary.json` a complete run; a live process that
+writes to it holds a lock of the operating system on `.lock`. Files of another run are never
+overwritten. This module does not import JAX.
 """
 
 import fcntl
@@ -19,7 +19,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +28,10 @@ import yaml
 from fireopd_jax.config import UserError
 from fireopd_jax.recipe.run import RunConfig
 
-State = Literal["new", "resume", "complete"]
+RunState = Literal["new", "resume", "complete"]
+Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
-# Keys that change what is shown or kept of a run but not its result: a resumed run may change them.
+# Keys that change what is logged or kept of a run, not its result: a resumed run may change them.
 INCIDENTAL = frozenset(
     {
         "run.name",
@@ -60,11 +61,11 @@ PACKAGES = (
 
 
 class RunFolder:
-    """An open run: its paths, its state, and the lock that it holds until `close`."""
+    """The folder of a run: its paths, its state, and a lock that is held until `close`."""
 
-    def __init__(self, path: Path, state: State, lock: int):
+    def __init__(self, path: Path, state: RunState, lock: int):
         self.path = path
-        self.state: State = state
+        self.state: RunState = state
         self._lock: int | None = lock
 
     @property
@@ -84,7 +85,7 @@ class RunFolder:
 
     @property
     def completions(self) -> Path:
-        """Samples of prompts and responses."""
+        """Prompts and responses of some steps."""
         return self.path / "completions"
 
     @property
@@ -94,17 +95,17 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """One folder a step."""
+        """One folder per saved step."""
         return self.path / "checkpoints"
 
     @property
     def logs(self) -> Path:
-        """What the run printed."""
+        """Log lines of the run."""
         return self.path / "logs"
 
     @property
     def summary(self) -> Path:
-        """The last word of a complete run; absent until then."""
+        """Results of the run; written at its end, and so the mark of a complete run."""
         return self.path / "summary.json"
 
     @property
@@ -113,16 +114,11 @@ class RunFolder:
         return self.path / "README.md"
 
     def write_json(self, name: str, data: object) -> None:
-        """Write a JSON file of the folder atomically."""
+        """Write `data` atomically as a JSON file in the folder."""
         write_atomically(self.path / name, json.dumps(plain(data), indent=2) + "\n")
 
-    def finish(self, summary: object) -> None:
-        """Write summary.json: from here on the run is complete."""
-        self.write_json("summary.json", summary)
-        self.state = "complete"
-
     def close(self) -> None:
-        """Give the folder free for other processes."""
+        """Release the lock."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -132,25 +128,34 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it."""
+        """Release the lock."""
         self.close()
 
 
 def is_complete(config: RunConfig) -> bool:
-    """Tell whether `run.dir` holds a run that has come to its end."""
+    """Return whether `run.dir` holds a complete run."""
     return config.dir is not None and (Path(config.dir).expanduser() / "summary.json").exists()
 
 
 def open_run(
-    config: RunConfig, resolved: Mapping[str, Any], *, root: Path = Path("runs")
+    config: RunConfig,
+    resolved: Mapping[str, Any],
+    *,
+    complete: Complete = dict,
+    root: Path = Path("runs"),
 ) -> RunFolder:
-    """Open `run.dir`, or a fresh folder of `root`; `resolved` is the whole configuration."""
-    # As it will be read back: tuples are lists in YAML.
-    resolved = yaml.safe_load(yaml.safe_dump(dict(resolved)))
+    """Return `run.dir`, or a new folder in `root`, locked; `resolved` is the whole configuration.
+
+    `complete` adds defaults for keys that the configuration of an older run lacks.
+
+    Raises UserError for a folder that is in use, is not a run, or holds a run of another
+    configuration.
+    """
+    resolved = _as_read_back(resolved)
     path = _numbered(root, config.name) if config.dir is None else _named(Path(config.dir))
     lock = _lock(path)
     try:
-        state = _state(path, config, resolved)
+        state = _state(path, config, resolved, complete)
         folder = RunFolder(path, state, lock)
         if state == "new":
             write_atomically(folder.config, yaml.safe_dump(resolved, sort_keys=False))
@@ -165,7 +170,7 @@ def open_run(
 
 
 def _numbered(root: Path, name: str) -> Path:
-    """Make the first free of name, name-2, name-3 ...: mkdir decides races."""
+    """Create the first free of name, name-2, name-3 ...; mkdir is atomic, so races are safe."""
     if name in ("", ".", "..", "latest") or Path(name).name != name:
         raise UserError(
             f"run.name={name!r}: expected the plain name of a folder in {root}/, other than"
@@ -186,7 +191,7 @@ def _numbered(root: Path, name: str) -> Path:
 
 
 def _named(path: Path) -> Path:
-    """Make `run.dir`, or accept it when it is a run or empty."""
+    """Create `run.dir` if missing; raise UserError if it is neither a run nor empty."""
     path = path.expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -208,7 +213,7 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _lock(path: Path) -> int:
-    """Lock the folder for the life of the returned descriptor: the system frees it at any death."""
+    """Return a descriptor that locks the folder until it is closed or the process ends."""
     try:
         descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
@@ -227,7 +232,9 @@ def _lock(path: Path) -> int:
     return descriptor
 
 
-def _state(path: Path, config: RunConfig, resolved: Mapping[str, Any]) -> State:
+def _state(
+    path: Path, config: RunConfig, resolved: Mapping[str, Any], complete: Complete
+) -> RunState:
     file = path / "config.yaml"
     if not file.exists():
         return "new"
@@ -235,7 +242,7 @@ def _state(path: Path, config: RunConfig, resolved: Mapping[str, Any]) -> State:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not valid YAML; expected the configuration of a run") from error
-    if different := differences(before, resolved):
+    if different := differences(_as_read_back(complete(before)), resolved):
         shown = "; ".join(different[:SHOWN_DIFFERENCES])
         more = len(different) - SHOWN_DIFFERENCES
         raise UserError(
@@ -253,8 +260,13 @@ def _state(path: Path, config: RunConfig, resolved: Mapping[str, Any]) -> State:
     return "resume"
 
 
+def _as_read_back(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration as read from its YAML, in which tuples are lists."""
+    return yaml.safe_load(yaml.safe_dump(dict(tree)))
+
+
 def differences(before: object, now: object) -> list[str]:
-    """Name the dotted keys that differ and change the result, with both values."""
+    """Return, with both values, the dotted keys that differ and are not in `INCIDENTAL`."""
     old, new = _dotted(before), _dotted(now)
     absent = "(absent)"
     return [
@@ -279,7 +291,7 @@ def _shown(flat: Mapping[str, object], key: str, absent: str) -> str:
 
 
 def _point_latest(root: Path, path: Path) -> None:
-    """Let root/latest point to the run, if it lies in root and the filesystem has symlinks."""
+    """Point the link root/latest to the run, if it is in root and the filesystem has symlinks."""
     if path.resolve().parent != root.resolve():
         return
     beside = root / f".latest-{os.getpid()}"
@@ -292,7 +304,7 @@ def _point_latest(root: Path, path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside, flush to the disk, rename: a reader sees the old file or the new, whole."""
+    """Write under another name, flush to disk, rename: a reader sees the old file or the new."""
     beside = path.with_name(f".writing-{path.name}-{os.getpid()}")
     try:
         with beside.open("w", encoding="utf-8") as file:
@@ -305,9 +317,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Copy `value` for JSON: NumPy becomes Python, a number that is not finite a string.
+    """Return a copy of `value` for JSON: NumPy values as Python's, non-finite numbers as strings.
 
-    That is "nan", "inf" or "-inf"; `float` reads each of them back.
+    These are "nan", "inf" or "-inf", which `float` accepts.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
@@ -321,7 +333,7 @@ def plain(value: Any) -> Any:
 
 
 def environment(devices: Sequence[str] = ()) -> dict[str, Any]:
-    """Describe what the run runs on; the caller names its devices: no JAX is started here."""
+    """Return versions, machine, commit and command; the caller lists the devices (no JAX here)."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
@@ -346,16 +358,16 @@ def _version(package: str) -> str | None:
 
 
 def _git(checkout: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that holds the package, if it runs from one."""
+    """Return commit and whether files changed, if the package runs from a checkout."""
     if not (checkout / ".git").exists():
         return None
     git = ["git", "-C", str(checkout)]
     try:
         commit, status = (
             subprocess.run(
-                [*git, *words], capture_output=True, text=True, check=True, timeout=10
+                [*git, *command], capture_output=True, text=True, check=True, timeout=10
             ).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,4 +1,4 @@
-"""The table and the learning curve of a finished run, and its README."""
+"""Results table, learning curve and README of a finished run."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ Figures = Mapping[str, Any]
 
 
 def models(config: Config, summary: Figures) -> Iterator[tuple[str, Figures]]:
-    """List the evaluated models of a summary, in the order of the run."""
+    """Yield name and figures of each evaluated model of a summary, in the order of the run."""
     if "teacher" in summary:
         several = len(config.teachers) > 1
         named = summary["teacher"] if several else {"": summary["teacher"]}
@@ -26,7 +26,7 @@ def models(config: Config, summary: Figures) -> Iterator[tuple[str, Figures]]:
 
 
 def results_rows(config: Config, summary: Figures) -> list[tuple[str, ...]]:
-    """Lay the figures out, a row a model."""
+    """Return the cells of the results table, one row per model."""
     key = f"avg@{config.eval.samples}"
     return [
         (
@@ -41,20 +41,20 @@ def results_rows(config: Config, summary: Figures) -> list[tuple[str, ...]]:
 
 
 def columns(config: Config) -> tuple[str, ...]:
-    """Head the table."""
+    """Return the column names of the results table."""
     key = f"avg@{config.eval.samples} (95 % interval)"
     return ("model", key, "problems", "mean length", "finished")
 
 
 def print_results(folder: Path, config: Config, summary: Figures) -> None:
-    """Print the table."""
+    """Print the results table, unless nothing was evaluated."""
     rows = results_rows(config, summary)
     if rows:
         table(rows, columns(config), title=f"{folder}: held-out problems")
 
 
 def print_curve(folder: Path, config: Config, log: Callable[[str], None]) -> None:
-    """Print the learning curves: grades where the run took them, else the KL to the teacher."""
+    """Log the learning curves: avg@1 if evaluated during training, else the KL to the teacher."""
     homes = {"student": folder}
     homes |= {n: folder / "controls" / n for n in config.run.compare}
     key, title = "eval/held_out/avg@1", "avg@1 on held-out problems"
@@ -68,7 +68,7 @@ def print_curve(folder: Path, config: Config, log: Callable[[str], None]) -> Non
 
 
 def write_card(folder: RunFolder, config: Config, summary: Figures) -> None:
-    """Write the run's README: what was trained, how, and what came out."""
+    """Write the run's README: method, steps and results."""
     rows = [columns(config), ("---",) * 5, *results_rows(config, summary)]
     lines = [
         f"# {folder.path.name}",
@@ -79,6 +79,6 @@ def write_card(folder: RunFolder, config: Config, summary: Figures) -> None:
         "",
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
-        "The model is in `models/student`; `fireopd generate` and `fireopd eval` read this folder.",
+        "The model is in `models/student`; `fireopd generate` and `fireopd eval` take this folder.",
     ]
     write_atomically(folder.card, "\n".join(lines) + "\n")

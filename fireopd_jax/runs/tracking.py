@@ -1,10 +1,10 @@
-"""What a run says: to metrics.jsonl for machines, to the terminal for people.
+"""Metrics in metrics.jsonl, and progress, log lines, tables and curves on the terminal.
 
     {"loss": 0.4, ...} -> Tracker -> metrics.jsonl -> history -> curve
     progress, Log, table -> terminal
 
-A number that is not finite stands in metrics.jsonl as the string "nan", "inf" or "-inf", so that
-every line is valid JSON; `history` reads it back as a float. This module knows nothing of JAX.
+Non-finite numbers are written to metrics.jsonl as the strings "nan", "inf" or "-inf", so that
+every line is valid JSON; `history` returns them as floats. This module does not import JAX.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf, isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import (
@@ -33,16 +33,16 @@ Points = Sequence[tuple[int, int | float]]
 
 MARKERS = "●○▲△■□"
 PLAIN_INTERVAL_S = 10.0
-# Without a terminal rich takes 80 columns and folds the cells; a file has no edge.
+# Without a terminal rich assumes 80 columns and wraps cells; a file needs no such limit.
 FILE_WIDTH = 140
 
 
 class Tracker:
-    """Appends to `folder/metrics.jsonl`, a line a call."""
+    """Appends to `folder/metrics.jsonl`, one line per call."""
 
     def __init__(self, folder: Path):
         self.path = folder / "metrics.jsonl"
-        # A line torn by a kill would swallow the next one: drop it before appending.
+        # Drop a line cut off by a kill: the next line would be appended to it.
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             self._rewrite(inf)
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
@@ -53,13 +53,13 @@ class Tracker:
         self._file.write(line + "\n")
 
     def truncate(self, step: int) -> None:
-        """Forget `step` and what follows: a resumed run writes them again."""
+        """Remove the lines from `step` on; a resumed run writes them again."""
         self._file.close()
         self._rewrite(step)
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
 
     def history(self, key: str) -> list[tuple[int, float]]:
-        """Every (step, value) of a key, in the order of the file."""
+        """Return every (step, value) of a key, in the order of the file."""
         records = map(json.loads, self._lines(inf))
         return [
             (record["step"], float(record[key]))
@@ -76,11 +76,11 @@ class Tracker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it."""
+        """Close the file."""
         self.close()
 
     def _lines(self, end: int | float) -> Iterator[str]:
-        """Whole lines of the steps before `end`."""
+        """Yield the valid lines of the steps before `end`."""
         if not self.path.exists():
             return
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -95,14 +95,14 @@ class Tracker:
 
 
 class Log:
-    """Prints lines and keeps them, with the time, in `folder/run.log`."""
+    """Prints lines and appends them, with the time, to `folder/run.log`."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / "run.log").open("a", buffering=1, encoding="utf-8")
 
     def __call__(self, text: str) -> None:
-        """Print the text and keep it."""
+        """Print the text and append it to the log file."""
         print(text, flush=True)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         self._file.writelines(f"{now} {line}\n" for line in text.splitlines())
@@ -116,15 +116,16 @@ class Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it."""
+        """Close the file."""
         self.close()
 
 
+@runtime_checkable
 class Advance(Protocol):
-    """Reports that `n` more units are done, and what to show beside the count."""
+    """Advances a progress display."""
 
     def __call__(self, n: int = 1, **shown: object) -> None:
-        """Move on."""
+        """Add `n` to the count of done units; `shown` are values displayed beside it."""
         ...
 
 
@@ -136,7 +137,7 @@ def progress(
     interactive: bool | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Advance]:
-    """Show on stderr how far a loop is: a live bar on a terminal, else a line every ten seconds."""
+    """Show a loop's progress on stderr: a live bar on a terminal, else a line every ten seconds."""
     live = sys.stderr.isatty() if interactive is None else interactive
     with _bar(label, total, clock) if live else _plain_lines(label, total, clock) as advance:
         yield advance
@@ -154,7 +155,7 @@ def _bar(label: str, total: int, clock: Callable[[], float]) -> Iterator[Advance
         TimeRemainingColumn(),
         TextColumn("{task.fields[shown]}"),
     )
-    # Rich would carry stdout over to stderr, which only a terminal wants.
+    # Rich would redirect stdout to stderr, which is right for a terminal only.
     bar = Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty())
     start, done = clock(), 0
     with bar:
@@ -171,27 +172,27 @@ def _bar(label: str, total: int, clock: Callable[[], float]) -> Iterator[Advance
 
 @contextmanager
 def _plain_lines(label: str, total: int, clock: Callable[[], float]) -> Iterator[Advance]:
-    start = spoken = clock()
-    done, said = 0, -1
+    start = printed_at = clock()
+    done, printed = 0, -1
     last: dict[str, object] = {}
 
-    def say() -> None:
-        nonlocal spoken, said
-        spoken, said = clock(), done
-        parts = (f"{label} {done}/{total}", _rate(done, spoken - start), _pairs(last))
+    def print_line() -> None:
+        nonlocal printed_at, printed
+        printed_at, printed = clock(), done
+        parts = (f"{label} {done}/{total}", _rate(done, printed_at - start), _pairs(last))
         print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
     def advance(n: int = 1, **shown: object) -> None:
         nonlocal done, last
         done, last = done + n, shown
-        if clock() - spoken >= PLAIN_INTERVAL_S:
-            say()
+        if clock() - printed_at >= PLAIN_INTERVAL_S:
+            print_line()
 
     try:
         yield advance
     finally:
-        if said != done:
-            say()
+        if printed != done:
+            print_line()
 
 
 def _rate(done: int, seconds: float) -> str:
@@ -215,7 +216,7 @@ def _cell(value: object) -> str:
 def table(
     rows: Sequence[Sequence[object]], columns: Sequence[str], *, title: str | None = None
 ) -> None:
-    """Print rows under their columns to stdout; columns of numbers stand to the right."""
+    """Print a table to stdout; columns of numbers are right-aligned."""
     printed = Table(title=title, title_justify="left")
     for index, name in enumerate(columns):
         numbers = all(isinstance(plain(row[index]), int | float | None) for row in rows)
@@ -229,7 +230,10 @@ def table(
 def curve(
     points: Points | Mapping[str, Points], title: str, width: int = 60, height: int = 12
 ) -> str:
-    """Draw learning curves as text: the values up, the steps along, a marker for each series."""
+    """Return learning curves as a text plot, values over steps, with a marker for each series.
+
+    Non-finite values are left out.
+    """
     series = dict(points) if isinstance(points, Mapping) else {"": points}
     series = {
         name: [(step, value) for step, value in line if isfinite(value)]
@@ -243,13 +247,13 @@ def curve(
     canvas = [[" "] * width for _ in range(height)]
     for index, line in enumerate(series.values()):
         for step, value in line:
-            # A flat line stands in the middle.
+            # A constant series is drawn in the middle.
             up = (value - low) / (high - low) if high > low else 0.5
             along = (step - left) / (right - left) if right > left else 0.0
             row, column = round((1 - up) * (height - 1)), round(along * (width - 1))
             canvas[row][column] = MARKERS[index % len(MARKERS)]
     labels = [f"{low + (high - low) * (1 - row / max(1, height - 1)):.4g}" for row in range(height)]
-    # Name the top, the middle and the bottom only.
+    # Label only the top, the middle and the bottom row.
     named = {0, height // 2, height - 1} if high > low else {(height - 1) // 2}
     margin = max(len(labels[row]) for row in named)
     lines = [title] if title else []

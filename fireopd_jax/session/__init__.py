@@ -1,1 +1,1 @@
-"""An open run: its data, tokenizers, models and teachers, ready to answer, grade and score."""
+"""The session of a run: its data, tokenizers and models, for sampling, grading and training."""

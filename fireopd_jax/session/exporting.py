@@ -1,8 +1,8 @@
-"""Hand a model of a run on: a finished one, or the student as a checkpoint has kept it.
+"""Export of a run's model to a Hugging Face folder: a finished model, or a checkpoint.
 
     runs/x/models/NAME, or runs/x/checkpoints/N -> parameters, tokenizer -> a Hugging Face folder
 
-The run is only read, so it may still be going on.
+The run's folder is only read, so the run may still be in progress.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import yaml
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from fireopd_jax.config import UserError, nearest
 from fireopd_jax.models.decoder import parameter_count
@@ -19,10 +19,11 @@ from fireopd_jax.models.hf_config import hf_config_json
 from fireopd_jax.models.hf_export import MAX_SHARD_BYTES, check_target, export_model
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.models.lora import LoraConfig
-from fireopd_jax.recipe.schema import StudentConfig
-from fireopd_jax.runs.checkpoints import restore_params, restore_step_params, saved_steps
+from fireopd_jax.recipe.models import StudentConfig
+from fireopd_jax.runs.checkpoints import restore_step_params, saved_steps
 from fireopd_jax.session.finished import open_model
-from fireopd_jax.session.setup import ModelSpec, load_spec
+from fireopd_jax.session.parameters import abstract_params, load_or_make, placed
+from fireopd_jax.session.specs import ModelSpec, load_spec
 
 
 def export_run(
@@ -34,14 +35,17 @@ def export_run(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Export a finished model of a run, or what it was after `step` steps."""
+    """Write a finished model of a run, or its checkpoint after `step` steps, to the folder `to`.
+
+    Raises UserError for an unknown model or step, or a folder `to` that is not empty.
+    """
     check_target(to)
     spec, params = open_model(run, model) if step is None else at_step(run, model, step)
     export(to, spec, params, run, step=step, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
 
 def check_exportable(spec: ModelSpec) -> None:
-    """Refuse, before a run begins, an architecture that it could not export at its end."""
+    """Raise UserError for an architecture that cannot be exported; checked before training."""
     hf_config_json(spec.model.config, spec.model.vocab_size)
 
 
@@ -55,7 +59,7 @@ def export(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a model of a run as a folder, with a card that says where it comes from."""
+    """Write a model of a run as a Hugging Face folder, with a model card."""
     export_model(
         to,
         params,
@@ -70,7 +74,10 @@ def export(
 
 
 def at_step(run: Path, model: str, step: int) -> tuple[ModelSpec, Params]:
-    """Read the student, or a control, from its checkpoint."""
+    """Return the student, or a control, as saved in its checkpoint of `step`.
+
+    Raises UserError where there are no checkpoints of the model, or none of that step.
+    """
     homes = {"student": run} | {home.name: home for home in sorted((run / "controls").glob("*"))}
     if model not in homes:
         raise UserError(
@@ -84,31 +91,25 @@ def at_step(run: Path, model: str, step: int) -> tuple[ModelSpec, Params]:
         there = f"there are {', '.join(map(str, known))}" if known else "there is none"
         raise UserError(f"{checkpoints}: no checkpoint of step {step}; {there}")
     spec = load_spec(model, start, StudentConfig(path=str(start)))
-    sharding = SingleDeviceSharding(jax.devices()[0])
-    like = _placed(jax.eval_shape(spec.model.init, jax.random.key(0)), sharding)
+    place = SingleDeviceSharding(jax.devices()[0])
+    shapes = abstract_params(spec.model, place)
     settings = recorded(run)[0].get("student", {}).get("lora")
     if settings is None:
-        return spec, restore_step_params(checkpoints, step, like)
+        return spec, restore_step_params(checkpoints, step, shapes)
     lora = LoraConfig(**settings)
-    adapters = jax.eval_shape(lora.init, jax.random.key(0), like)
-    learnt = restore_step_params(checkpoints, step, _placed(adapters, sharding))
-    return spec, jax.jit(lora.merge)(restore_params(start, like), learnt)
-
-
-def _placed(shapes: Params, sharding: Sharding) -> Params:
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
-    )
+    adapters = placed(jax.eval_shape(lora.init, jax.random.key(0), shapes), place)
+    trained = restore_step_params(checkpoints, step, adapters)
+    return spec, jax.jit(lora.merge)(load_or_make(spec, place), trained)
 
 
 def model_card(name: str, spec: ModelSpec, params: Params, run: Path, step: int | None) -> str:
-    """Say what the model is, how it was made, and how to load it."""
+    """Return the model card: origin, method, figures, and how to load the model."""
     config, figures = recorded(run)
     method = config.get("method", {})
     stages = [method.get(key, {}).get("kind") for key in ("filter", "reweight", "loss")]
     steps = config.get("run", {}).get("steps") if step is None else step
     before = {"student": f"after {steps} steps", "student_start": "before any step"}
-    when = before.get(spec.name, f"after {steps} steps" if step is not None else "when it ended")
+    when = before.get(spec.name, f"after {steps} steps" if step is not None else "at its end")
     kept = [f"| {key} | {value} |" for key, value in figures.items()]
     table = ["", "| on held-out problems | |", "| --- | --- |", *kept] if kept else []
     lines = [
@@ -140,7 +141,7 @@ def model_card(name: str, spec: ModelSpec, params: Params, run: Path, step: int 
 
 
 def recorded(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a run's configuration, and its student's figures if it has come to its end."""
+    """Return a run's configuration, and its student's figures; {} where not written yet."""
     config, summary = run / "config.yaml", run / "summary.json"
     tree = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     figures = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}

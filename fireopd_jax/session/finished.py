@@ -1,82 +1,152 @@
-"""Use the models of a run: open one, or grade it again.
+"""The finished models of a run: load one, or grade it.
 
-    runs/x/models/NAME -> parameters, tokenizer
-
-A run folder is whole in itself: all its models are read from its own `models/`.
+runs/x/models/NAME, or the folder that a frozen model was loaded from -> parameters, tokenizer
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import yaml
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from fireopd_jax.config import UserError, nearest
+from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.recipe.schema import Config, ModelConfig, load_config
-from fireopd_jax.runs.checkpoints import restore_params
+from fireopd_jax.models.quantized import Quantize
+from fireopd_jax.recipe.models import ModelConfig
+from fireopd_jax.recipe.schema import Config, load_config
 from fireopd_jax.runs.tracking import progress
 from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.session.fits import check_cache, check_divisible
+from fireopd_jax.session.identity import recorded_sources
+from fireopd_jax.session.parameters import load_or_make, load_own
 from fireopd_jax.session.session import grade, make_generate
-from fireopd_jax.session.setup import ModelSpec, load_spec, set_up
-from fireopd_jax.sharding.mesh import replicate, shard_rows
+from fireopd_jax.session.setup import set_up
+from fireopd_jax.session.specs import ModelSpec, load_spec, slug
+from fireopd_jax.sharding.mesh import replicated, shard_rows
+
+
+def model_folders(run: Path) -> dict[str, Path]:
+    """Return the folder of each model of a run by name: in the run, or where a frozen one is."""
+    own = {path.parent.name: path.parent for path in (run / "models").glob("*/model.json")}
+    sources = recorded_sources(run / "models" / "sources.json")
+    read = {slug(name): Path(source["folder"]) for name, source in sources.items()}
+    return dict(sorted((read | own).items()))
+
+
+def find_model(run: Path, name: str) -> tuple[str, Path]:
+    """Return folder name and folder of a model of a run: "teacher_a b" is in "teacher_a%20b".
+
+    Raises UserError, which lists the run's models, for an unknown name.
+    """
+    folders = model_folders(run)
+    if not folders:
+        raise UserError(f"{run}: no finished model; expected the folder of a run that has trained")
+    role, _, rest = name.partition("_")
+    found = name if name in folders or not rest else slug(f"{role} {rest}")
+    if found not in folders:
+        raise UserError(
+            f"{run}: no model {name!r}{nearest(name, folders)}; it has {', '.join(folders)}"
+        )
+    return found, folders[found]
 
 
 def open_model(
-    run: Path, name: str, dtype: Literal["float32", "bfloat16"] | None = None
+    run: Path,
+    name: str,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    place: Sharding | None = None,
 ) -> tuple[ModelSpec, Params]:
-    """Read a model of a run; `dtype` is the computation's, by default as it was."""
-    models = run / "models"
-    known = sorted(path.parent.name for path in models.glob("*/model.json"))
-    if not known:
-        raise UserError(f"{run}: no finished model; expected the folder of a run that has trained")
-    if name not in known:
-        raise UserError(
-            f"{run}: no model {name!r}{nearest(name, known)}; it has {', '.join(known)}"
-        )
-    spec = load_spec(name, models / name, ModelConfig(path=str(models / name), dtype=dtype))
-    like = jax.jit(spec.model.init)(jax.random.key(0))
-    return spec, restore_params(models / name, like)
+    """Return a model of a run and its parameters.
+
+    `dtype` is the dtype of the computation, by default that of the run; `place` is the sharding of
+    the parameters, by default the first device. Raises UserError for an unknown name.
+    """
+    found, folder = find_model(run, name)
+    settings = ModelConfig(path=str(folder), dtype=dtype)
+    spec = load_spec(name, folder, settings).quantized(_quantize(run, found))
+    return spec, load_or_make(spec, place or SingleDeviceSharding(jax.devices()[0]))
+
+
+def _quantize(run: Path, found: str) -> Quantize | None:
+    """Return the quantisation of a frozen teacher of the run, None if there is none."""
+    file = run / "config.yaml"
+    if not file.is_file() or (run / "models" / found / "model.json").is_file():
+        return None
+    teachers = yaml.safe_load(file.read_text(encoding="utf-8")).get("teachers", {})
+    return next(
+        (
+            each.get("quantize")
+            for name, each in teachers.items()
+            if slug(f"teacher {name}") == found
+        ),
+        None,
+    )
 
 
 def run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the configuration of a run, its models replaced by those in its own folder."""
+    """Return the configuration of a run, with the paths of its finished models filled in.
+
+    Raises UserError where the folder has no config.yaml.
+    """
     file = run / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run}: no config.yaml; expected the folder of a run")
-    config = load_config([str(file)])
-    paths = [f"student.path={run / 'models' / 'student_start'}"]
-    paths += [
-        f"teachers.{name}.path={run / 'models' / f'teacher_{name}'}" for name in config.teachers
-    ]
-    return load_config([str(file), *paths, *overrides])
+    config = load_config([str(file), *overrides])
+    folders = model_folders(run)
+
+    def read(name: str, model: Any) -> Any:
+        folder = folders.get(slug(name))
+        if folder is None:  # not made yet
+            return model
+        return dataclasses.replace(model, path=str(folder), sft=None, architecture=DecoderConfig())
+
+    return dataclasses.replace(
+        config,
+        student=read("student_start", config.student),
+        teachers={name: read(f"teacher {name}", each) for name, each in config.teachers.items()},
+        base=None,  # only training needs it
+    )
 
 
 def evaluate_model(run: Path, name: str, overrides: Sequence[str]) -> dict[str, float | int]:
-    """Grade a model on the run's held-out problems; only `eval` keys may be overridden."""
+    """Return the figures of a model on the run's held-out problems, see `EvalResult.summary`.
+
+    Raises UserError for overrides of other keys than `eval.*`, or without held-out problems.
+    """
     for override in overrides:
         if not override.startswith("eval."):
             raise UserError(f"{override}: only eval.* keys may be overridden here")
-    _, params = open_model(run, name)
+    found, folder = find_model(run, name)
     held_out = run_config(run).eval.problems
+    if not held_out:
+        raise UserError(
+            f"{run}: no held-out problems (eval.problems=0), all rows were trained on; "
+            "expected a run with eval.problems of 1 or more"
+        )
     config = run_config(run, overrides)
     if not 0 < config.eval.problems <= held_out:
         raise UserError(
-            f"eval.problems={config.eval.problems}: the run has held out {held_out} problems; the "
-            "others were trained on"
+            f"eval.problems={config.eval.problems}: expected 1 to {held_out}, the run's held-out "
+            "problems; the others were trained on"
         )
     compile_cache()
     setup = set_up(config)
     check_divisible({"eval.batch_size": config.eval_batch_size}, setup.mesh)
+    place = replicated(setup.mesh)
     slugs = [spec.slug for spec in setup.teachers]
-    spec, indices = setup.student, setup.held_out
-    if name in slugs:
-        index = slugs.index(name)
-        spec, indices = setup.teachers[index], setup.own_rows(indices, index)
+    if found in slugs:
+        index = slugs.index(found)
+        spec = setup.teachers[index]
+        indices, params = setup.own_rows(setup.held_out, index), load_or_make(spec, place)
+    else:
+        spec, indices = setup.student, setup.held_out
+        params = load_own(folder, spec, place)
     check_cache(config, setup.mesh, {name: spec.model.config})
-    params = replicate(setup.mesh, params)
     draw = make_generate(setup, spec)
     samples = config.eval.samples
     batches = -(-len(indices) * samples // config.eval_batch_size)
@@ -94,9 +164,9 @@ def evaluate_model(run: Path, name: str, overrides: Sequence[str]) -> dict[str, 
     return result.summary()
 
 
-def own_template_kwargs(config: Config, model: str) -> dict[str, Any]:
-    """Give the template arguments that a model of the run was used with."""
-    for name, teacher in config.teachers.items():
-        if model == f"teacher_{name.replace(' ', '_')}":
-            return teacher.chat_template_kwargs
+def own_template_kwargs(config: Config, name: str) -> dict[str, Any]:
+    """Return the chat template arguments of a model of the run."""
+    for teacher, settings in config.teachers.items():
+        if name in (f"teacher_{teacher}", slug(f"teacher {teacher}")):
+            return settings.chat_template_kwargs
     return config.student.chat_template_kwargs

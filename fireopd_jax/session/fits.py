@@ -1,6 +1,6 @@
-"""Whether a configuration fits the devices that are here; asked before any compute.
+"""Checks of a configuration against the devices of this machine, before any computation.
 
-Config, mesh -> nothing, or one line that names the key
+Config, mesh -> None, or UserError naming the key
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.state import Shape
 
 CACHES = {"dense_gpu": "gpu", "paged_tpu": "tpu", "paged_gpu": "gpu"}
-"""Platforms of the caches that a kernel reads."""
+"""Platform of each cache kind with a kernel."""
 
 
 def check_training_batches(
     config: Config, mesh: Mesh, drawing: Mapping[str, DecoderConfig]
 ) -> None:
-    """Refuse what the devices cannot do: share a batch evenly, run another platform's kernel.
+    """Raise UserError for batch sizes, caches or kernels that do not fit the devices.
 
-    `drawing` are the models that answer prompts, by name.
+    `drawing` are the models that responses are sampled from, by name.
     """
     check_kernel(config.method.score.head)
     check_cache(config, mesh, drawing)
@@ -45,19 +45,19 @@ def check_training_batches(
 
 
 def check_cache(config: Config, mesh: Mesh, drawing: Mapping[str, DecoderConfig]) -> None:
-    """Refuse a cache of another platform, for another model, or too small for one response."""
+    """Raise UserError for a cache of another platform, of other models, or below one response."""
     rollout = config.rollout
     here = jax.default_backend()
     if CACHES.get(rollout.cache.kind, here) != here:
         raise UserError(
             f"rollout.cache.kind={rollout.cache.kind} runs on "
             f"{CACHES[rollout.cache.kind].upper()} only, this machine has {here.upper()}; "
-            "here run: dense, paged"
+            "expected dense or paged"
         )
     if rollout.cache.kind in CACHES and mesh.shape["tensor"] > 1:
         raise UserError(
-            f"rollout.cache.kind={rollout.cache.kind}: the mesh.tensor={mesh.shape['tensor']} "
-            "devices of a replica cannot share its kernel's work; expected dense or paged"
+            f"rollout.cache.kind={rollout.cache.kind}: its kernel does not support "
+            f"mesh.tensor={mesh.shape['tensor']}; expected mesh.tensor=1, dense or paged"
         )
     for name, model in drawing.items():
         check_model(rollout.cache, model, name)
@@ -73,8 +73,8 @@ def check_cache(config: Config, mesh: Mesh, drawing: Mapping[str, DecoderConfig]
 
 
 def check_model(cache: CacheLayout, model: DecoderConfig, name: str) -> None:
-    """Refuse a model whose keys and values this kind of cache cannot hold."""
-    # As many pages as are needed: how many there are is another question.
+    """Raise UserError for a model whose keys and values this kind of cache cannot hold."""
+    # The number of pages is checked elsewhere.
     enough = dataclasses.replace(cache, tokens=None) if isinstance(cache, Paged) else cache
     try:
         jax.eval_shape(lambda: enough.init(model, 2, 2, cache.align))
@@ -83,19 +83,19 @@ def check_model(cache: CacheLayout, model: DecoderConfig, name: str) -> None:
 
 
 def check_kernel(name: str | None) -> None:
-    """Refuse a kernel of another platform."""
+    """Raise UserError for a head implementation of another platform."""
     here = jax.default_backend()
     if name is None or PLATFORMS.get(name, here) == here:
         return
     able = [each for each in IMPLEMENTATIONS if PLATFORMS.get(each, here) == here]
     raise UserError(
         f"method.score.head={name} runs on {PLATFORMS[name].upper()} only, this machine has "
-        f"{here.upper()}; here run: {', '.join(able)}"
+        f"{here.upper()}; expected one of {', '.join(able)}"
     )
 
 
 def check_divisible(sizes: Mapping[str, int | None], mesh: Mesh) -> None:
-    """Refuse sizes, by key, that the devices cannot share evenly."""
+    """Raise UserError for the first size, by key, that the number of devices does not divide."""
     for key, size in sizes.items():
         if size is not None and size % mesh.size:
             raise UserError(

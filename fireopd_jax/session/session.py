@@ -1,8 +1,10 @@
-"""An open run: its setup, its folder, its log, and how its models answer and are graded."""
+"""The session of a run: setup, folder and log, with sampling from and grading of its models."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,28 +12,42 @@ import numpy as np
 
 from fireopd_jax.data.pipeline import eval_prompts
 from fireopd_jax.evaluation.evaluator import EvalResult, evaluate
-from fireopd_jax.evaluation.graders import grade as grade_text
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling
-from fireopd_jax.runs.folder import RunFolder
+from fireopd_jax.runs.folder import RunFolder, write_atomically
 from fireopd_jax.runs.tracking import Log, progress
 from fireopd_jax.runtime.signals import Interrupted, StopFlag
-from fireopd_jax.session.setup import ModelSpec, Setup
+from fireopd_jax.session.setup import Setup
+from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.sharding.mesh import by_rows, replicate, shard_rows
 from fireopd_jax.text.chat import decode
 from fireopd_jax.types import Array, Prompts, Rollout
 
+Figures = dict[str, Any]
+"""avg@k with its interval, lengths and counts of one model."""
+
+
+@runtime_checkable
+class Generate(Protocol):
+    """Samples one response to each prompt."""
+
+    def __call__(
+        self, params: Params, prompts: Prompts, sampling: Sampling, version: Array
+    ) -> Rollout:
+        """Return the rollout; `version` is the update count of `params`."""
+        ...
+
 
 @dataclasses.dataclass
 class Session:
-    """What the stages of a run share."""
+    """A run in progress: setup, folder, log and compiled samplers."""
 
     setup: Setup
     folder: RunFolder
     stop: StopFlag
     log: Log
-    generators: dict[str, Callable[..., Rollout]] = dataclasses.field(default_factory=dict)
+    generators: dict[str, Generate] = dataclasses.field(default_factory=dict)
 
     def generate(
         self,
@@ -41,13 +57,14 @@ class Session:
         sampling: Sampling,
         version: Array | None = None,
     ) -> Rollout:
-        """Draw responses from any model of the run; equal architectures share the program."""
+        """Return a rollout sampled from any model of the run; equal models share the program."""
         key = repr(spec.model)
         if key not in self.generators:
             self.generators[key] = make_generate(self.setup, spec)
-        # Placed as the counter of an update is: a program is compiled for where its inputs are.
-        version = replicate(self.setup.mesh, jnp.int32(0) if version is None else version)
-        return self.generators[key](params, shard_rows(self.setup.mesh, prompts), sampling, version)
+        # Replicated like the training state's counter: another sharding would compile again.
+        mesh = self.setup.mesh
+        counter = replicate(mesh, jnp.int32(0) if version is None else version)
+        return self.generators[key](params, shard_rows(mesh, prompts), sampling, counter)
 
     def evaluate(
         self,
@@ -59,9 +76,10 @@ class Session:
         samples: int | None = None,
         quiet: bool = False,
     ) -> EvalResult:
-        """Grade a model on the held-out problems, or on those named; each model in its template.
+        """Return a model's grades on the held-out problems, or the rows `indices`.
 
-        `quiet` is for use within a training loop: no progress, and a signal is left to the loop.
+        `quiet` is for use in a training loop: no progress is shown, and signals are left to the
+        loop. Otherwise raises `Interrupted` after a signal.
         """
         setup, config = self.setup, self.setup.config.eval
         samples = samples or config.samples
@@ -79,30 +97,37 @@ class Session:
         with progress(f"eval {label}", batches) as bar:
             return grade(setup, spec, draw, indices, samples, bar, out)
 
-    def grades(self, rollout: Rollout) -> np.ndarray:
-        """Grade responses against their rows' answers: f32[B], 1 where right; waits for them."""
-        drawn, setup = jax.device_get(rollout), self.setup
-        right = np.zeros(len(drawn.mask), np.float32)
-        for i in np.flatnonzero(drawn.mask.any(axis=1)):
-            text = decode(setup.student.tokenizer, drawn.tokens[i][drawn.mask[i]].tolist())
-            answer = setup.rows[int(drawn.prompts.row[i])].answer
-            assert answer is not None  # `set_up` has refused rows without one
-            right[i] = grade_text(text, answer)
-        return right
+    def graded(
+        self,
+        spec: ModelSpec,
+        params: Callable[[], Params],
+        label: str,
+        *,
+        indices: np.ndarray | None = None,
+    ) -> Figures:
+        """Return the figures of a model, graded once per run and then read from eval/."""
+        file = self.folder.evaluation / f"{label}.json"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+        figures = self.evaluate(spec, params(), label, indices=indices).summary()
+        write_atomically(file, json.dumps(figures, indent=2) + "\n")
+        return figures
 
-    def evaluate_teachers(self, teachers: Sequence[Params]) -> list[EvalResult]:
-        """Grade each teacher on its own problems."""
-        specs = self.setup.teachers
+    def graded_teachers(self, params: Sequence[Callable[[], Params]]) -> list[Figures]:
+        """Return the figures of each teacher on the held-out problems routed to it."""
         return [
-            self.evaluate(
-                spec, params, spec.slug, indices=self.setup.own_rows(self.setup.held_out, index)
+            self.graded(
+                spec,
+                params[index],
+                spec.slug,
+                indices=self.setup.own_rows(self.setup.held_out, index),
             )
-            for index, (spec, params) in enumerate(zip(specs, teachers, strict=True))
+            for index, spec in enumerate(self.setup.teachers)
         ]
 
 
-def make_generate(setup: Setup, spec: ModelSpec) -> Callable[..., Rollout]:
-    """Jit the sampler of one model."""
+def make_generate(setup: Setup, spec: ModelSpec) -> Generate:
+    """Return the jitted sampler of one model."""
     config = setup.config.rollout
 
     def run(params: Params, prompts: Prompts, sampling: Sampling, version: jax.Array) -> Rollout:
@@ -130,7 +155,10 @@ def grade(
     advance: Callable[[int], None],
     out: Path | None = None,
 ) -> EvalResult:
-    """Grade what `draw` answers to the rows of `indices`; each model reads its own template."""
+    """Return the grades of the responses that `draw` returns for the rows `indices`.
+
+    Prompts are in the model's own template. `out` is a file for the graded responses, if any.
+    """
     config = setup.config.eval
     sampling = setup.sampling("eval", temperature=config.temperature, top_p=config.top_p, spec=spec)
     own = spec in setup.teachers
@@ -150,7 +178,7 @@ def grade(
 
 
 def as_teacher(prompts: Prompts) -> Prompts:
-    """Give the prompts as each row's own teacher reads them."""
+    """Return the prompts with each row's teacher tokens in place of the student's."""
     return dataclasses.replace(
         prompts, tokens=prompts.teacher_tokens, length=prompts.teacher_length
     )

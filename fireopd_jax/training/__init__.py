@@ -1,1 +1,1 @@
-"""Train a student: the state, one update, the jitted programs, the loop."""
+"""Training of a student: the state, the update, the jitted programs, the loop."""

@@ -1,10 +1,10 @@
 """The loop of on-policy distillation.
 
-    prompts -> generate -> score, filter, reweight -> update        three jitted programs a step
-                                            '- describe             and one for what is logged
+    prompts -> rollout -> refine -> score, filter, reweight -> update      three jitted programs
+                                                            '- describe    and one for metrics
 
-The host reports step t - 1 while the device works on step t. After the first step nothing
-compiles: each step's count of compilations is among its metrics.
+The host reports step t - 1 while the device runs step t. After the first step nothing compiles;
+the metric `perf/compilations` counts each step's compilations.
 """
 
 import dataclasses
@@ -18,164 +18,207 @@ import jax.numpy as jnp
 import numpy as np
 
 from fireopd_jax.data.pipeline import PromptLoader
-from fireopd_jax.method.filtering import window_of
+from fireopd_jax.method.batch import Assembled
+from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.metrics import merge, results
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.recipe.schema import MethodConfig
 from fireopd_jax.rollout.mixing import given_rows, mix, without
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.runs.checkpoints import Checkpoints
 from fireopd_jax.runs.completions import write_completions
-from fireopd_jax.runs.tracking import Tracker
+from fireopd_jax.runs.tracking import Tracker, progress
+from fireopd_jax.runtime.clock import StageClock
 from fireopd_jax.runtime.compilation import CompileCounter
+from fireopd_jax.session.host import host_stages
+from fireopd_jax.session.parameters import placed
 from fireopd_jax.session.session import Session
-from fireopd_jax.sharding.mesh import by_rows, replicate, shard_rows
+from fireopd_jax.sharding.mesh import by_rows, replicated, shard_rows
 from fireopd_jax.text.chat import decode
 from fireopd_jax.training.alarms import Alarms
-from fireopd_jax.training.loop import run_steps
-from fireopd_jax.training.programs import Beside, Programs, make_programs
-from fireopd_jax.training.update import Metrics, TrainState, init_state, learning_rate, skip_reason
-from fireopd_jax.types import Array, Batch, Prompts, Rollout
+from fireopd_jax.training.loop import StepLoop
+from fireopd_jax.training.optimizer import learning_rate
+from fireopd_jax.training.prepare import StudentStart
+from fireopd_jax.training.programs import make_programs
+from fireopd_jax.training.state import TrainState
+from fireopd_jax.training.update import Metrics, skip_reason
+from fireopd_jax.types import Prompts, Rollout
+
+STAGES = ("rollout", "refine", "score", "update")
+"""The stages of a step; the time of evaluation, saving and compilation is counted separately."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What one step leaves on the device for the report."""
+    """Outputs of one step that its report needs; arrays still on the device."""
 
     metrics: Metrics
-    batch: Batch
-    keep: jax.Array
+    scored: Assembled
     compilations: int
 
 
 class Distillation:
-    """One student learning by one method, its record under `home`."""
+    """Distillation of one student by one method; metrics and checkpoints go to `home`."""
 
     def __init__(
         self,
         session: Session,
         method: MethodConfig,
         teachers: Sequence[Params],
-        start: Params,
+        start: StudentStart,
         base: Params | None,
         home: Path,
         name: str,
     ):
-        config = session.setup.config
+        config, setup = session.setup.config, session.setup
         self.session, self.config, self.home, self.name = session, config, home, name
-        # What they say of their own end, where that stands for the student's.
         self.teachers = [
-            spec.scoring(session.setup.student).exchanged(params)
-            for spec, params in zip(session.setup.teachers, teachers, strict=True)
+            spec.scoring(setup.student).exchanged(params)
+            for spec, params in zip(setup.teachers, teachers, strict=True)
         ]
-        self.programs: Programs = make_programs(session.setup, method, config.optim)
+        self.programs = make_programs(setup, method, config.optim)
         updates = config.run.steps * config.run.updates_per_rollout
         self.learning_rate = learning_rate(config.optim, updates)
-        self.sampling = session.setup.sampling(
+        knobs = config.rollout
+        self.sampling = setup.sampling(
             "rollout",
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            top_k=config.rollout.top_k,
-            min_p=config.rollout.min_p,
-            min_tokens=config.rollout.min_tokens,
+            temperature=knobs.temperature,
+            top_p=knobs.top_p,
+            top_k=knobs.top_k,
+            min_p=knobs.min_p,
+            min_tokens=knobs.min_tokens,
         )
-        self.temperature = jnp.float32(config.rollout.temperature)
+        self.temperature = jnp.float32(knobs.temperature)
         self.loader = PromptLoader(
-            session.setup.encoded,
-            session.setup.train,
-            prompts_per_step=config.rollout.batch_size // config.rollout.group_size,
-            group_size=config.rollout.group_size,
+            setup.encoded,
+            setup.train,
+            prompts_per_step=knobs.batch_size // knobs.group_size,
+            group_size=knobs.group_size,
             seed=seed_for(config.run.seed, "prompts"),
-            references=config.rollout.on_policy_fraction < 1,
+            references=knobs.on_policy_fraction < 1,
         )
-        self.mix = jax.jit(mix, out_shardings=by_rows(session.setup.mesh))
-        self.start = start
-        # Who is not read is not passed: the programs would hold on to it.
-        self.adapted = start if config.student.lora is not None else None
-        self.base = (start if base is None else base) if method.score.base else None
-        self.graded = method.score.margin is not None
-        self.lent = self.teachers[0] if method.loss.divergence_from_teacher is not None else None
-        window = window_of(method.filter)
-        shape = window, config.rollout.batch_size, 2
-        self.recent = jnp.full(shape, jnp.nan, jnp.float32) if window else None
+        self.mix = jax.jit(mix, out_shardings=by_rows(setup.mesh))
+        self.host_stages = host_stages(setup, method)
+        # Pass None for unused inputs, so that the programs do not keep them alive.
+        self.start, self.adapted, self.base = start, None, None
+        if config.student.lora is not None:
+            self.adapted = start.hold()
+        if method.score.base:
+            self.base = start.hold() if base is None else base
+        self.judge = self.teachers[0] if method.loss.divergence_from_teacher is not None else None
         self.counter = CompileCounter()
         self.alarms = Alarms()
-        self.reported = time.monotonic()
 
     def run(self) -> Params:
-        """Train to the end, from the newest checkpoint if there is one."""
-        run = self.config.run
+        """Train to the last step, from the newest checkpoint if any; return the parameters."""
+        run, label = self.config.run, f"distil {self.name}"
         self.home.mkdir(parents=True, exist_ok=True)
-        learner = self.programs.learner(self.start)
-        state = init_state(learner, self.programs.optimizer, self.recent)
-        state = replicate(self.session.setup.mesh, state)
         self.checkpoints = Checkpoints(
             self.home / "checkpoints", keep=run.keep, keep_best=run.keep_best
         )
-        done = 0
-        if self.checkpoints.latest() is not None:
-            done, state, position = self.checkpoints.restore(state)
-            self.loader.set_state(position)
-            self.session.log(f"{self.name}: goes on from step {done} of {run.steps}")
+        done, state = self._begin()
         self.applied = int(state.updates - state.skipped)
-        with Tracker(self.home) as self.tracker:
+        with (
+            Tracker(self.home) as self.tracker,
+            StageClock(done) as self.clock,
+            progress(label, run.steps) as advance,
+        ):
             self.tracker.truncate(done + 1 if done else 0)
             if done == 0:
                 self._evaluate(0, state)
-            state = run_steps(
-                f"distil {self.name}",
-                state,
-                done,
-                run.steps,
-                self.advance,
-                self.report,
-                self.after,
-                self.session.stop,
-                self._saves,
+            self.reported = time.monotonic()
+            loop = StepLoop(
+                label, done, run.steps, self.report, stop=self.session.stop, advance=advance
             )
+            for step in loop:
+                compiled = self.counter.count
+                prompts = next(self.loader)
+                params = self.programs.merged_params(self.adapted, state.params)
+                rollout = self.rollout(params, prompts, state)
+                rollout = self.refine(rollout)
+                scored = self.score(params, rollout, state)
+                del params  # frees a merged copy of the adapters before the update
+                state, metrics = self.update(state, scored)
+                left = Step(metrics, scored, self.counter.count - compiled)
+                loop.dispatched(step + 1, left, flush=self._saves(step + 1))
+                self.after(step + 1, state, loop.stopping)
         self.checkpoints.close()
         if skipped := int(state.skipped):
             self.session.log(f"{self.name}: {skipped} of {int(state.updates)} updates were skipped")
-        return self.programs.whole(self.start, state.params)
+        self._log_seconds()
+        return self.programs.merged_params(self.adapted, state.params)
 
-    def advance(self, state: TrainState, step: int) -> tuple[TrainState, Step]:
-        """Dispatch one step; nothing is waited for."""
-        before = self.counter.count
-        prompts = next(self.loader)
-        params = self.programs.whole(self.start, state.params)
-        rollout = self._rollout(params, prompts, state.updates)
-        correct = self.session.grades(rollout) if self.graded else None
-        beside = Beside(self.base, state.recent, correct)
-        batch, keep, metrics, recent = self.programs.score(
-            params, self.teachers, rollout, self.temperature, state.updates, beside
-        )
-        del params  # a merged copy makes room for the update
-        state = dataclasses.replace(state, recent=recent)
-        updates = []
-        for _ in range(self.config.run.updates_per_rollout):
-            state, update = self.programs.update(
-                state, batch, self.temperature, self.adapted, self.lent
-            )
-            updates.append(update)
-        return state, Step(
-            metrics=self.programs.describe(batch, keep) | metrics | _joined(updates),
-            batch=batch,
-            keep=keep,
-            compilations=self.counter.count - before,
-        )
+    def _begin(self) -> tuple[int, TrainState]:
+        """Return steps done and state: of the newest checkpoint, else of the start parameters."""
+        run = self.config.run
+        if self.checkpoints.latest() is None:
+            # Adapters keep the start; training of all parameters donates its buffers.
+            start = self.adapted if self.adapted is not None else self.start.take()
+            return 0, self.programs.init(start)
+        self.start.release()
+        shapes = jax.eval_shape(self.programs.init, self.start.shapes)
+        state = placed(shapes, replicated(self.session.setup.mesh))
+        done, state, position = self.checkpoints.restore(state)
+        self.loader.set_state(position)
+        self.session.log(f"{self.name}: resuming from step {done} of {run.steps}")
+        return done, state
 
-    def _rollout(self, params: Params, prompts: Prompts, version: Array) -> Rollout:
-        """Draw responses; where rows learn from given ones, those take their place."""
+    def rollout(self, params: Params, prompts: Prompts, state: TrainState) -> Rollout:
+        """Sample responses; rows to be trained on references get those instead."""
         student, fraction = self.session.setup.student, self.config.rollout.on_policy_fraction
-        if fraction == 1:
-            return self.session.generate(student, params, prompts, self.sampling, version)
-        given = given_rows(prompts, fraction, seed_for(self.config.run.seed, "on-policy"))
-        own = without(prompts, given)
-        rollout = self.session.generate(student, params, own, self.sampling, version)
-        return self.mix(rollout, shard_rows(self.session.setup.mesh, prompts), given)
+        with self.clock.stage("rollout") as ready:
+            if fraction == 1:
+                drawn = self.session.generate(
+                    student, params, prompts, self.sampling, state.updates
+                )
+            else:
+                given = given_rows(prompts, fraction, seed_for(self.config.run.seed, "on-policy"))
+                own = without(prompts, given)
+                drawn = self.session.generate(student, params, own, self.sampling, state.updates)
+                drawn = self.mix(drawn, shard_rows(self.session.setup.mesh, prompts), given)
+            ready(drawn.finished)
+        return drawn
+
+    def refine(self, rollout: Rollout) -> Rollout:
+        """Run the method's host stages, which block on the rollout; most methods have none."""
+        if self.host_stages:
+            jax.block_until_ready(rollout.finished)  # which is the rollout's time, not theirs
+        for stage in self.host_stages:
+            with self.clock.host("refine"):
+                rollout = stage(rollout)
+        return rollout
+
+    def score(self, params: Params, rollout: Rollout, state: TrainState) -> Assembled:
+        """Score the rollout by student and teachers, then filter and reweight it."""
+        with self.clock.stage("score") as ready:
+            scored = self.programs.score(
+                params,
+                self.teachers,
+                rollout,
+                self.temperature,
+                state.updates,
+                state.stages,
+                self.base,
+            )
+            ready(scored.keep)
+        return scored
+
+    def update(self, state: TrainState, scored: Assembled) -> tuple[TrainState, Metrics]:
+        """Run `updates_per_rollout` optimizer steps on one batch."""
+        state = dataclasses.replace(state, stages=scored.states)
+        with self.clock.stage("update") as ready:
+            metrics: Metrics | None = None
+            for _ in range(self.config.run.updates_per_rollout):
+                state, one = self.programs.update(
+                    state, scored.batch, self.temperature, self.adapted, self.judge
+                )
+                metrics = one if metrics is None else merge(metrics, one)
+            assert metrics is not None
+            described = self.programs.describe(scored.batch, scored.keep)
+            ready(metrics["skipped"].total)
+        return state, described | scored.metrics | metrics
 
     def report(self, done: int, step: Step) -> dict[str, object]:
-        """Write a finished step's metrics and samples; tell what to show."""
+        """Write a finished step's metrics and completions; return the values for the progress."""
         run = self.config.run
         values = results(step.metrics)
         values.update(self._derived(done, values, step))
@@ -186,46 +229,51 @@ class Distillation:
         if done % run.log_every == 0 or done == run.steps:
             self.tracker.log(done, values)
         if run.completions_every and (done % run.completions_every == 0 or done == run.steps):
-            file = self.home / "completions" / f"step_{done:06d}.parquet"
             setup = self.session.setup
             write_completions(
-                file,
-                step.batch,
-                step.keep,
+                self.home / "completions" / f"step_{done:06d}.parquet",
+                step.scored.batch,
+                step.scored.keep,
                 rows=setup.rows,
                 teachers=list(setup.config.teachers),
                 decode=functools.partial(decode, setup.student.tokenizer),
             )
-        return {
-            "kl": values["distill/reverse_kl"],
-            "length": values["completions/mean_length"],
-            "tok/s": values["perf/tokens_per_s"],
-        }
+        shown: dict[str, object] = {}
+        if "distill/reverse_kl" in values:
+            shown["kl"] = values["distill/reverse_kl"]
+        shown["length"] = values["completions/mean_length"]
+        return shown | {"tok/s": values["perf/tokens_per_s"]}
 
     def _derived(self, done: int, values: dict[str, float], step: Step) -> dict[str, float]:
+        """Return metrics derived on the host: rates, seconds, standard deviations."""
+        stages = self.clock.take(done - 1)
         now = time.monotonic()
-        seconds, self.reported = now - self.reported, now
+        apart = sum(seconds for name, seconds in stages.items() if name not in STAGES)
+        seconds, self.reported = max(now - self.reported - apart, 0.0), now
         # The schedule counts the updates that were applied.
         self.applied += round((1 - values["skipped"]) * self.config.run.updates_per_rollout)
-        square = values.pop("fire/token_weight_square")
-        mean = values["fire/token_weight_mean"]
-        spread = values.pop("distill/advantage_square") - values["distill/reverse_kl"] ** 2
-        return {
+        square = values.pop("method/token_weight_square")
+        mean = values["method/token_weight_mean"]
+        out = {
             "learning_rate": float(np.asarray(self.learning_rate(max(self.applied - 1, 0)))),
-            "fire/token_weight_ess": mean**2 / square if square else float("nan"),
-            "distill/advantage_std": max(spread, 0.0) ** 0.5,
+            "method/token_weight_ess": mean**2 / square if square else float("nan"),
             "timing_s/step": seconds,
             "perf/tokens_per_s": values["num_tokens"] / max(seconds, 1e-9),
             "perf/compilations": step.compilations,
         }
+        if (second := values.pop("distill/advantage_square", None)) is not None:
+            spread = second - values["distill/reverse_kl"] ** 2
+            out["distill/advantage_std"] = max(spread, 0.0) ** 0.5
+        return out | {f"timing_s/{name}": seconds for name, seconds in sorted(stages.items())}
 
     def after(self, done: int, state: TrainState, stopping: bool) -> None:
-        """Evaluate and save where it is time."""
+        """Evaluate and save if due; their seconds are reported with the next step."""
+        self.clock.next()
         score = self._evaluate(done, state)
         if stopping or self._saves(done):
             metrics = None if score is None else {"score": score}
-            state = self.programs.copy(state)
-            self.checkpoints.save(done, state, self.loader.get_state(), metrics)
+            with self.clock.host("save"):
+                self.checkpoints.save(done, state, self.loader.get_state(), metrics)
         if stopping:
             self.checkpoints.close()
 
@@ -239,24 +287,26 @@ class Distillation:
         return bool(due and config.problems)
 
     def _evaluate(self, done: int, state: TrainState) -> float | None:
-        """Grade the student now and then, one response a problem."""
+        """Return the student's avg@1 on held-out problems if an evaluation is due, else None."""
         if not self._grades(done):
             return None
         config, setup = self.config.eval, self.session.setup
-        result = self.session.evaluate(
-            setup.student,
-            self.programs.whole(self.start, state.params),
-            f"{self.name}_step_{done:06d}",
-            indices=setup.held_out[: config.every_problems],
-            samples=1,
-            quiet=True,
-        )
+        with self.clock.host("eval"):
+            result = self.session.evaluate(
+                setup.student,
+                self.programs.merged_params(self.adapted, state.params),
+                f"{self.name}_step_{done:06d}",
+                indices=setup.held_out[: config.every_problems],
+                samples=1,
+                quiet=True,
+            )
         self.tracker.log(done, {"eval/held_out/avg@1": result.mean})
         return result.mean
 
-
-def _joined(updates: Sequence[Metrics]) -> Metrics:
-    joined = updates[0]
-    for update in updates[1:]:
-        joined = merge(joined, update)
-    return joined
+    def _log_seconds(self) -> None:
+        """Log the seconds of each stage in this process."""
+        self.clock.take(self.clock.step)
+        spent = sorted(self.clock.totals.items(), key=lambda pair: -pair[1])
+        shown = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent)
+        if shown:
+            self.session.log(f"{self.name}: {shown}")

@@ -1,55 +1,65 @@
-"""The host's side of training: dispatch step t, then report step t - 1.
+"""The host loop of training: dispatch step t, then report step t - 1.
 
-    advance(state, step) -> state, metrics on the device   report(step, metrics) -> what to show
+    for step in loop:  ...  loop.dispatched(step + 1, metrics)   -> report(step, metrics)
 
 The device never waits for a report. A signal ends the loop between two steps, after a save.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from fireopd_jax.runs.tracking import progress
+from fireopd_jax.runs.tracking import Advance
 from fireopd_jax.runtime.signals import Interrupted, StopFlag
 
-State = TypeVar("State")
+Report = Callable[[int, Any], dict[str, object]]
+"""(steps done, outputs of the step) -> values shown beside the progress."""
 
 
-def run_steps(
-    label: str,
-    state: State,
-    start: int,
-    steps: int,
-    advance: Callable[[State, int], tuple[State, Any]],
-    report: Callable[[int, Any], dict[str, object]],
-    after: Callable[[int, State, bool], None],
-    stop: StopFlag,
-    saves: Callable[[int], bool] = lambda done: False,
-    enough: Callable[[int], bool] = lambda done: False,
-) -> State:
-    """Run steps `start` to `steps`; `after(done, state, last)` may save and evaluate.
+class StepLoop:
+    """Iterates over the steps from `start` to `steps`, and reports each while the next one runs.
 
-    A step that `saves` names is reported before `after`: a run that goes on from there writes no
-    report of it again. `enough(done)` ends
-    the loop early, judged by the reports of the steps before `done`.
-    Raises `Interrupted` when a signal came, after `after` was told that this step is the last.
+    A step is reported before it is saved, so that a run resumed from the checkpoint does not miss
+    its report.
     """
-    pending: tuple[int, Any] | None = None
-    with progress(label, steps) as bar:
-        bar(start)
-        for step in range(start, steps):
-            if enough(step):
-                break
-            state, metrics = advance(state, step)
-            if pending is not None:
-                bar(1, **report(*pending))
-            pending = (step + 1, metrics)
-            stopping = bool(stop)
-            if stopping or saves(step + 1):
-                bar(1, **report(*pending))
-                pending = None
-            after(step + 1, state, stopping)
-            if stopping and step + 1 < steps:
-                raise Interrupted(f"{label}: stopped after step {step + 1} of {steps}")
-        if pending is not None:
-            bar(1, **report(*pending))
-    return state
+
+    def __init__(
+        self,
+        label: str,
+        start: int,
+        steps: int,
+        report: Report,
+        *,
+        stop: StopFlag,
+        advance: Advance,
+    ):
+        self.label, self.start, self.steps = label, start, steps
+        self._report, self._stop, self._advance = report, stop, advance
+        self._pending: tuple[int, Any] | None = None
+        self.stopping = False
+        """Whether a signal has been received: the step dispatched last is the final one."""
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield each step; raise `Interrupted` after the one in which a signal came."""
+        self._advance(self.start)
+        for step in range(self.start, self.steps):
+            yield step
+            if self.stopping and step + 1 < self.steps:
+                raise Interrupted(f"{self.label}: stopped after step {step + 1} of {self.steps}")
+        self.flush()
+
+    def dispatched(self, done: int, left: Any, *, flush: bool = False) -> None:
+        """Report the previous step; with `flush` or after a signal, wait for this one, too.
+
+        `left` are the outputs of step `done`, passed to the report.
+        """
+        self.flush()
+        self._pending = (done, left)
+        self.stopping = bool(self._stop)
+        if flush or self.stopping:
+            self.flush()
+
+    def flush(self) -> None:
+        """Report the pending step, if any."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._advance(1, **self._report(*pending))

@@ -1,10 +1,12 @@
-"""The models that a run begins with: read, or drawn at random and trained on given responses.
+"""The initial models of a run: loaded, or initialised at random, with supervised training if any.
 
-models/NAME of this run, if whole -> read back
-else path, or random parameters   -> supervised training, if any -> quantised, if so -> models/NAME
+a frozen model with a path             -> read from there, never copied
+models/NAME of this run, if complete   -> restored
+else its path, or random parameters    -> supervised training, if any -> models/NAME
 """
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,38 +16,38 @@ import numpy as np
 
 from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import Encoded, PromptLoader, eval_prompts
-from fireopd_jax.models.hf_load import load, resolve
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.models.quantized import quantize_params
 from fireopd_jax.recipe.optim import SftConfig
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.runs.checkpoints import restore_params, save_model
 from fireopd_jax.runs.tracking import progress
 from fireopd_jax.runtime.signals import Interrupted
+from fireopd_jax.session.parameters import abstract_params, load_or_make, quantized
 from fireopd_jax.session.session import Session, as_teacher
-from fireopd_jax.session.setup import ModelSpec
-from fireopd_jax.sharding.mesh import replicate, replicated
+from fireopd_jax.session.specs import ModelSpec
+from fireopd_jax.sharding.mesh import replicated
 from fireopd_jax.training.sft import supervise
 
 Make = Callable[[Path], Params]
 
 
-def check_learners(student: ModelSpec, teachers: Sequence[ModelSpec]) -> None:
-    """Refuse to train a model whose kernels its folder keeps as whole numbers."""
+def check_trainable(student: ModelSpec, teachers: Sequence[ModelSpec]) -> None:
+    """Raise UserError for a model that is to be trained but is stored in eight bits."""
     for spec in (student, *teachers):
         if spec.stored is not None and (spec is student or spec.config.sft is not None):
             raise UserError(
-                f"{spec.name}: {spec.config.path} holds {spec.stored} weights, which cannot learn; "
-                "expected a model that was saved without quantize"
+                f"{spec.name}: {spec.config.path} holds {spec.stored} weights, which cannot be "
+                "trained; expected a model saved without quantize"
                 + ("" if spec is student else ", or no sft")
             )
 
 
-def once(session: Session, spec: ModelSpec, name: str, make: Make) -> Params:
-    """Read the finished model `name` of this run, or make it and write it down."""
+def kept(session: Session, spec: ModelSpec, name: str, make: Make) -> Params:
+    """Return the parameters of model `name` of this run: restored, or made and saved."""
     home = session.folder.path / "models" / name
     if (home / "model.json").is_file():
-        return restore_params(home, _shapes(session, spec))
+        place = replicated(session.setup.mesh)
+        return restore_params(home, abstract_params(spec.model, place))
     home.mkdir(parents=True, exist_ok=True)
     params = make(home)
     if not spec.builtin_tokenizer:
@@ -55,87 +57,103 @@ def once(session: Session, spec: ModelSpec, name: str, make: Make) -> Params:
     return params
 
 
-def random_params(session: Session, spec: ModelSpec) -> Params:
-    """Draw parameters from the run's seed and the model's name."""
-    seed = seed_for(session.setup.config.run.seed, f"init {spec.name}")
-    key = jax.random.key(seed, impl="threefry2x32")
-    return replicate(session.setup.mesh, jax.jit(spec.model.init)(key))
-
-
-def _shapes(session: Session, spec: ModelSpec) -> Params:
-    """Give shapes, types and places of the parameters, none of which is allocated."""
-    place = replicated(session.setup.mesh)
-    shapes = jax.eval_shape(spec.model.init, jax.random.key(0))
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
-    )
-
-
-def _first_params(session: Session, spec: ModelSpec) -> Params:
-    """Read the parameters from the folder that is given, or draw them."""
-    if spec.config.path is None:
-        return random_params(session, spec)
-    folder = resolve(spec.config.path)
-    if (folder / "model.json").is_file():
-        model = dataclasses.replace(spec.model, quantize=spec.stored)
-        kept = _shapes(session, dataclasses.replace(spec, model=model))
-        return restore_params(folder, kept)
-    place = replicated(session.setup.mesh)
-    model = spec.model
-    return load(folder, model.config, model.vocab_size, place, model.quantize)
+def first_params(session: Session, spec: ModelSpec) -> Params:
+    """Return a model's initial parameters: from its path, or random."""
+    return load_or_make(spec, replicated(session.setup.mesh), session.setup.config.run.seed)
 
 
 def make_teacher(session: Session, index: int) -> Params:
-    """Make or read one teacher; its supervised training sees the rows routed to it."""
+    """Return one teacher's parameters, after supervised training on its own rows if it has any."""
     spec = session.setup.teachers[index]
+    if spec.read_each_time:
+        return first_params(session, spec)
     if spec.config.path is None and spec.config.sft is None:
         session.log(f"{spec.name}: neither path nor sft is given, its parameters are random")
     rows = session.setup.own_rows(session.setup.train, index)
-    return once(session, spec, spec.slug, _maker(session, spec, rows, ()))
+    return kept(session, spec, spec.slug, _maker(session, spec, rows, ()))
 
 
 def read_base(session: Session) -> Params | None:
-    """Read the base policy that is named, if one is."""
+    """Return the parameters of the base policy, if one is named."""
     spec = session.setup.base
-    return None if spec is None else _first_params(session, spec)
+    return None if spec is None else first_params(session, spec)
 
 
-def make_student(session: Session, teachers: Sequence[Params]) -> Params:
-    """Make or read the student as distillation will find it."""
-    spec = session.setup.student
-    return once(
-        session, spec, "student_start", _maker(session, spec, session.setup.train, teachers)
-    )
+class StudentStart:
+    """The student's parameters before distillation, in memory only while they are needed."""
+
+    def __init__(self, session: Session, teachers: Sequence[Params]):
+        self.session, self.spec = session, session.setup.student
+        self._teachers: Sequence[Params] | None = teachers
+        self._params: Params | None = None
+        self.held = False
+        """Whether the parameters are kept for the whole run: they must not be donated."""
+
+    @property
+    def shapes(self) -> Params:
+        """Shapes, dtypes and sharding; nothing is allocated."""
+        return abstract_params(self.spec.model, replicated(self.session.setup.mesh))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the parameters have been saved in this run's folder."""
+        home = self.session.folder.path / "models" / "student_start"
+        return (home / "model.json").is_file()
+
+    def read(self) -> Params:
+        """Return the parameters, made or restored if they are not in memory."""
+        if self._params is None:
+            make = _maker(self.session, self.spec, self.session.setup.train, self._teachers or ())
+            self._params = kept(self.session, self.spec, "student_start", make)
+        return self._params
+
+    def hold(self) -> Params:
+        """Return the parameters for use during the whole run; they will not be donated."""
+        self.held = True
+        return self.read()
+
+    def take(self) -> Params:
+        """Return the parameters for donation: a copy if they are held."""
+        params = self.read()
+        if self.held:
+            place = replicated(self.session.setup.mesh)
+            return jax.jit(lambda tree: jax.tree.map(jax.numpy.copy, tree), out_shardings=place)(
+                params
+            )
+        self._params = None
+        return params
+
+    def drop(self) -> None:
+        """Drop the parameters, held or not, once nothing uses them."""
+        self.held, self._params = False, None
+
+    def release(self) -> None:
+        """Drop the parameters unless they are held."""
+        if not self.held:
+            self._params = None
 
 
 def _maker(session: Session, spec: ModelSpec, rows: np.ndarray, teachers: Sequence[Params]) -> Make:
+    place = replicated(session.setup.mesh)
+
     def make(home: Path) -> Params:
         if spec.config.sft is None:
-            return _quantized(session, spec, _first_params(session, spec))
-        whole = dataclasses.replace(spec, model=dataclasses.replace(spec.model, quantize=None))
-        params = _first_params(session, whole)
-        loader = _loader(session, spec, spec.config.sft, rows, teachers)
+            return first_params(session, spec)
+        exact = dataclasses.replace(spec, model=dataclasses.replace(spec.model, quantize=None))
         params = supervise(
             spec.slug,
-            whole.model,
-            params,
-            loader,
+            exact.model,
+            functools.partial(first_params, session, exact),
+            _loader(session, spec, spec.config.sft, rows, teachers),
             spec.config.sft,
             mesh=session.setup.mesh,
             home=home,
             stop=session.stop,
             log=session.log,
         )
-        return _quantized(session, spec, params)
+        return quantized(spec, params, place)
 
     return make
-
-
-def _quantized(session: Session, spec: ModelSpec, params: Params) -> Params:
-    if spec.model.quantize is None:
-        return params
-    whole = replicated(session.setup.mesh)
-    return jax.jit(quantize_params, out_shardings=whole)(params)
 
 
 def _loader(
@@ -149,7 +167,7 @@ def _loader(
     if config.source == "teacher":
         encoded = _answered_by_teachers(session, teachers, rows, config.teacher_rows)
     if spec is not session.setup.student:
-        encoded = as_teacher_learns(spec, encoded)
+        encoded = in_teacher_template(spec, encoded)
     return PromptLoader(
         encoded,
         rows,
@@ -163,7 +181,7 @@ def _loader(
 def _answered_by_teachers(
     session: Session, teachers: Sequence[Params], rows: np.ndarray, limit: int
 ) -> Encoded:
-    """Take as references what each row's own teacher answers, where it comes to an end."""
+    """Return the rows with responses sampled from their teachers as references, where finished."""
     setup = session.setup
     references: list[np.ndarray | None] = [None] * len(setup.rows)
     chosen = rows[np.isin(rows, setup.encoded.kept)][:limit]
@@ -179,19 +197,22 @@ def _answered_by_teachers(
                 rollout = jax.device_get(rollout)
                 for i in np.flatnonzero(rollout.finished):
                     ids = rollout.tokens[i][rollout.mask[i]]
-                    references[int(prompts.row[i])] = said_by(setup.student, ids)
+                    references[int(prompts.row[i])] = with_own_eos(setup.student, ids)
                 bar(1)
     return dataclasses.replace(setup.encoded, references=references)
 
 
-def as_teacher_learns(spec: ModelSpec, encoded: Encoded) -> Encoded:
-    """Give the rows in a teacher's own template, with references that end as it does."""
-    references = [None if ids is None else said_by(spec, ids) for ids in encoded.references]
+def in_teacher_template(spec: ModelSpec, encoded: Encoded) -> Encoded:
+    """Return the rows in the teacher's template, with references that end in its EOS token."""
+    references = [None if ids is None else with_own_eos(spec, ids) for ids in encoded.references]
     return dataclasses.replace(encoded, prompts=encoded.teacher_prompts, references=references)
 
 
-def said_by(spec: ModelSpec, ids: np.ndarray) -> np.ndarray | None:
-    """Let a response end as a model's own do; None if it has a token that the model lacks."""
+def with_own_eos(spec: ModelSpec, ids: np.ndarray) -> np.ndarray | None:
+    """Return a response with its last token replaced by the model's EOS, unless a stop token.
+
+    None if the response has a token id outside the model's vocabulary.
+    """
     if ids[-1] not in spec.stop:
         ids = np.append(ids[:-1], np.int32(spec.stop[0]))
     return ids if ids.max() < spec.model.size else None

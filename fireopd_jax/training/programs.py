@@ -1,136 +1,173 @@
-"""The jitted programs of a method, on one setup.
+"""The jitted programs of a method.
 
-    Setup, method -> generate, score, describe, update
+    Setup, method -> init, score, describe, update
 
 Shapes are fixed, so each compiles once.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from fireopd_jax.method import diagnostics
-from fireopd_jax.method.batch import assemble, rows_of
-from fireopd_jax.method.filtering import AllOf, TeacherQuantile
+from fireopd_jax.method.batch import Assembled, StageStates, assemble, stage_context
+from fireopd_jax.method.config import MethodConfig
+from fireopd_jax.method.scoring import Resident, ScoreInputs
+from fireopd_jax.method.stage import Keep
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe.optim import OptimConfig
-from fireopd_jax.recipe.schema import MethodConfig
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.session.setup import Setup, special_ids
 from fireopd_jax.sharding.mesh import by_rows, replicated
-from fireopd_jax.training.update import Metrics, TrainState, make_optimizer, make_update
-from fireopd_jax.types import Array, Batch, pytree
+from fireopd_jax.training.optimizer import make_optimizer
+from fireopd_jax.training.state import TrainState, init_state
+from fireopd_jax.training.update import Metrics, Update, make_update
+from fireopd_jax.types import Array, Batch, Rollout
 
 
-@pytree
-class Beside:
-    """What only some methods score with."""
+@dataclasses.dataclass(frozen=True)
+class ScoreProgram:
+    """Scores, filters and reweights a rollout."""
 
-    base: Params | None = None
-    """The base policy."""
-    recent: Array | None = None
-    """Scores of earlier batches, f32[W, B, 2]: see `Rows`."""
-    correct: Array | None = None
-    """Grades of the responses, f32[B]."""
+    jitted: Any
 
+    def __call__(
+        self,
+        params: Params,
+        teachers: Sequence[Params],
+        rollout: Rollout,
+        temperature: Array,
+        updates: Array,
+        stages: StageStates,
+        base: Params | None,
+    ) -> Assembled:
+        """Return the batch for the update, and the stages' next states.
 
-NOTHING_BESIDE = Beside()
+        `params` are the student's, `teachers` those of each teacher, `updates` is the number of
+        updates so far, `base` the parameters of the base policy if the method needs one.
+        """
+        return Assembled(
+            *self.jitted(params, teachers, rollout, temperature, updates, stages, base)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """The jitted programs of a method; shapes are fixed, so each compiles once."""
 
-    learner: Callable[[Params], Params]
-    """What learns, of the student as it begins: a copy of its parameters, or new adapters."""
-    whole: Callable[[Params, Params], Params]
-    """The student from how it began and what has learnt: what answers, is scored and saved."""
-    score: Callable[..., tuple[Batch, jax.Array, Metrics, Array | None]]
-    """(student, teachers, rollout, temperature, updates done, `Beside`) -> batch, keep, what each
-    of several filters keeps, scores to remember"""
-    describe: Callable[[Batch, Array], Metrics]
-    """Diagnostics of what `score` gives: the same for all methods, so compiled once for several."""
-    update: Callable[..., tuple[TrainState, Metrics]]
-    """(state, batch, temperature, what adapters are added to or None, teacher or None)"""
-    copy: Callable[[Any], Any]
-    """Buffers of one's own: `update` gives those of its input away."""
-    optimizer: optax.GradientTransformation
+    init: Callable[[Params], TrainState]
+    """Returns the state before the first update; donates the parameters unless adapters are
+    trained."""
+    merged_params: Callable[[Params | None, Params], Params]
+    """(frozen parameters or None, trained parameters) -> the student's parameters, adapters
+    merged."""
+    score: ScoreProgram
+    describe: Callable[[Batch, Keep], Metrics]
+    """Returns the metrics of a batch; the same program for all methods."""
+    update: Update
 
 
 def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Programs:
-    """Wire the six choices of a method."""
-    config, student = setup.config, setup.student.model
-    teachers = [teacher.scoring(setup.student) for teacher in setup.teachers]
-    rows, whole = by_rows(setup.mesh), replicated(setup.mesh)
-    updates = config.run.steps * config.run.updates_per_rollout
-    optimizer = make_optimizer(optim, updates)
-    lora = config.student.lora
-    base_model = student if setup.base is None else setup.base.model
-    ids = {"special": special_ids(method.filter, setup.student.tokenizer)}
-    ids["stop"] = setup.student.stop
+    """Return the jitted programs of a method."""
+    config = setup.config
+    everywhere = replicated(setup.mesh)
+    describe = functools.partial(
+        diagnostics.of_batch, room=config.rollout.max_tokens, teachers=list(config.teachers)
+    )
+    init, merged_params = _make_init(setup, method, optim)
+    return Programs(
+        init=init,
+        merged_params=merged_params,
+        score=_make_score(setup, method),
+        describe=jax.jit(describe, out_shardings=everywhere),
+        update=_make_update(setup, method, optim),
+    )
 
-    def score(params, teacher_params, rollout, temperature, done, beside=NOTHING_BESIDE):
-        scores = method.score(
-            (student, params),
-            list(zip(teachers, teacher_params, strict=True)),
+
+def _updates(setup: Setup) -> int:
+    return setup.config.run.steps * setup.config.run.updates_per_rollout
+
+
+def _make_init(
+    setup: Setup, method: MethodConfig, optim: OptimConfig
+) -> tuple[Callable[[Params], TrainState], Callable[[Params | None, Params], Params]]:
+    config, everywhere = setup.config, replicated(setup.mesh)
+    optimizer = make_optimizer(optim, _updates(setup))
+    lora, rows = config.student.lora, config.rollout.batch_size
+    if lora is None:
+
+        def begin(params: Params) -> TrainState:
+            return init_state(params, optimizer, method.init(rows))
+
+        return (
+            jax.jit(begin, out_shardings=everywhere, donate_argnums=0),
+            lambda start, trained: trained,
+        )
+    key = jax.random.key(seed_for(config.run.seed, "lora"), impl="threefry2x32")
+
+    def begin_adapters(params: Params) -> TrainState:
+        return init_state(lora.init(key, params), optimizer, method.init(rows))
+
+    init = jax.jit(begin_adapters, out_shardings=everywhere)
+    return init, jax.jit(lora.merge, out_shardings=everywhere)
+
+
+def _make_score(setup: Setup, method: MethodConfig) -> ScoreProgram:
+    student = setup.student.model
+    teachers = [teacher.scoring(setup.student) for teacher in setup.teachers]
+    base_model = student if setup.base is None else setup.base.model
+    updates = _updates(setup)
+    special = special_ids(method.texts, setup.student.tokenizer)
+    rows, everywhere = by_rows(setup.mesh), replicated(setup.mesh)
+
+    def score(params, teacher_params, rollout, temperature, done, stages, base):
+        inputs = ScoreInputs(
             rollout,
+            Resident(student, params),
+            [Resident(*pair) for pair in zip(teachers, teacher_params, strict=True)],
             temperature,
             setup.mesh,
-            None if beside.base is None else (base_model, beside.base),
+            None if base is None else Resident(base_model, base),
+            method.reweight.kernel_strengths,
         )
-        if method.score.margin is not None and beside.correct is not None:
-            scores = method.score.margin(scores, rollout, beside.correct)
-        known = ids | {"recent": beside.recent, "progress": done / jnp.float32(updates)}
-        batch, keep = assemble(
+        context = stage_context(
             rollout,
-            scores,
+            len(teachers),
+            student.vocab_size,
+            progress=done / jnp.float32(updates),
+            special=special,
+            stop=setup.student.stop,
+        )
+        out = assemble(
+            rollout,
+            method.score(inputs),
             method.filter,
             method.reweight,
             method.aggregate,
-            len(teachers),
-            student.vocab_size,
-            **known,
+            context,
+            stages,
         )
-        recent, metrics = None, {}
-        seen = rows_of(rollout, len(teachers), student.vocab_size, **known)
-        if beside.recent is not None and isinstance(method.filter, TeacherQuantile | AllOf):
-            recent = method.filter.remember(scores, seen, beside.recent)
-        if isinstance(method.filter, AllOf):
-            metrics = diagnostics.of_filters(method.filter, scores, seen)
-        return batch, keep, metrics, recent
+        return out.batch, out.keep, out.states, out.metrics
 
+    return ScoreProgram(jax.jit(score, out_shardings=(rows, rows, everywhere, everywhere)))
+
+
+def _make_update(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Update:
+    everywhere = replicated(setup.mesh)
     update = make_update(
-        student,
+        setup.student.model,
         method.loss,
-        optimizer,
+        make_optimizer(optim, _updates(setup)),
         micro_batch_size=optim.micro_batch_size,
         head=method.score.head,
         head_chunk=method.score.head_chunk,
         remat=optim.remat,
-        lora=lora,
-        teacher=teachers[0],
+        lora=setup.config.student.lora,
+        teacher=setup.teachers[0].scoring(setup.student),
         mesh=setup.mesh,
     )
-    room, names = config.rollout.max_tokens, list(config.teachers)
-    describe = functools.partial(diagnostics.of_batch, room=room, teachers=names)
-    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=whole)
-    if lora is None:
-        learner, merge = copy, lambda start, learnt: learnt
-    else:
-        key = jax.random.key(seed_for(config.run.seed, "lora"), impl="threefry2x32")
-        learner = jax.jit(functools.partial(lora.init, key), out_shardings=whole)
-        merge = jax.jit(lora.merge, out_shardings=whole)
-    return Programs(
-        learner=learner,
-        whole=merge,
-        score=jax.jit(score, out_shardings=(rows, rows, whole, whole)),
-        describe=jax.jit(describe, out_shardings=whole),
-        update=jax.jit(update, donate_argnums=0, out_shardings=(whole, whole)),
-        copy=copy,
-        optimizer=optimizer,
-    )
+    return jax.jit(update, donate_argnums=0, out_shardings=(everywhere, everywhere))

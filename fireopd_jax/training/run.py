@@ -1,24 +1,26 @@
-"""A whole run: make or read the models, distil, evaluate before and after, sum up.
+"""A whole run: make or load the models, distil, evaluate before and after, write the summary.
 
     Config -> run folder -> teachers, student -> distil (and each control) -> summary.json
 
-Every finished model is written to `models/`, so an interrupted run repeats no finished work.
+Every finished model is saved in `models/`, so that a resumed run does not train it again.
 """
 
+import functools
 import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from fireopd_jax.evaluation.evaluator import EvalResult
+from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.decoder import parameter_count
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.recipe.schema import Config, MethodConfig, as_tree, with_method
+from fireopd_jax.recipe.schema import Config, as_tree, with_defaults, with_method
 from fireopd_jax.runs.folder import environment, is_complete, open_run
 from fireopd_jax.runs.report import print_curve, print_results, write_card
 from fireopd_jax.runs.tracking import Log
@@ -26,10 +28,18 @@ from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.runtime.signals import Interrupted, stop_on_signal
 from fireopd_jax.session.exporting import check_exportable, export
 from fireopd_jax.session.fits import check_training_batches
-from fireopd_jax.session.session import Session
-from fireopd_jax.session.setup import ModelSpec, Setup, set_up
+from fireopd_jax.session.identity import check_sources
+from fireopd_jax.session.session import Figures, Session
+from fireopd_jax.session.setup import Setup, set_up
+from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.training.distill import Distillation
-from fireopd_jax.training.prepare import check_learners, make_student, make_teacher, once, read_base
+from fireopd_jax.training.prepare import (
+    StudentStart,
+    check_trainable,
+    kept,
+    make_teacher,
+    read_base,
+)
 
 Summary = dict[str, Any]
 
@@ -37,62 +47,73 @@ SHOWN_IDS = 24
 SHOWN_TEXT = 400
 
 
-def train(config: Config) -> Summary:
-    """Do the run that `config` describes, or go on with it; return its summary.
+def train(config: Config, notes: Sequence[str] = ()) -> Summary:
+    """Run the training that `config` describes, or resume it; return the run's summary.
 
-    Raises `UserError` for a mistake in the configuration or the data, and `Interrupted` when a
-    signal stopped the run after a save.
+    Raises `UserError` for an error in the configuration or the data, and `Interrupted` when a
+    signal stopped the run after a save. `notes` are logged first.
     """
-    return _in_folder(config, _train, "summary.json")
+    return _in_folder(config, _train, "summary.json", notes)
 
 
-def sft(config: Config) -> Summary:
-    """Do the supervised part alone: the teachers and the student's cold start.
+def sft(config: Config, notes: Sequence[str] = ()) -> Summary:
+    """Run only the supervised training, of teachers and student; return its summary.
 
-    The run stays open: `train` on the same folder goes on from there.
+    The run is not complete: `train` on the same folder continues from there.
     """
-    return _in_folder(config, _sft, "sft.json")
+    return _in_folder(config, _sft, "sft.json", notes)
 
 
-def _in_folder(config: Config, work: Callable[[Session], Summary], record: str) -> Summary:
+def _in_folder(
+    config: Config, work: Callable[[Session], Summary], record: str, notes: Sequence[str]
+) -> Summary:
     start = time.monotonic()
     compile_cache(config.run.compilation_cache)
-    # Mistakes in the data must not leave a run folder behind.
+    # Errors in the data must not leave a run folder behind.
     setup = None if is_complete(config.run) else set_up(config)
     if setup is not None:
         check_training_batches(config, setup.mesh, drawing(setup))
-        check_learners(setup.student, setup.teachers)
+        check_trainable(setup.student, setup.teachers)
         if config.run.export:
             check_exportable(setup.student)
-    with open_run(config.run, as_tree(config)) as folder:
+    with open_run(config.run, as_tree(config), complete=with_defaults) as folder:
         if setup is None or folder.state == "complete":
-            print(f"{folder.path}: this run is complete, nothing is left to do")
+            print(f"{folder.path}: this run is complete, nothing to do")
             return json.loads(folder.summary.read_text(encoding="utf-8"))
         with stop_on_signal() as stop, Log(folder.logs) as log:
             log(f"{'resuming' if folder.state == 'resume' else 'writing'} {folder.path}")
+            for note in notes:
+                log(note)
             folder.write_json("env.json", environment([str(d) for d in jax.devices()]))
+            check_sources(folder.path / "models" / "sources.json", frozen(setup))
             session = Session(setup, folder, stop, log)
-            introduce(session)
+            log_setup(session)
             try:
                 summary = work(session)
             except Interrupted as stopped:
-                raise Interrupted(f"{stopped}; go on with run.dir={folder.path}") from None
+                raise Interrupted(f"{stopped}; resume with run.dir={folder.path}") from None
             summary |= {"seconds": round(time.monotonic() - start, 1)}
             folder.write_json(record, summary)
             log(f"done in {summary['seconds']:.0f} s: {folder.path / record}")
     return summary
 
 
+def frozen(setup: Setup) -> list[ModelSpec]:
+    """Return the frozen models: teachers and base policy that are loaded from their paths."""
+    others = setup.teachers if setup.base is None else (*setup.teachers, setup.base)
+    return [spec for spec in others if spec.read_each_time]
+
+
 def drawing(setup: Setup) -> dict[str, DecoderConfig]:
-    """Name the models that answer prompts: the student, and teachers that are graded or copied."""
+    """Return the models that responses are sampled from, by name: student, and teachers if any."""
     own = setup.config.student.sft
     copied = own is not None and own.source == "teacher"
     teachers = setup.teachers if setup.config.eval.problems or copied else ()
     return {spec.name: spec.model.config for spec in (setup.student, *teachers)}
 
 
-def introduce(session: Session) -> None:
-    """Say what goes in: models, rows, what was dropped, one prompt as the models see it."""
+def log_setup(session: Session) -> None:
+    """Log models, numbers of rows used and dropped, and one rendered prompt of each model."""
     setup, log = session.setup, session.log
     for spec in (setup.student, *setup.teachers):
         shapes = jax.eval_shape(spec.model.init, jax.random.key(0))
@@ -104,89 +125,96 @@ def introduce(session: Session) -> None:
         f" dropped; {encoded.dropped_references} references longer than"
         f" {encoded.max_reference_tokens} not used"
     )
-    log(reading(setup.student, encoded.prompts[int(encoded.kept[0])]))
+    log(prompt_shown(setup.student, encoded.prompts[int(encoded.kept[0])]))
     for index, spec in enumerate(setup.teachers):
         for row in setup.own_rows(encoded.kept, index)[:1]:
-            log(reading(spec, encoded.teacher_prompts[int(row)]))
+            log(prompt_shown(spec, encoded.teacher_prompts[int(row)]))
 
 
-def reading(spec: ModelSpec, ids: np.ndarray) -> str:
-    """Show a prompt as a model reads it: its text, and its ids as far as they fit a few lines."""
+def prompt_shown(spec: ModelSpec, ids: np.ndarray) -> str:
+    """Return a line with a model's rendered prompt: its text, first token ids and stop tokens."""
     text = repr(spec.tokenizer.decode(ids))
     if len(text) > SHOWN_TEXT:
         text = f"{text[: SHOWN_TEXT // 2]} ... {text[-SHOWN_TEXT // 2 :]}"
     shown = " ".join(map(str, ids[:SHOWN_IDS])) + (" ..." if len(ids) > SHOWN_IDS else "")
     stop = ", ".join(map(str, spec.tokenizer.convert_ids_to_tokens(list(spec.stop))))
-    return f"{spec.name} reads {text}, {len(ids)} tokens: {shown}; its answers end with {stop}"
+    return f"{spec.name}: prompt {text}, {len(ids)} tokens: {shown}; stop tokens {stop}"
 
 
-def _prepare(session: Session) -> tuple[list[Params], Params, Summary]:
-    """Make the models and grade them before distillation."""
+def _prepare(session: Session) -> tuple[list[Params], StudentStart, Summary]:
+    """Return teachers, student and summary: models made, and graded before distillation."""
     setup = session.setup
     teachers = [make_teacher(session, index) for index in range(len(setup.teachers))]
-    student = make_student(session, teachers)
+    start = StudentStart(session, teachers)
+    if not start.finished:
+        start.read()
     if not setup.config.eval.problems:
-        return teachers, student, {}
+        return teachers, start, {}
+    figures = session.graded_teachers([functools.partial(_same, params) for params in teachers])
     summary = {
-        "teacher": by_teacher(session, session.evaluate_teachers(teachers)),
-        "student_before": session.evaluate(setup.student, student, "student_before").summary(),
+        "teacher": by_teacher(session, figures),
+        "student_before": session.graded(setup.student, start.read, "student_before"),
     }
-    return teachers, student, summary
+    return teachers, start, summary
+
+
+def _same(params: Params) -> Params:
+    return params
 
 
 def _sft(session: Session) -> Summary:
-    _, student, summary = _prepare(session)
+    _, start, summary = _prepare(session)
     print_results(session.folder.path, session.setup.config, summary)
-    return summary | {"params_sha256": params_sha256(student)}
+    return summary | {"params_sha256": params_sha256(start.read())}
 
 
 def _train(session: Session) -> Summary:
-    config = session.setup.config
+    config, spec = session.setup.config, session.setup.student
     teachers, start, summary = _prepare(session)
     base = read_base(session)
 
-    def distil(method: MethodConfig, home: Any, name: str) -> Params:
-        return once(
-            session,
-            session.setup.student,
-            name,
-            lambda _: Distillation(session, method, teachers, start, base, home, name).run(),
-        )
+    def distil(method: MethodConfig, home: Path, name: str) -> Params:
+        def make(_: Path) -> Params:
+            trained = Distillation(session, method, teachers, start, base, home, name).run()
+            start.drop()
+            return trained
+
+        return kept(session, spec, name, make)
 
     student = distil(config.method, session.folder.path, "student")
+    summary |= {"steps": config.run.steps, "params_sha256": params_sha256(student)}
     exported = session.folder.path / "models" / "student_hf"
     if config.run.export and not exported.exists():
-        export(exported, session.setup.student, student, session.folder.path)
-    others = {
-        name: distil(
+        export(exported, spec, student, session.folder.path)
+    if config.eval.problems:
+        summary["student_after"] = session.graded(
+            spec, functools.partial(_same, student), "student_after"
+        )
+        summary["controls"] = {}
+    del student
+    for name in config.run.compare:
+        control = distil(
             with_method(config, name).method, session.folder.path / "controls" / name, name
         )
-        for name in config.run.compare
-    }
-    if config.eval.problems:
-        spec = session.setup.student
-        summary["student_after"] = session.evaluate(spec, student, "student_after").summary()
-        summary["controls"] = {
-            name: session.evaluate(spec, params, f"control_{name}").summary()
-            for name, params in others.items()
-        }
-    summary |= {"steps": config.run.steps, "params_sha256": params_sha256(student)}
-    print_results(session.folder.path, session.setup.config, summary)
+        if config.eval.problems:
+            figures = session.graded(spec, functools.partial(_same, control), f"control_{name}")
+            summary["controls"][name] = figures
+        del control
+    print_results(session.folder.path, config, summary)
     print_curve(session.folder.path, config, session.log)
     write_card(session.folder, config, summary)
     return summary
 
 
-def by_teacher(session: Session, results: Sequence[EvalResult]) -> Mapping[str, Any]:
-    """Give one teacher's figures, or those of several by name."""
-    if len(results) == 1:
-        return results[0].summary()
-    names = session.setup.config.teachers
-    return {name: result.summary() for name, result in zip(names, results, strict=True)}
+def by_teacher(session: Session, figures: Sequence[Figures]) -> Mapping[str, Any]:
+    """Return the figures of one teacher, or of several by name."""
+    if len(figures) == 1:
+        return figures[0]
+    return dict(zip(session.setup.config.teachers, figures, strict=True))
 
 
 def params_sha256(params: Params) -> str:
-    """Hash all parameters: names, shapes, types and bits, in the order of their names."""
+    """Return the SHA-256 over names, shapes, dtypes and bytes of all parameters, in tree order."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(leaf)

@@ -1,9 +1,9 @@
-"""Supervised training: the cold start of a student, and how the embedded teachers are made.
+"""Supervised training of a student before distillation, or of a teacher.
 
     prompts with references -> Batch (every reference token counts once) -> the same update
 
-A reference is treated as a rollout that was drawn elsewhere, so alignment, masks, denominators
-and the optimizer step are those of distillation.
+A reference is treated as a rollout from another source, so alignment, masks, denominators and the
+optimizer step are those of distillation.
 """
 
 from collections.abc import Callable
@@ -22,25 +22,24 @@ from fireopd_jax.metrics import results
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.recipe.optim import SftConfig
 from fireopd_jax.runs.checkpoints import Checkpoints
-from fireopd_jax.runs.tracking import Tracker
+from fireopd_jax.runs.tracking import Tracker, progress
 from fireopd_jax.runtime.signals import StopFlag
-from fireopd_jax.sharding.mesh import replicate, replicated, shard_rows
-from fireopd_jax.training.loop import run_steps
-from fireopd_jax.training.update import (
-    Metrics,
-    init_state,
-    make_optimizer,
-    make_update,
-    skip_reason,
-)
-from fireopd_jax.types import Batch, Prompts, Rollout, Scores, TokenStats
+from fireopd_jax.session.parameters import abstract_params, placed
+from fireopd_jax.sharding.mesh import replicated, shard_rows
+from fireopd_jax.training.loop import StepLoop
+from fireopd_jax.training.optimizer import make_optimizer
+from fireopd_jax.training.state import TrainState, init_state
+from fireopd_jax.training.update import Metrics, make_update, skip_reason
+from fireopd_jax.types import Batch, Prompts, Rollout, Scores, TokenStats, Writer
+
+Log = Callable[[str], None]
 
 LOSS_WINDOW = 10
-"""Steps over which the loss is averaged before it may end the stage."""
+"""Number of steps that the loss is averaged over for `stop_loss`."""
 
 
 def supervised_batch(prompts: Prompts) -> Batch:
-    """Take the references as rollouts; each token of the batch has the same share of the loss."""
+    """Return the references as a batch in which each token has the same coefficient."""
     assert prompts.reference is not None and prompts.reference_length is not None
     tokens = jnp.asarray(prompts.reference)
     mask = jnp.arange(tokens.shape[1])[None] < prompts.reference_length[:, None]
@@ -54,30 +53,96 @@ def supervised_batch(prompts: Prompts) -> Batch:
         model_logprob=zeros,
         finished=mask.any(axis=1),
         version=jnp.zeros_like(tokens),
+        writer=jnp.full_like(tokens, Writer.REFERENCE),
     )
     return Batch(
         rollout=rollout,
-        scores=Scores(student=stats, teacher=stats),
+        scores=Scores(student=stats, teacher=None),
         weight=mask.astype(jnp.float32),
         coefficient=coefficients(mask, mask.any(axis=1), "token"),
     )
 
 
+class LossReports:
+    """Writes the metrics of each step, and checks the loss against `stop_loss`."""
+
+    def __init__(self, name: str, tracker: Tracker, stop_loss: float | None, log: Log):
+        self.name, self.tracker, self.stop_loss, self.log = name, tracker, stop_loss, log
+        self.losses = dict(tracker.history("loss"))
+
+    def __call__(self, done: int, metrics: Metrics) -> dict[str, object]:
+        """Write a step's metrics; return the values for the progress."""
+        values = results(metrics)
+        self.tracker.log(done, {k: v for k, v in values.items() if not k.startswith("policy/")})
+        self.losses[done] = values["loss"]
+        if values["skipped"]:
+            self.log(f"{self.name}: step {done} skipped: {skip_reason(values)}")
+        return {"loss": values["loss"]}
+
+    def low_enough(self, done: int) -> bool:
+        """Return whether the mean loss before the newest step is at most `stop_loss`."""
+        # The newest loss may not be reported yet, so it is never used.
+        recent = [self.losses.get(step, inf) for step in range(done - LOSS_WINDOW, done)]
+        return self.stop_loss is not None and fmean(recent) <= self.stop_loss
+
+
 def supervise(
     name: str,
     model: LanguageModel,
-    params: Params,
+    start: Callable[[], Params],
     loader: PromptLoader,
     config: SftConfig,
     *,
     mesh: Mesh,
     home: Path,
     stop: StopFlag,
-    log: Callable[[str], None],
+    log: Log,
 ) -> Params:
-    """Train `params` on the loader's references; interrupted, it goes on from `home`."""
-    optimizer = make_optimizer(config.optim, config.steps)
-    step_fn = make_update(
+    """Return a model's parameters after training on the loader's references.
+
+    `start` returns the initial parameters, which are donated; it is not called when the training
+    is resumed from a checkpoint in `home`.
+    """
+    begin, update = _programs(model, config, mesh)
+    checkpoints = Checkpoints(home / "checkpoints", keep=1)
+    done = 0
+    if checkpoints.latest() is None:
+        state = begin(start())
+    else:
+        everywhere = replicated(mesh)
+        shapes = jax.eval_shape(begin, abstract_params(model, everywhere))
+        done, state, position = checkpoints.restore(placed(shapes, everywhere))
+        loader.set_state(position)
+        log(f"{name}: resuming from step {done}")
+    with Tracker(home) as tracker, progress(f"sft {name}", config.steps) as advance:
+        tracker.truncate(done + 1)
+        report = LossReports(name, tracker, config.stop_loss, log)
+        loop = StepLoop(f"sft {name}", done, config.steps, report, stop=stop, advance=advance)
+        for step in loop:
+            if report.low_enough(step):
+                break
+            state, metrics = update(state, shard_rows(mesh, next(loader)))
+            saves = (step + 1) % config.save_every == 0 and step + 1 < config.steps
+            loop.dispatched(step + 1, metrics, flush=saves)
+            if loop.stopping or saves:
+                checkpoints.save(step + 1, state, loader.get_state())
+            if loop.stopping:
+                checkpoints.close()
+        loop.flush()
+    checkpoints.close()
+    if skipped := int(state.skipped):
+        log(f"{name}: {skipped} of {int(state.updates)} updates were skipped")
+    return state.params
+
+
+def _programs(
+    model: LanguageModel, config: SftConfig, mesh: Mesh
+) -> tuple[
+    Callable[[Params], TrainState], Callable[[TrainState, Prompts], tuple[TrainState, Metrics]]
+]:
+    """Return the jitted functions params -> first state, and (state, prompts) -> next state."""
+    optimizer, everywhere = make_optimizer(config.optim, config.steps), replicated(mesh)
+    step = make_update(
         model,
         NegativeLogLikelihood(),
         optimizer,
@@ -85,54 +150,12 @@ def supervise(
         remat=config.optim.remat,
         mesh=mesh,
     )
-    whole = replicated(mesh)
-    update = jax.jit(
-        lambda state, prompts: step_fn(state, supervised_batch(prompts), jnp.float32(1)),
-        donate_argnums=0,
-        out_shardings=(whole, whole),
+    begin = jax.jit(
+        lambda params: init_state(params, optimizer), donate_argnums=0, out_shardings=everywhere
     )
-    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=whole)
-    state = replicate(mesh, init_state(copy(params), optimizer))
-    checkpoints = Checkpoints(home / "checkpoints", keep=1)
-    start = 0
-    if checkpoints.latest() is not None:
-        start, state, position = checkpoints.restore(state)
-        loader.set_state(position)
-        log(f"{name}: goes on from step {start}")
-
-    with Tracker(home) as tracker:
-        tracker.truncate(start + 1)
-        losses = dict(tracker.history("loss"))
-
-        def advance(state, step):
-            return update(state, shard_rows(mesh, next(loader)))
-
-        def report(step: int, metrics: Metrics) -> dict[str, object]:
-            values = results(metrics)
-            tracker.log(step, {k: v for k, v in values.items() if not k.startswith("policy/")})
-            losses[step] = values["loss"]
-            if values["skipped"]:
-                log(f"{name}: step {step} skipped: {skip_reason(values)}")
-            return {"loss": values["loss"]}
-
-        def enough(done: int) -> bool:
-            # The newest loss may not be reported yet; whether it is must not matter.
-            recent = [losses.get(step, inf) for step in range(done - LOSS_WINDOW, done)]
-            return config.stop_loss is not None and fmean(recent) <= config.stop_loss
-
-        def saves(done: int) -> bool:
-            return done % config.save_every == 0 and done < config.steps
-
-        def after(done, state, stopping):
-            if stopping or saves(done):
-                checkpoints.save(done, copy(state), loader.get_state())
-                if stopping:
-                    checkpoints.close()
-
-        state = run_steps(
-            f"sft {name}", state, start, config.steps, advance, report, after, stop, saves, enough
-        )
-    checkpoints.close()
-    if skipped := int(state.skipped):
-        log(f"{name}: {skipped} of {int(state.updates)} updates were skipped")
-    return state.params
+    update = jax.jit(
+        lambda state, prompts: step(state, supervised_batch(prompts), jnp.float32(1)),
+        donate_argnums=0,
+        out_shardings=(everywhere, everywhere),
+    )
+    return begin, update

@@ -2,13 +2,12 @@
 
     loss = sum over the global batch of coefficient * weight * per-token loss
 
-Coefficients already hold the global denominators, so the gradients of any micro-batches simply
-add up. A step without a usable gradient changes nothing but the counters, and its metrics say
-what was not finite.
+Coefficients already contain the global denominators, so that gradients of micro-batches add up. A
+step without a finite gradient changes only the counters; its metrics count non-finite values.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import isfinite
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,26 +15,48 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float
 
 from fireopd_jax.method.batch import total_loss
+from fireopd_jax.method.losses.base import TokenLoss
 from fireopd_jax.method.losses.support import on_support, tail_bucket
 from fireopd_jax.metrics import Max, Mean
 from fireopd_jax.models.comparison import divergence_from
 from fireopd_jax.models.decoder import Remat
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.models.lora import LoraConfig
-from fireopd_jax.ops.formulas import Divergence, ForwardKL, ReverseKL
+from fireopd_jax.ops.formulas import ForwardKL, ReverseKL
 from fireopd_jax.ops.head import HeadOptions, head_gather, head_stats
-from fireopd_jax.recipe.optim import OptimConfig
 from fireopd_jax.sharding.mesh import micro_batches
-from fireopd_jax.types import Array, Batch, TokenStats, pytree
+from fireopd_jax.training.state import TrainState
+from fireopd_jax.types import Array, Batch, TokenStats
 
 Metrics = dict[str, Any]
 """Name -> Mean or Max."""
 
+
+@runtime_checkable
+class Update(Protocol):
+    """One optimizer step over a batch."""
+
+    def __call__(
+        self,
+        state: TrainState,
+        batch: Batch,
+        temperature: Array,
+        base: Params | None = None,
+        teacher_params: Params | None = None,
+    ) -> tuple[TrainState, Metrics]:
+        """Return the next state and the metrics of the step.
+
+        `base` are the frozen parameters under adapters, if any; `teacher_params` are the teacher's,
+        needed for a divergence over the whole vocabulary.
+        """
+        ...
+
+
 FAR = 0.2
-"""How far from 1 a ratio of probabilities is far: the usual bound of a clipped surrogate."""
+"""|ratio - 1| above which `policy/ratio_far_fraction` counts a token: the usual clipping range."""
 CAUSES = {
     "nonfinite/teacher_logprob": "the teacher's log-probs",
     "nonfinite/scored_student_logprob": "the student's log-probs when scored",
@@ -44,110 +65,9 @@ CAUSES = {
 }
 
 
-@runtime_checkable
-class Loss(Protocol):
-    """Per-token loss of the stats that carry the gradient."""
-
-    @property
-    def divergence_from_teacher(self) -> Divergence | None:
-        """The divergence over the whole vocabulary that the update must compute, if any."""
-        ...
-
-    def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
-        """Give the loss of each response token, not yet weighted.
-
-        `student` has the log-probabilities of a support where the scores have one, and the
-        divergence from the teacher where the loss has a `divergence_from_teacher`.
-        """
-        ...
-
-
-@pytree
-class TrainState:
-    """All that an update changes."""
-
-    params: Params
-    """What learns: all parameters, or adapters alone."""
-    opt_state: Any
-    updates: Int32[Array, ""]
-    """Updates tried; those skipped are counted in both."""
-    skipped: Int32[Array, ""]
-    recent: Float32[Array, "W B 2"] | None = None
-    """Scores of earlier batches, for a filter that ranks by them, too."""
-
-
-def learning_rate(config: OptimConfig, updates: int) -> optax.Schedule:
-    """Build the schedule over `updates` optimizer steps."""
-    peak, end = config.learning_rate, config.learning_rate * config.final_fraction
-    rest = max(updates - config.warmup_steps, 1)
-    courses = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, end, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.final_fraction),
-    }
-    course = courses[config.schedule]()
-    if not config.warmup_steps:
-        return course
-    rise = optax.linear_schedule(0.0, peak, config.warmup_steps)
-    return optax.join_schedules([rise, course], [config.warmup_steps])
-
-
-def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation:
-    """Build AdamW with its schedule and clipping; it works in float32 on parameters of any type."""
-    adamw = optax.adamw(
-        learning_rate(config, updates),
-        b1=config.beta1,
-        b2=config.beta2,
-        weight_decay=config.weight_decay,
-        mu_dtype=jnp.dtype(config.moment_dtype),
-    )
-    if config.clip_norm is not None:
-        adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
-    return in_float32(adamw, master=config.master)
-
-
-def in_float32(
-    optimizer: optax.GradientTransformation, *, master: bool
-) -> optax.GradientTransformation:
-    """Let an optimizer see float32 only; with `master`, it moves a copy that is never rounded."""
-
-    def init(params: Any):
-        wide = optax.tree.cast(params, jnp.float32)
-        narrow = any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params))
-        return wide if master and narrow else optax.EmptyState(), optimizer.init(wide)
-
-    def update(updates: Any, state: Any, params: Any = None):
-        kept, inner = state
-        own = isinstance(kept, optax.EmptyState)
-        wide = optax.tree.cast(params, jnp.float32)
-        before = wide if own else kept
-        steps, inner = optimizer.update(optax.tree.cast(updates, jnp.float32), inner, before)
-        if own:
-            return steps, (kept, inner)
-        kept = optax.apply_updates(before, steps)
-        rounded = jax.tree.map(lambda new, old: new.astype(old.dtype), kept, params)
-        steps = jax.tree.map(lambda new, old: new.astype(jnp.float32) - old, rounded, wide)
-        return steps, (kept, inner)
-
-    return optax.GradientTransformation(init, update)
-
-
-def init_state(
-    params: Params, optimizer: optax.GradientTransformation, recent: Array | None = None
-) -> TrainState:
-    """Begin training from `params`."""
-    return TrainState(
-        params=params,
-        opt_state=optimizer.init(params),
-        updates=jnp.zeros((), jnp.int32),
-        skipped=jnp.zeros((), jnp.int32),
-        recent=recent,
-    )
-
-
 def gradients(
     model: LanguageModel,
-    loss: Loss,
+    loss: TokenLoss,
     params: Params,
     batch: Batch,
     temperature: Float[Array, ""] | float = 1.0,
@@ -161,10 +81,11 @@ def gradients(
     teacher: tuple[LanguageModel, Params] | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Params, Metrics]:
-    """Give the gradient of the batch's loss in float32, and metrics, summed over micro-batches.
+    """Return the gradient of the batch's loss in float32, and metrics, summed over micro-batches.
 
-    With `lora`, `params` are adapters of `base`. `teacher` lends its head to a loss that has a
-    `divergence_from_teacher`. `metrics["loss"].total` is the loss itself.
+    With `lora`, `params` are adapters and `base` the frozen parameters. `teacher`, model and
+    parameters, is needed for losses with a `divergence_from_teacher`. `mesh` holds the devices that
+    the rows are sharded over. `metrics["loss"].total` is the loss.
     """
     options = model.head_options(temperature, head, head_chunk, mesh)
 
@@ -201,14 +122,14 @@ def gradients(
 
 
 def _student_stats(
-    loss: Loss,
+    loss: TokenLoss,
     hidden: Array,
     head: Array,
     part: Batch,
     options: HeadOptions,
     teacher: tuple[LanguageModel, Params] | None,
 ) -> TokenStats:
-    """Read from the student's states what the loss and the metrics want."""
+    """Return the student's statistics that the loss and the metrics use."""
     support, tokens = part.scores.support, part.rollout.tokens
     if support is None:
         stats = head_stats(hidden, head, tokens, **options)
@@ -220,7 +141,9 @@ def _student_stats(
     if divergence is not None:
         of_teacher = part.scores.teacher_hidden
         if teacher is None or of_teacher is None:
-            raise ValueError("a divergence over the whole vocabulary needs the teacher's states")
+            raise ValueError(
+                "a divergence over the whole vocabulary needs the teacher's hidden states"
+            )
         value = divergence_from(teacher, of_teacher, divergence, hidden, head, options)
     return TokenStats(stats.logprob, stats.entropy, few, value)
 
@@ -232,6 +155,8 @@ def _update_metrics(total: Array, student: TokenStats, part: Batch) -> Metrics:
     def bad(x: Array) -> Mean:
         return _sum((counted & ~jnp.isfinite(x)).sum().astype(jnp.float32))
 
+    teacher = part.scores.teacher
+    of_teacher = {} if teacher is None else {"nonfinite/teacher_logprob": bad(teacher.logprob)}
     return {
         "loss": _sum(total),
         "policy/log_ratio_max": Max.of(jnp.abs(gap), counted),
@@ -240,16 +165,16 @@ def _update_metrics(total: Array, student: TokenStats, part: Batch) -> Metrics:
         **of_support(student, part, counted),
         "nonfinite/student_logprob": bad(student.logprob),
         "nonfinite/scored_student_logprob": bad(part.scores.student.logprob),
-        "nonfinite/teacher_logprob": bad(part.scores.teacher.logprob),
+        **of_teacher,
         "nonfinite/token_weight": bad(part.weight),
     }
 
 
 def of_support(student: TokenStats, part: Batch, counted: Array) -> Metrics:
-    """Compare the models on the support and a bucket of all the rest.
+    """Return the metrics of student against teacher on the support and one bucket for the rest.
 
-    A falling mass is lost to the words outside. The divergences are never above those over the
-    whole vocabulary.
+    A falling `policy/support_mass` moves to tokens outside the support. The divergences are lower
+    bounds of those over the whole vocabulary.
     """
     if student.support is None or part.scores.support is None:
         return {}
@@ -267,15 +192,17 @@ def of_support(student: TokenStats, part: Batch, counted: Array) -> Metrics:
 
 
 def _sum(total: Array) -> Mean:
-    """Give a sum over micro-batches; `make_update` counts it once."""
+    """Return a sum over micro-batches with count 0; `_of_step` sets the count to 1."""
     return Mean(total=total, count=jnp.float32(0))
 
 
 def skip_reason(values: Mapping[str, float]) -> str:
-    """Say, from a step's metrics, why its update was skipped."""
+    """Return the reason of a skipped update, from the step's metrics."""
     if not values["loss_tokens"]:
-        return "no valid row is left in the batch"
-    causes = [f"{text} ({values[key]:.0f} tokens)" for key, text in CAUSES.items() if values[key]]
+        return "no token is left to train on"
+    causes = [
+        f"{text} ({values[key]:.0f} tokens)" for key, text in CAUSES.items() if values.get(key)
+    ]
     if not causes:
         causes = ["the gradient" if not isfinite(values["grad_norm"]) else "the optimizer's step"]
     return f"not finite: {', '.join(causes)}"
@@ -283,7 +210,7 @@ def skip_reason(values: Mapping[str, float]) -> str:
 
 def make_update(
     model: LanguageModel,
-    loss: Loss,
+    loss: TokenLoss,
     optimizer: optax.GradientTransformation,
     *,
     micro_batch_size: int | None = None,
@@ -293,11 +220,12 @@ def make_update(
     lora: LoraConfig | None = None,
     teacher: LanguageModel | None = None,
     mesh: Mesh | None = None,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Close over what is static; the result is pure and ready to be jitted.
+) -> Update:
+    """Return one optimizer step as a pure function, to be jitted.
 
-    With `lora`, the state holds adapters, and `base` what they are added to. `teacher` is the model
-    whose head a divergence over the whole vocabulary reads.
+    With `lora`, the state holds adapters, and `base` the frozen parameters. `teacher` is the model
+    needed for a divergence over the whole vocabulary; `mesh` holds the devices that the rows are
+    sharded over.
     """
 
     def update(
@@ -307,11 +235,11 @@ def make_update(
         base: Params | None = None,
         teacher_params: Params | None = None,
     ):
-        lent = None if teacher is None or teacher_params is None else (teacher, teacher_params)
+        judge = None if teacher is None or teacher_params is None else (teacher, teacher_params)
         grads, metrics = gradients(
             model, loss, state.params, batch, temperature,
             micro_batch_size=micro_batch_size, head=head, head_chunk=head_chunk,
-            remat=remat, lora=lora, base=base, teacher=lent, mesh=mesh,
+            remat=remat, lora=lora, base=base, teacher=judge, mesh=mesh,
         )  # fmt: skip
         norm = optax.tree.norm(grads)
         if (each := metrics.pop("grad_square", None)) is not None:
@@ -333,13 +261,19 @@ def make_update(
             updates=state.updates + 1,
             skipped=state.skipped + ~usable,
         )
-        one = jnp.float32(1)
-        for name in metrics:
-            if name == "loss" or name.startswith("nonfinite/"):
-                metrics[name] = Mean(total=metrics[name].total, count=one)
-        metrics["loss_tokens"] = Mean(total=counted.astype(jnp.float32), count=one)
-        metrics["grad_norm"] = Mean(total=norm, count=one)
-        metrics["skipped"] = Mean(total=1 - usable.astype(jnp.float32), count=one)
-        return state, metrics
+        return state, _of_step(metrics, counted, norm, usable)
 
     return update
+
+
+def _of_step(metrics: Metrics, counted: Array, norm: Array, usable: Array) -> Metrics:
+    """Return the metrics of a whole step; sums over its micro-batches get count 1."""
+    one = jnp.float32(1)
+    for name in metrics:
+        if name == "loss" or name.startswith("nonfinite/"):
+            metrics[name] = Mean(total=metrics[name].total, count=one)
+    return metrics | {
+        "loss_tokens": Mean(total=counted.astype(jnp.float32), count=one),
+        "grad_norm": Mean(total=norm, count=one),
+        "skipped": Mean(total=1 - usable.astype(jnp.float32), count=one),
+    }

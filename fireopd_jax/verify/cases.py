@@ -96,6 +96,7 @@ def dummy_rollout(seed: int = 1) -> Rollout:
         model_logprob=drawn,
         finished=np.ones(len(mask), bool),
         version=np.zeros(mask.shape, np.int32),
+        writer=np.zeros(mask.shape, np.int32),
     )
 
 
@@ -181,7 +182,7 @@ class Bigram(LanguageModel):
         adapters: Any = None,
         remat: Any = "none",
     ) -> tuple[Float32[Array, "B T D"], Float32[Array, "V D"]]:
-        """Return the states that predict each response token, and the head that reads them."""
+        """Return the states that predict each response token, and the head."""
         sequence, _, _ = concat_prompt_response(prompt, prompt_length, tokens, mask)
         hidden = jnp.asarray(params["last"])[sequence]
         return states_before_response_tokens(hidden, prompt_length, prompt.shape[1]), params["head"]
@@ -252,4 +253,5 @@ def small_rollout(rows: int, more: int = 0) -> Rollout:
         model_logprob=drawn,
         finished=np.ones(rows, bool),
         version=np.zeros(tokens.shape, np.int32),
+        writer=np.zeros(tokens.shape, np.int32),
     )

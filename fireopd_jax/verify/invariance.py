@@ -1,11 +1,11 @@
-"""Every shipped method: micro-batches, padding and devices do not change loss or gradient.
+"""Every shipped method: how a batch is cut, padded and spread over devices changes no gradient.
 
-    rollout -> score -> assemble -> gradient to all parameters, and the loss (compared with NumPy)
+    rollout -> score -> assemble -> gradient to all parameters, and the loss, which NumPy has, too
 
-The baseline is the whole batch on one device. It is compared with two runs that have more padding
-after prompts and responses: one with two micro-batches in scoring and in the update, and one on all
-devices. If both differ from the baseline, the padding is the likely cause. The models are bigrams;
-one method also runs on decoders, whose compilation takes most of the time.
+The reference run is whole, on one device. Against it stand two runs with more padding behind
+prompts and responses: one in two micro-batches, when scored and when learnt from, and one on all
+devices. Where both are off it is the padding. Models are bigrams, and for one method decoders, too,
+whose compilation takes most of the time.
 """
 
 import dataclasses
@@ -17,10 +17,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fireopd_jax.config import SHIPPED
 from fireopd_jax.method.batch import assemble
 from fireopd_jax.method.config import MethodConfig
+from fireopd_jax.method.scoring import Resident, ScoreInputs
 from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.recipe.layers import SHIPPED
 from fireopd_jax.recipe.schema import load_config
 from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate, shard_rows
 from fireopd_jax.training.update import gradients
@@ -31,9 +32,9 @@ from fireopd_jax.verify.reference_losses import Seen
 from fireopd_jax.verify.table import Row, relative
 
 LOSS_BOUND = 1e-5
-"""Relative to the sum of |terms|: a loss may be a small sum of large terms of both signs."""
+"""Of the sum of |terms|: a loss may be a small sum of large terms of both signs."""
 GRADIENT_BOUND = 1e-5
-"""Relative to each parameter's largest gradient element: float32 sums change with the order."""
+"""Of the largest element of each parameter's gradient: float32 adds up in another order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +48,19 @@ class Models:
     mesh: Mesh | None = dataclasses.field(default=None, kw_only=True)
 
     def on(self, mesh: Mesh) -> "Models":
-        """Return the models with their parameters replicated on the mesh."""
+        """Return the models replicated on each device."""
         params = (replicate(mesh, each) for each in (self.student, self.teacher, self.base))
         return Models(self.model, *params, mesh=mesh)
 
 
 def shipped_methods() -> list[str]:
-    """Return the names of the methods that come with the package (their file names)."""
+    """List the methods that come with the package, by the names of their files."""
     folder: Path = next(folder for folder in SHIPPED if folder.is_dir())
     return sorted(file.stem for file in (folder / "method").glob("*.yaml"))
 
 
 def rows(methods: Sequence[str] | None = None, with_decoder: str = "fire_opd") -> Iterator[Row]:
-    """Verify the methods (default: all that are shipped), and `with_decoder` on a decoder."""
+    """Verify the methods, by default all that are shipped, and one with a decoder, too."""
     mesh = make_mesh(MeshConfig())
     count = mesh.size * -(-8 // mesh.size)
     plain, padded = cases.small_rollout(count), cases.small_rollout(count, more=3)
@@ -89,18 +90,17 @@ def rows(methods: Sequence[str] | None = None, with_decoder: str = "fire_opd") -
 
 
 def pairs(ours: Any, theirs: Any) -> list[tuple[Any, Any]]:
-    """Return pairs of the corresponding leaves of two trees."""
+    """Set the leaves of two trees side by side."""
     return list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
 
 
 class Programs:
-    """Compiled scoring, batch assembly and gradient, shared by methods with equal stages."""
+    """The three steps, compiled once for all methods that share a stage."""
 
     def __init__(self):
         self._score = compiled(score, 0, 1, 2)
         self._assemble = compiled(of_one_teacher, 2, 3, 4)
         self._gradients = compiled(gradient, 0, 1, 2, 3)
-        self._margin = compiled(lambda stage, *inputs: stage(*inputs), 0)
         self.states = compiled(lambda model, *x: model.response_hidden(*x), 0)
 
     def run(
@@ -110,13 +110,13 @@ class Programs:
         rollout: Rollout,
         micro_batch_size: int | None = None,
     ) -> tuple[Batch, dict[str, Any]]:
-        """Return the batch, and the loss and its gradient to the student's parameters."""
+        """Return the batch, and loss and gradient of the student's parameters."""
         stage = dataclasses.replace(method.score, micro_batch_size=micro_batch_size)
         params = models.student, models.teacher, models.base
+        if "rollout.correct" in method.score.needs:
+            rollout = dataclasses.replace(rollout, correct=graded(rollout))
         scores = self._score(stage, models.model, models.mesh, params, rollout)
-        if method.score.margin is not None:
-            scores = self._margin(method.score.margin, scores, rollout, graded(rollout))
-        batch, _ = self._assemble(rollout, scores, method.filter, method.reweight, method.aggregate)
+        batch = self._assemble(rollout, scores, method.filter, method.reweight, method.aggregate)
         return batch, self._gradients(
             method.loss, models.model, models.mesh, micro_batch_size, *params[:2], batch
         )
@@ -129,21 +129,21 @@ def score(
     params: tuple[Params, ...],
     rollout: Rollout,
 ) -> Scores:
-    """Score a rollout with student, teacher and base policy."""
-    student, teacher, base = ((model, each) for each in params)
-    return stage(student, [teacher], rollout, 1.0, mesh, base)
+    """Score a rollout by student, teacher and base policy."""
+    student, teacher, base = (Resident(model, each) for each in params)
+    return stage(ScoreInputs(rollout, student, [teacher], 1.0, mesh, base))
 
 
 def graded(rollout: Rollout) -> np.ndarray:
-    """Return made-up grades [B]: every other row is correct."""
+    """Return grades by which every other row is right."""
     return np.asarray(rollout.prompts.row % 2, np.float32)
 
 
 def of_one_teacher(
     rollout: Rollout, scores: Scores, filter: Any, reweight: Any, aggregate: Any
-) -> tuple[Batch, Array]:
-    """Assemble the batch for a single teacher; also return the kept rows or tokens."""
-    return assemble(rollout, scores, filter, reweight, aggregate, 1)
+) -> Batch:
+    """Return the batch of rows that share a teacher."""
+    return assemble(rollout, scores, filter, reweight, aggregate).batch
 
 
 def gradient(
@@ -171,7 +171,7 @@ def gradient(
 def exact_terms(
     models: Models, method: MethodConfig, batch: Batch, programs: Programs
 ) -> np.ndarray:
-    """Compute each token's term of the loss in NumPy, from the models' final hidden states."""
+    """Compute each token's part of the loss: NumPy from the models' final states on."""
     rollout = batch.rollout
     prompts, mask = rollout.prompts, np.asarray(rollout.mask)
     of_student = prompts.tokens, prompts.length

@@ -30,7 +30,7 @@ from fireopd_jax.method.reweighting import (
 )
 from fireopd_jax.method.scoring.supports import Kind
 from fireopd_jax.ops.head import HeadOptions, head_gather, head_topk
-from fireopd_jax.types import Array, Margin, Rows, Scores, TokenStats
+from fireopd_jax.types import Array, Margin, Scores, StageContext, TokenStats
 from fireopd_jax.verify import cases, expected, reference_batch
 from fireopd_jax.verify.cases import HEAD, SCALE, K, States
 from fireopd_jax.verify.objectives import describe
@@ -208,23 +208,24 @@ def of_batches() -> Iterator[Row]:
     known = {
         "tokens": rng.integers(0, 6, mask.shape).astype(np.int32),
         "sample_id": np.arange(count, dtype=np.int32),
-        "recent": recent,
         "special": (1,),
         "stop": (2,),
     }
 
     def filtered(filter, progress, scores, mask, teacher):
-        return filter(scores, Rows(mask, teacher, TEACHERS, progress=progress, **known))
+        context = StageContext(mask, teacher, TEACHERS, progress=progress, **known)
+        state = recent if jax.tree.leaves(filter.init(count)) else ()
+        return filter(scores, context, state)[0]
 
     def weighed(reweight, scores, mask, teacher, kept):
-        return reweight(scores, Rows(mask, teacher, TEACHERS, size), kept)
+        return reweight(scores, StageContext(mask, teacher, TEACHERS, size), kept)[0]
 
     stats = {name: value.astype(np.float64) for name, value in stats.items()}
     on_device = jnp.asarray(mask), jnp.asarray(teacher)
     kept = {}
     for filter, progress in FILTERS:
         ours = compiled(filtered, 0, 1)(filter, progress, scores, *on_device)
-        of_batch = known | {"teacher": teacher, "progress": progress, "gap": gap}
+        of_batch = known | {"teacher": teacher, "progress": progress, "gap": gap, "recent": recent}
         exact = expected.keep(filter, stats, mask, **of_batch)
         late = f" at {progress:g} of the updates" if progress else ""
         yield differing(f"filter {describe(filter)}{late}", ours, exact)

@@ -8,12 +8,13 @@ import pytest
 import yaml
 
 from fireopd_jax import cli
-from fireopd_jax.config import keys
-from fireopd_jax.recipe.schema import Config, as_tree, load_config
+from fireopd_jax.config import dotted
+from fireopd_jax.recipe.keys import shipped_schema
+from fireopd_jax.recipe.schema import as_tree, load_config
 from tests.cases import one_device
 
 COMMAND = "from fireopd_jax.cli import main; main()"
-HEAVY = "{'jax', 'flax', 'transformers', 'datasets', 'numpy'}"
+HEAVY = "{'jax', 'flax', 'transformers', 'datasets', 'numpy', 'orbax'}"
 
 
 def process(*arguments, code=COMMAND, **kwargs):
@@ -49,21 +50,63 @@ def test_help_imports_nothing_heavy(arguments):
 
 
 @pytest.mark.parametrize("command", ["train", "sft"])
-def test_help_lists_every_key(monkeypatch, capsys, command):
+def test_help_is_short_and_points_to_the_keys(monkeypatch, capsys, command):
     assert call(monkeypatch, command, "--help") == 0
     text = capsys.readouterr().out
-    lines = {line.strip().partition(":")[0] for line in text.splitlines()}
-    known = list(keys(Config))
-    leaves = [key for key in known if not any(k.startswith(f"{key}.") for k in known)]
-    missing = [key for key in leaves if key not in lines]
-    assert not missing
-    assert "Peak learning rate." in text
+    assert text.count("\n") < 60 and "fireopd keys" in text
+
+
+def test_keys_lists_every_key_and_those_of_models_once(monkeypatch, capsys):
+    assert call(monkeypatch, "keys") == 0
+    text = capsys.readouterr().out
+    listed = [line.strip().partition(":")[0] for line in text.splitlines()]
+    shared = {field.key[1:] for field in shipped_schema().fields() if field.key[0] == "student"}
+    for field in shipped_schema().fields():
+        own = field.key[2:] if field.key[0] == "teachers" else field.key[1:]
+        again = field.key[0] in ("teachers", "base") and own in shared
+        if field.type != "section" and len(field.key) > 1:
+            assert (dotted(field.key) in listed) != again, field.key
+    assert "Peak learning rate." in text and "teachers.NAME.eos_alias" in text
+
+
+@pytest.mark.parametrize(
+    "prefix, there, not_there",
+    [
+        ("rollout", "rollout.top_p: number", "optim."),
+        ("optim.learning_rate", "Peak learning rate.", "optim.beta1"),
+        ("method.filter", "method.filter (kind: tip):", "method.loss"),
+        ("teacher.path", "teachers.NAME.path: string | null = null", "student."),
+        ("teachers.math.sft", "teachers.NAME.sft.steps", "student."),
+        ("base", "base.path", "student."),
+    ],
+)
+def test_keys_of_one_section(monkeypatch, capsys, prefix, there, not_there):
+    assert call(monkeypatch, "keys", prefix) == 0
+    text = capsys.readouterr().out
+    assert there in text and not_there not in text
+
+
+def test_keys_of_a_section_that_is_not_there(monkeypatch, capsys):
+    assert call(monkeypatch, "keys", "rolout") == 2
+    assert "did you mean 'rollout'?" in capsys.readouterr().err
+
+
+def test_a_mistyped_key_is_answered_before_anything_heavy_is_imported():
+    code = (
+        "import sys, atexit\n"
+        f"atexit.register(lambda: print('HEAVY', sorted({HEAVY} & set(sys.modules))))\n{COMMAND}"
+    )
+    done = process("train", "configs/quickstart.yaml", "optim.learning_rte=1", code=code)
+    assert done.returncode == 2 and "'optim.learning_rate'" in done.stderr
+    assert done.stdout.rstrip().endswith("HEAVY []")
 
 
 def test_help_names_the_commands(monkeypatch, capsys):
     assert call(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in ("train", "sft", "eval", "generate", "export", "env"))
+    assert all(
+        name in text for name in ("train", "sft", "eval", "generate", "export", "keys", "env")
+    )
     assert "schema" not in text
 
 
@@ -124,18 +167,18 @@ def test_an_unknown_option_or_command_is_refused(monkeypatch, capsys):
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("fireopd_jax.recipe.schema.load_config", lambda settings: 1 / 0)
+    monkeypatch.setattr("fireopd_jax.recipe.schema.load", lambda settings: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call(monkeypatch, "train", "smoke")
 
 
 def test_an_interrupt_is_status_130(monkeypatch, capsys):
-    from fireopd_jax.training.loop import Interrupted
+    from fireopd_jax.runtime.signals import Interrupted
 
     def stop(settings):
         raise Interrupted("distil student: stopped after step 2 of 5")
 
-    monkeypatch.setattr("fireopd_jax.recipe.schema.load_config", stop)
+    monkeypatch.setattr("fireopd_jax.recipe.schema.load", stop)
     assert call(monkeypatch, "train", "smoke") == 130
     assert capsys.readouterr().err == "fireopd: distil student: stopped after step 2 of 5\n"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fireopd_jax.commands import generate as generating
-from fireopd_jax.commands.generate import Settings, generate_to_file
+from fireopd_jax.commands.generate import GenerateOptions, generate_to_file
 from fireopd_jax.config import UserError
 from fireopd_jax.models.hf_export import export_model
 from fireopd_jax.text.tokenizer import BUILTIN, load_tokenizer
@@ -37,7 +37,7 @@ def prompts(tmp_path_factory):
 
 
 def answers(folder, prompts, out, slots=8, tensor=1, logprobs=True, **settings):
-    settings = Settings(**{"max_tokens": 20, "raw": True} | settings)
+    settings = GenerateOptions(**{"max_tokens": 20, "raw": True} | settings)
     generate_to_file(
         str(folder), prompts, out, settings, slots=slots, tensor=tensor, logprobs=logprobs
     )
@@ -122,7 +122,7 @@ def test_raw_prompts_have_no_template_and_chats_are_refused_there(folder, tmp_pa
     file.write_text(
         '{"prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}'
     )
-    with pytest.raises(UserError, match=r"p\.jsonl.*--raw expects a prompt that is a text"):
+    with pytest.raises(UserError, match=r"p\.jsonl.*--raw expects a plain-text prompt"):
         answers(folder, file, tmp_path / "out.jsonl")
     file.write_text('{"prompt": ""}\n')
     with pytest.raises(UserError, match=r"the prompt is empty"):
@@ -135,7 +135,7 @@ def test_a_response_stays_within_the_models_positions(folder, tmp_path):
     (row,) = answers(folder, file, tmp_path / "out.jsonl", logprobs=False)
     assert len(row["token_ids"]) <= 5 and "logprobs" not in row
     file.write_text(json.dumps({"prompt": "x" * 80}) + "\n")
-    with pytest.raises(UserError, match=r"prompt 1 has 80 tokens, the model is made for 80"):
+    with pytest.raises(UserError, match=r"prompt 1 has 80 tokens, no room for a response"):
         answers(folder, file, tmp_path / "other.jsonl")
 
 

@@ -18,7 +18,7 @@ def make_prompts(row):
 
 
 def answer(prompts):
-    """Answer with the row's number for even rows, else with 9; row 2 is cut off."""
+    """Return as response the row index in even rows, else 9; row 2 is cut off."""
     mask = np.repeat(prompts.length[:, None] > 0, 2, axis=1)
     rollout = cases.make_rollout(mask)
     digits = np.where(prompts.row % 2 == 0, prompts.row, 9)

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fireopd_jax.method.batch import assemble, coefficients, total_loss
+from fireopd_jax.method.batch import coefficients, total_loss
 from fireopd_jax.method.filtering import KeepAll, TeacherQuantile
 from fireopd_jax.method.losses.sampled_token import SampledReverseKL
 from fireopd_jax.method.reweighting import ConfidenceConfusion, Uniform
@@ -21,7 +21,7 @@ AGGREGATES = pytest.mark.parametrize("aggregate", ["seq", "token"])
 
 def fire(rollout, scores, aggregate="seq", drop_fraction=0.3):
     stages = TeacherQuantile(drop_fraction=drop_fraction), ConfidenceConfusion()
-    return assemble(rollout, scores, *stages, aggregate, 2)
+    return cases.assembled(rollout, scores, *stages, aggregate, 2)
 
 
 def loss_and_gradient(batch, logprob):
@@ -137,8 +137,8 @@ def test_fire_without_its_parts_is_plain_distillation_bit_for_bit():
     scores, mask, teacher = cases.random_case(4)
     rollout = cases.make_rollout(mask, teacher)
     bare = TeacherQuantile(drop_fraction=0.0), ConfidenceConfusion(alpha=0.0, beta=0.0)
-    ours = assemble(rollout, scores, *bare, "seq", 2)
-    plain = assemble(rollout, scores, KeepAll(), Uniform(), "seq", 2)
+    ours = cases.assembled(rollout, scores, *bare, "seq", 2)
+    plain = cases.assembled(rollout, scores, KeepAll(), Uniform(), "seq", 2)
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -165,7 +165,9 @@ def test_a_nan_in_a_dropped_row_poisons_nothing():
 
 def test_a_nan_in_a_kept_row_shows():
     scores, mask, teacher = cases.random_case(5)
-    batch, _ = assemble(cases.make_rollout(mask, teacher), scores, KeepAll(), Uniform(), "seq", 2)
+    batch, _ = cases.assembled(
+        cases.make_rollout(mask, teacher), scores, KeepAll(), Uniform(), "seq", 2
+    )
     assert np.isnan(total_loss(jnp.full(mask.shape, jnp.nan), batch))
 
 

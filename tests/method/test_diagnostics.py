@@ -1,17 +1,16 @@
-"""What a batch says of the method, against plain NumPy."""
+"""Metrics of a batch against plain NumPy."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from fireopd_jax.method.batch import assemble
-from fireopd_jax.method.diagnostics import of_batch, of_filters
+from fireopd_jax.method.diagnostics import of_batch
 from fireopd_jax.method.filtering import AllOf, KeepAll, LengthDrop, Prefix, TeacherQuantile
 from fireopd_jax.method.reweighting import ConfidenceConfusion, Uniform
 from fireopd_jax.metrics import results
 from fireopd_jax.training.update import of_support
-from fireopd_jax.types import Overlap, Rows, Support
+from fireopd_jax.types import Overlap, StageContext, Support
 from tests import cases
 
 
@@ -21,7 +20,7 @@ def described(seed=0, drop_fraction=0.3):
     finished = mask.any(axis=1) & (np.arange(len(mask)) % 2 == 0)
     rollout = dataclasses.replace(rollout, finished=finished)
     stages = TeacherQuantile(drop_fraction=drop_fraction), ConfidenceConfusion()
-    batch, keep = assemble(rollout, scores, *stages, "seq", 2)
+    batch, keep = cases.assembled(rollout, scores, *stages, "seq", 2)
     return results(of_batch(batch, keep, 10)), batch, np.asarray(keep), mask, finished
 
 
@@ -49,14 +48,14 @@ def test_figures_equal_numpy(seed):
         "teacher_logprob": teacher[mask].mean(),
         "student_entropy": np.asarray(batch.scores.student.entropy)[mask].mean(),
         "teacher_entropy_max": np.asarray(batch.scores.teacher.entropy)[mask].max(),
-        "fire/keep_fraction": keep[valid].mean(),
-        "fire/kept_tokens": length[keep].sum(),
-        "fire/score_kept": score[keep].mean(),
-        "fire/score_dropped": score[valid & ~keep].mean(),
-        "fire/dropped_clipped_ratio": (~finished)[valid & ~keep].mean(),
-        "fire/token_weight_mean": weight.mean(),
-        "fire/token_weight_max": weight.max(),
-        "fire/token_weight_square": (weight**2).mean(),
+        "method/keep_fraction": keep[valid].mean(),
+        "method/kept_tokens": length[keep].sum(),
+        "method/score_kept": score[keep].mean(),
+        "method/score_dropped": score[valid & ~keep].mean(),
+        "method/dropped_clipped_ratio": (~finished)[valid & ~keep].mean(),
+        "method/token_weight_mean": weight.mean(),
+        "method/token_weight_max": weight.max(),
+        "method/token_weight_square": (weight**2).mean(),
         "sampler/logprob_gap": np.abs(student[mask]).mean(),
         "completions/eos_rate": finished[valid].mean(),
         "completions/empty_rate": (~valid).mean(),
@@ -66,7 +65,7 @@ def test_figures_equal_numpy(seed):
         "distill/advantage_square": (gap**2).mean(),
         "distill/advantage_max": (-gap).max(),
         "distill/advantage_top_share": np.abs(gap).max() / np.abs(gap).sum(),
-        "fire/token_keep_fraction": length[keep].sum() / length.sum(),
+        "method/token_keep_fraction": length[keep].sum() / length.sum(),
     }
     # A room of 10 in quarters: tokens 0 to 2, 3 and 4, 5 to 7, 8 and 9.
     for part, inside in {1: slice(0, 3), 2: slice(3, 5), 3: slice(5, 8)}.items():
@@ -80,12 +79,12 @@ def test_figures_equal_numpy(seed):
 
 def test_the_kept_are_liked_better_than_the_dropped():
     values, *_ = described()
-    assert values["fire/score_kept"] > values["fire/score_dropped"]
+    assert values["method/score_kept"] > values["method/score_dropped"]
 
 
 def test_what_does_not_exist_is_nan_or_none_and_the_rest_is_finite():
     values, *_ = described(drop_fraction=0.0)
-    absent = {"fire/score_dropped", "fire/dropped_clipped_ratio"}
+    absent = {"method/score_dropped", "method/dropped_clipped_ratio"}
     # Responses of up to 6 tokens have none in the last quarter of a room of 10.
     absent |= {name for name in values if name.endswith("quarter_4")}
     assert len(absent) == 6
@@ -95,7 +94,7 @@ def test_what_does_not_exist_is_nan_or_none_and_the_rest_is_finite():
 
 
 def test_support_and_overlap_ignore_padding():
-    """What stands behind the mask is junk, and must not count."""
+    """Values outside the mask are junk and must not change the metrics."""
     scores, mask, teacher = cases.random_case(2)
     rng = np.random.default_rng(0)
     junk = np.where(mask, 0, np.nan).astype(np.float32)
@@ -109,7 +108,7 @@ def test_support_and_overlap_ignore_padding():
     rollout = cases.make_rollout(mask, teacher)
     tokens = np.where(np.arange(mask.shape[1]) % 2 == 0, 0, 7) * np.ones_like(rollout.tokens)
     rollout = dataclasses.replace(rollout, tokens=tokens.astype(np.int32))
-    batch, keep = assemble(rollout, scores, KeepAll(), Uniform(), "seq", 2)
+    batch, keep = cases.assembled(rollout, scores, KeepAll(), Uniform(), "seq", 2)
     values = results(of_batch(batch, keep, 10))
     for name, part in {
         "overlap_ratio": "ratio",
@@ -130,7 +129,7 @@ def test_mistakes_are_not_foreign_but_what_is_unlikely_everywhere_is():
     gap[:3, 2] = 20.0  # 7: three times of eight
     scores = cases.make_scores(0 * gap, -gap, gap, gap)
     rollout = dataclasses.replace(cases.make_rollout(mask), tokens=tokens)
-    batch, keep = assemble(rollout, scores, KeepAll(), Uniform(), "seq", 1)
+    batch, keep = cases.assembled(rollout, scores, KeepAll(), Uniform(), "seq", 1)
     values = results(of_batch(batch, keep, 4))
     assert values["distill/log_ratio_above_10"] == pytest.approx(11 / 32)
     assert values["distill/foreign_fraction"] == pytest.approx(1 / 4)
@@ -138,15 +137,15 @@ def test_mistakes_are_not_foreign_but_what_is_unlikely_everywhere_is():
 
 def test_each_of_several_filters_tells_what_it_keeps_of_what_reaches_it():
     scores, mask, teacher = cases.random_case(0)
-    rows = Rows(mask, teacher, 2)
+    rows = StageContext(mask, teacher, 2)
     filters = LengthDrop(drop_fraction=0.3), Prefix(window=2, least=0.0), LengthDrop()
-    left = [AllOf(filters=filters[: n + 1])(scores, rows) for n in range(3)]
+    left = [AllOf(filters=filters[: n + 1])(scores, rows)[0] for n in range(3)]
     counts = [int(x.sum()) for x in (mask, *left)]
     assert counts[0] > counts[1] > counts[2] > counts[3] > 0
-    assert results(of_filters(AllOf(filters=filters), scores, rows)) == {
-        "fire/keep_fraction_by_length_drop": pytest.approx(counts[1] / counts[0]),
-        "fire/keep_fraction_by_prefix": pytest.approx(counts[2] / counts[1]),
-        "fire/keep_fraction_by_length_drop_2": pytest.approx(counts[3] / counts[2]),
+    assert results(AllOf(filters=filters).metrics(scores, rows, ())) == {
+        "method/keep_fraction_by_length_drop": pytest.approx(counts[1] / counts[0]),
+        "method/keep_fraction_by_prefix": pytest.approx(counts[2] / counts[1]),
+        "method/keep_fraction_by_length_drop_2": pytest.approx(counts[3] / counts[2]),
     }
 
 
@@ -163,7 +162,7 @@ def test_divergences_on_the_support_have_one_bucket_of_the_rest_and_stay_below_t
     support = Support(ids, at_ids(log_q))
     scores = dataclasses.replace(scores, support=support)
     rollout = cases.make_rollout(mask, teacher)
-    batch, _ = assemble(rollout, scores, KeepAll(), Uniform(), "seq", 2)
+    batch, _ = cases.assembled(rollout, scores, KeepAll(), Uniform(), "seq", 2)
     student = dataclasses.replace(scores.student, support=at_ids(log_p))
     found = results(of_support(student, batch, mask))
 

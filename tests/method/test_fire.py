@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fireopd_jax.method.batch import assemble, total_loss
+from fireopd_jax.method.batch import total_loss
 from fireopd_jax.method.filtering import KeepAll, TeacherQuantile
 from fireopd_jax.method.fire import fire_weights
 from fireopd_jax.method.losses.sampled_token import SampledReverseKL
@@ -50,7 +50,7 @@ def float32(*arrays):
 
 def loss_of(filter, reweight, aggregate):
     scores = cases.make_scores(STUDENT, TEACHER, H_STUDENT, H_TEACHER)
-    batch, keep = assemble(cases.make_rollout(MASK), scores, filter, reweight, aggregate, 1)
+    batch, keep = cases.assembled(cases.make_rollout(MASK), scores, filter, reweight, aggregate, 1)
     return batch, keep, float(total_loss(SampledReverseKL()(scores.student, batch), batch))
 
 

@@ -15,7 +15,7 @@ from fireopd_jax.method.reweighting import (
     Uniform,
 )
 from fireopd_jax.ops.head import head_topk
-from fireopd_jax.types import Rows
+from fireopd_jax.types import StageContext
 from fireopd_jax.verify import reference_batch as oracle
 from tests import cases
 
@@ -30,7 +30,7 @@ def test_equals_oracle(seed, alpha, beta, scope):
     scores, mask, teacher = cases.random_case(seed, rows=9, num_teachers=3)
     keep = np.arange(9) % 3 != 0
     stage = ConfidenceConfusion(alpha=alpha, beta=beta, max_scope=scope)
-    ours = stage(scores, Rows(mask, teacher, 3, VOCABULARY), keep)
+    ours = stage.weight(scores, StageContext(mask, teacher, 3, VOCABULARY), keep)
     entropies = scores.teacher.entropy, scores.student.entropy
     expected = oracle.weights(*entropies, mask, keep, alpha, beta, scope, teacher, VOCABULARY)
     np.testing.assert_allclose(ours, expected, rtol=2e-6)
@@ -41,7 +41,7 @@ def test_equals_oracle(seed, alpha, beta, scope):
 def test_mean_is_one_on_every_trajectory_and_zero_is_masked(scope):
     scores, mask, teacher = cases.random_case(5)
     stage = ConfidenceConfusion(max_scope=scope)
-    weight = stage(scores, Rows(mask, teacher, 2, VOCABULARY), np.zeros(7, bool))
+    weight = stage.weight(scores, StageContext(mask, teacher, 2, VOCABULARY), np.zeros(7, bool))
     filled = mask.any(axis=1)
     mean = np.sum(weight, axis=1)[filled] / mask.sum(axis=1)[filled]
     np.testing.assert_allclose(mean, 1.0, rtol=1e-6)
@@ -54,7 +54,9 @@ def test_the_largest_entropy_in_a_dropped_row():
     mask, keep, teacher = np.ones((2, 2), bool), np.array([True, False]), np.zeros(2, np.int32)
     by_scope = {
         scope: np.asarray(
-            ConfidenceConfusion(max_scope=scope)(scores, Rows(mask, teacher, 1), keep)
+            ConfidenceConfusion(max_scope=scope).weight(
+                scores, StageContext(mask, teacher, 1), keep
+            )
         )
         for scope in ("batch", "kept", "row")
     }
@@ -71,8 +73,10 @@ def test_no_strength_is_exactly_uniform(scope):
     scores, mask, teacher = cases.random_case(6, tokens=13)
     keep = mask.any(axis=1)
     stage = ConfidenceConfusion(alpha=0, beta=0, max_scope=scope)
-    ours = stage(scores, Rows(mask, teacher, 2, VOCABULARY), keep)
-    np.testing.assert_array_equal(ours, Uniform()(scores, Rows(mask, teacher, 2), keep))
+    ours = stage.weight(scores, StageContext(mask, teacher, 2, VOCABULARY), keep)
+    np.testing.assert_array_equal(
+        ours, Uniform().weight(scores, StageContext(mask, teacher, 2), keep)
+    )
     np.testing.assert_array_equal(ours, mask.astype(np.float32))
 
 
@@ -83,7 +87,7 @@ def test_certain_models_divide_by_no_zero(scope):
     mask = np.array([[True, True, False], [False, False, False]])
     nobody, teacher = np.zeros(2, bool), np.zeros(2, np.int32)
     stage = ConfidenceConfusion(max_scope=scope)
-    weight = stage(scores, Rows(mask, teacher, 1, VOCABULARY), nobody)
+    weight = stage.weight(scores, StageContext(mask, teacher, 1, VOCABULARY), nobody)
     np.testing.assert_array_equal(weight, mask.astype(np.float32))
 
 
@@ -95,13 +99,15 @@ def test_a_broken_row_does_not_reach_the_others(scope):
     empty[0] = False
     keep = np.ones(7, bool)
     stage = ConfidenceConfusion(max_scope=scope)
-    ours = stage(broken, Rows(mask, teacher, 2), keep)
-    np.testing.assert_array_equal(ours[1:], stage(scores, Rows(empty, teacher, 2), keep)[1:])
+    ours = stage.weight(broken, StageContext(mask, teacher, 2), keep)
+    np.testing.assert_array_equal(
+        ours[1:], stage.weight(scores, StageContext(empty, teacher, 2), keep)[1:]
+    )
     assert np.isnan(ours[0]).all()
 
 
 def called(stage, scores, mask, keep, teacher):
-    return stage(scores, Rows(mask, teacher, 2, VOCABULARY), keep)
+    return stage.weight(scores, StageContext(mask, teacher, 2, VOCABULARY), keep)
 
 
 @SCOPES
@@ -109,7 +115,7 @@ def test_row_order_padding_and_devices_do_not_matter(scope):
     scores, mask, teacher = cases.random_case(8, rows=8)
     keep = np.arange(8) != 2
     stage = ConfidenceConfusion(max_scope=scope)
-    weight = np.asarray(stage(scores, Rows(mask, teacher, 2, VOCABULARY), keep))
+    weight = np.asarray(stage.weight(scores, StageContext(mask, teacher, 2, VOCABULARY), keep))
     order = np.random.default_rng(1).permutation(8)
     shuffled = jax.tree.map(lambda x: x[order], (scores, mask, keep, teacher))
     np.testing.assert_allclose(called(stage, *shuffled), weight[order], rtol=1e-6)
@@ -127,7 +133,9 @@ def test_prefix_keep_limits_the_kept_maximum():
     scores = cases.make_scores(-entropy, -entropy, entropy, entropy)
     mask, teacher = np.ones((1, 3), bool), np.zeros(1, np.int32)
     prefix = np.array([[True, True, False]])
-    ours = ConfidenceConfusion(max_scope="kept")(scores, Rows(mask, teacher, 1), prefix)
+    ours = ConfidenceConfusion(max_scope="kept").weight(
+        scores, StageContext(mask, teacher, 1), prefix
+    )
     # Maximum 1: the last token is clamped to c^T = 0, c^S = 1, hence equal to the first.
     raw = np.array([[2.0, 2.25, 2.0]])
     np.testing.assert_allclose(ours, raw / raw.mean(), rtol=1e-6)
@@ -139,7 +147,9 @@ def test_no_gradient_passes():
     keep = mask.any(axis=1)
 
     def total(scores):
-        return (ConfidenceConfusion()(scores, Rows(mask, teacher, 2), keep) ** 2).sum()
+        return (
+            ConfidenceConfusion().weight(scores, StageContext(mask, teacher, 2), keep) ** 2
+        ).sum()
 
     assert not any(np.any(g) for g in jax.tree.leaves(jax.grad(total)(scores)))
 
@@ -152,8 +162,8 @@ def test_negative_strength_is_refused():
 def test_the_bound_of_the_vocabulary_needs_its_size():
     scores, mask, teacher = cases.random_case(3)
     with pytest.raises(ValueError, match="'vocabulary' needs vocab_size"):
-        ConfidenceConfusion(max_scope="vocabulary")(
-            scores, Rows(mask, teacher, 2), np.ones(7, bool)
+        ConfidenceConfusion(max_scope="vocabulary").weight(
+            scores, StageContext(mask, teacher, 2), np.ones(7, bool)
         )
 
 
@@ -177,7 +187,7 @@ def test_the_weight_of_the_head_is_that_of_the_vocabulary_scope():
 def test_progressive_weights_fall_as_the_disagreement_is_met(gamma):
     scores, mask, teacher = cases.random_case(0)
     gap = np.abs(np.asarray(scores.teacher.logprob) - np.asarray(scores.student.logprob))
-    ours = Progressive(gamma=gamma)(scores, Rows(mask, teacher, 2), mask.any(axis=1))
+    ours = Progressive(gamma=gamma).weight(scores, StageContext(mask, teacher, 2), mask.any(axis=1))
     for i, t in np.ndindex(mask.shape):
         expected = 0.0
         if mask[i, t]:
@@ -190,7 +200,9 @@ def test_progressive_weights_fall_as_the_disagreement_is_met(gamma):
 def test_progressive_weights_without_disagreement():
     mask = np.ones((1, 3), bool)
     scores = cases.make_scores(*[np.full((1, 3), -1.0)] * 4)
-    ours = Progressive()(scores, Rows(mask, np.zeros(1, np.int32), 1), mask.any(axis=1))
+    ours = Progressive().weight(
+        scores, StageContext(mask, np.zeros(1, np.int32), 1), mask.any(axis=1)
+    )
     np.testing.assert_array_equal(ours, np.full((1, 3), 2.0))
 
 
@@ -198,8 +210,8 @@ def test_progressive_weights_without_disagreement():
 def test_a_quantile_in_place_of_the_maximum(scope):
     scores, mask, teacher = cases.random_case(11, rows=8, tokens=20)
     keep = np.arange(8) % 3 != 0
-    got = ConfidenceConfusion(max_scope=scope, max_quantile=0.8)(
-        scores, Rows(mask, teacher, 2), keep
+    got = ConfidenceConfusion(max_scope=scope, max_quantile=0.8).weight(
+        scores, StageContext(mask, teacher, 2), keep
     )
     for i in np.flatnonzero(mask.any(axis=1)):
         chosen = {
@@ -220,13 +232,13 @@ def test_a_quantile_in_place_of_the_maximum(scope):
 
 def test_soft_trajectories_weigh_rows_by_likelihood():
     scores, mask, teacher = cases.random_case(12)
-    rows, keep = Rows(mask, teacher, 2), mask.any(axis=1)
-    got = SoftTrajectories(temperature=0.7)(scores, rows, keep)
+    rows, keep = StageContext(mask, teacher, 2), mask.any(axis=1)
+    got = SoftTrajectories(temperature=0.7).weight(scores, rows, keep)
     mean = np.array([scores.teacher.logprob[i][m].mean() if m.any() else -np.inf
                      for i, m in enumerate(mask)])  # fmt: skip
     share = np.exp(mean / 0.7)
     share *= keep.sum() / share.sum()
     np.testing.assert_allclose(got, np.where(mask, share[:, None], 0.0), rtol=1e-5)
     inner = ConfidenceConfusion()
-    both = SoftTrajectories(temperature=0.7, tokens=inner)(scores, rows, keep)
-    np.testing.assert_allclose(both, got * inner(scores, rows, keep), rtol=1e-5)
+    both = SoftTrajectories(temperature=0.7, tokens=inner).weight(scores, rows, keep)
+    np.testing.assert_allclose(both, got * inner.weight(scores, rows, keep), rtol=1e-5)

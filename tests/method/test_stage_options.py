@@ -1,4 +1,4 @@
-"""Every option of every variant of a stage changes what the stage gives: none is decoration."""
+"""Every option of every variant of a stage changes the output of the stage."""
 
 import dataclasses
 
@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fireopd_jax.config import members
 from fireopd_jax.method.batch import coefficients
 from fireopd_jax.method.filtering import (
     AllOf,
@@ -34,12 +33,13 @@ from fireopd_jax.ops.formulas import (
     SkewedReverseKL,
 )
 from fireopd_jax.recipe.schema import MethodConfig
-from fireopd_jax.types import Batch, Margin, Rows, Scores, Support, TokenStats
+from fireopd_jax.types import Batch, Margin, Scores, StageContext, Support, TokenStats
 from tests import cases
+from tests.recipe.annotations import members
 
 
 def of_loss(loss):
-    """Value and gradient of a batch in which every part has something to say."""
+    """Value and gradient of a batch in which every option has an effect."""
     rng = np.random.default_rng(0)
     shape = (3, 5)
     mask = np.arange(5)[None] < np.array([5, 3, 4])[:, None]
@@ -83,18 +83,20 @@ def of_filter(progress):
         margin = Margin(np.zeros(9, np.float32), np.full(9, 5.0, np.float32))
         kl = rng.exponential(1.0, mask.shape).astype(np.float32)
         scores = dataclasses.replace(scores, margin=margin, reverse_kl=kl)
-        rows = Rows(
+        context = StageContext(
             mask,
             teacher,
             2,
             tokens=rng.integers(0, 3, mask.shape).astype(np.int32),
             sample_id=np.arange(9, dtype=np.int32),
             progress=progress,
-            recent=np.float32([-1, 0]) * rng.exponential(0.3, (2, 9, 1)).astype(np.float32),
             special=(),
             stop=(2,),
         )
-        return [np.broadcast_to(np.asarray(stage(scores, rows)).T, mask.T.shape)]
+        recent = np.float32([-1, 0]) * rng.exponential(0.3, (2, 9, 1)).astype(np.float32)
+        state = recent if jax.tree.leaves(stage.init(9)) else ()
+        keep, _ = stage(scores, context, state)
+        return [np.broadcast_to(np.asarray(keep).T, mask.T.shape)]
 
     return run
 
@@ -105,12 +107,13 @@ def of_outcome(stage):
     group = np.zeros(len(mask), np.int32)
     prompts = dataclasses.replace(rollout.prompts, group=group)
     correct = (np.arange(len(mask)) % 2).astype(np.float32)
-    return [stage(scores, dataclasses.replace(rollout, prompts=prompts), correct).margin.shift]
+    rollout = dataclasses.replace(rollout, prompts=prompts, correct=correct)
+    return [stage(scores, rollout).margin.shift]
 
 
 def of_weight(stage):
     scores, mask, teacher = cases.random_case(0)
-    return [stage(scores, Rows(mask, teacher, 2), mask.any(axis=1))]
+    return [stage.weight(scores, StageContext(mask, teacher, 2), mask.any(axis=1))]
 
 
 CHANGES = [

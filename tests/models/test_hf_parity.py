@@ -1,4 +1,4 @@
-"""Tiny random models of `transformers`, written by it and read by us, give the same logits."""
+"""Tiny random models saved by `transformers` and loaded here give the same logits."""
 
 import functools
 import json

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from fireopd_jax.config import UserError
-from fireopd_jax.method.batch import assemble
 from fireopd_jax.method.filtering import KeepAll
 from fireopd_jax.method.losses.sampled_token import SampledReverseKL
 from fireopd_jax.method.reweighting import Uniform
@@ -17,8 +16,11 @@ from fireopd_jax.models.architecture import MoEConfig
 from fireopd_jax.models.lora import TARGETS, LoraConfig
 from fireopd_jax.recipe.optim import OptimConfig
 from fireopd_jax.recipe.schema import load_config
-from fireopd_jax.training.update import gradients, init_state, make_optimizer, make_update
+from fireopd_jax.training.optimizer import make_optimizer
+from fireopd_jax.training.state import init_state
+from fireopd_jax.training.update import gradients, make_update
 from fireopd_jax.types import Scores, TokenStats
+from tests import cases
 from tests.cases import make_prompts, make_rollout, random_params, response_stats, tiny_model
 
 ROWS, P, T = 4, 3, 5
@@ -57,7 +59,7 @@ def make_batch():
         prompts=make_prompts([3, 1, 2, 3], P),
         tokens=rng.integers(0, 32, mask.shape).astype(np.int32),
     )
-    return assemble(rollout, Scores(*stats), KeepAll(), Uniform(), "seq", 1)[0]
+    return cases.assembled(rollout, Scores(*stats), KeepAll(), Uniform(), "seq", 1)[0]
 
 
 BATCH = make_batch()

@@ -34,7 +34,7 @@ def theirs(torch, architecture):
 
 
 def ours(weights, tied):
-    """Return its weights as our parameters: kernels transposed, layers stacked."""
+    """Return Hugging Face weights as our parameters: kernels transposed, layers stacked."""
 
     def stack(name):
         return np.stack([weights[f"model.layers.{i}.{name}.weight"] for i in range(LAYERS)])

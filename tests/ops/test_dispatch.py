@@ -1,4 +1,4 @@
-"""Which implementation a program gets, and that a kernel behind the public API is one of them."""
+"""The choice of the head implementation, and a kernel called through the public API."""
 
 import types
 

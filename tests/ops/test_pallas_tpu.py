@@ -179,7 +179,7 @@ def test_equal_logits_come_lowest_id_first(levels, k):
 @pytest.mark.parametrize("k", [K, 40])
 @pytest.mark.parametrize("last", [128, 600])
 def test_a_block_of_equals_larger_than_the_list(last, k):
-    """The list ends among equals of one tile, which share bins, and of several."""
+    """The top-K ends within ties of one tile, which share bins, and of several tiles."""
     hidden, head, ids = whole()
     hidden = jnp.abs(hidden).at[:, 0].set(1)
     for seed in range(3):
@@ -197,7 +197,7 @@ def test_all_columns_equal_but_one(k):
 
 @pytest.mark.parametrize("k", [K, 40])
 def test_rising_logits(k):
-    """Every tile fills the list anew, in many bins two of the K best."""
+    """Every tile replaces the whole top-K, with two of the K largest in many bins."""
     _, head, ids = whole(width=1)
     head = jnp.arange(VOCABULARY, dtype=jnp.float32)[:, None] / 64
     check(jnp.ones((TOKENS, 1)), head, ids, make_settings(k=k))
@@ -301,7 +301,7 @@ def test_lowers_for_a_tpu_without_logits(k, support, kernel):
 
 
 def test_traces_under_shards_for_any_platform():
-    """The program takes the kernel for a TPU and the chunks for a CPU, whatever machine this is."""
+    """The kernel is lowered for a TPU and `chunked` for a CPU, on any machine."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     config = make_settings(600, 4, interpret=False, blocks=None)
     hidden, head, ids = normal(64)

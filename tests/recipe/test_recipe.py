@@ -1,29 +1,29 @@
-"""What is shipped loads; what does not fit together is refused, with the key."""
+"""Shipped configurations load; conflicts between sections are refused, naming the key."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import TypeAdapter
 
-from fireopd_jax.config import SHIPPED, UserError, keys, members
-from fireopd_jax.evaluation.evaluator import EvalConfig
+from fireopd_jax.commands.schema import text
+from fireopd_jax.config import UserError
 from fireopd_jax.method.filtering import KeepAll
 from fireopd_jax.method.scoring import SampledToken, WholeVocabulary
 from fireopd_jax.method.scoring.outcomes import OutcomeMargin
 from fireopd_jax.models.hf_names import hf_shapes
+from fireopd_jax.recipe.layers import SHIPPED
+from fireopd_jax.recipe.models import TeacherConfig
 from fireopd_jax.recipe.schema import (
-    ALIASES,
     Config,
     MethodConfig,
-    TeacherConfig,
     as_tree,
+    load,
     load_config,
     with_method,
 )
+from tests.recipe.annotations import members
 
 CONFIGS = next(folder for folder in SHIPPED if folder.is_dir())
 WHOLE = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
@@ -135,7 +135,10 @@ def test_the_paper_is_the_default():
         ([TEACHER, "rollout.batch_size=16", "method.filter.drop_fraction=0.05"], "drops none"),
         ([TEACHER, "method.filter.drop_fraction=1"], "method.filter.drop_fraction=1"),
         ([TEACHER, "run.steps=5", "optim.warmup_steps=5"], "optim.warmup_steps=5"),
-        ([TEACHER, "student.sft.steps=5", "student.sft.optim.warmup_steps=5"], "only 5 updates"),
+        (
+            [TEACHER, "student.sft.steps=5", "student.sft.optim.warmup_steps=5"],
+            "fewer than 5 updates",
+        ),
         ([TEACHER, "optim.beta2=1"], "optim.beta2"),
         ([TEACHER, "optim.learning_rate=.inf"], "optim.learning_rate"),
         ([TEACHER, "rollout.temperature=.inf"], "rollout.temperature"),
@@ -150,11 +153,11 @@ def test_the_paper_is_the_default():
         ([TEACHER, "method/local_support", "method.score.k=0"], "method.score.k"),
         ([TEACHER, "method/local_support", "method.score.k=129"], "method.score.k"),
         ([TEACHER, "method/gkd", "method.loss.divergence.beta=1.5"], "divergence.beta"),
-        ([TEACHER, "method/minillm", "rollout.top_p=0.9"], "draws of the student itself"),
-        ([TEACHER, "method/eopd", "rollout.top_k=4"], "draws of the student itself"),
+        ([TEACHER, "method/minillm", "rollout.top_p=0.9"], "student's whole distribution"),
+        ([TEACHER, "method/eopd", "rollout.top_k=4"], "student's whole distribution"),
         (
             [TEACHER, "method/local_support", "method.loss.head=tail_sample", "rollout.top_p=.9"],
-            "draws of the student itself",
+            "student's whole distribution",
         ),
         (
             [
@@ -166,7 +169,7 @@ def test_the_paper_is_the_default():
             "head=tail_sample",
         ),
         ([*TWO, "data.teacher_column=domain", "method/gkd"], "one teacher's head"),
-        ([TEACHER, "method.score.kind=whole_vocabulary"], "nor loss reads"),
+        ([TEACHER, "method.score.kind=whole_vocabulary"], "nor loss uses"),
         (
             [TEACHER, "method/opd", "method.loss.kind=sampled_square", "rollout.top_p=.9"],
             "importance_cap",
@@ -175,7 +178,7 @@ def test_the_paper_is_the_default():
         ([TEACHER, "method/uni_opd"], "expected rollout.group_size of 2 or more"),
         ([TEACHER, "method.score.margin={}", "rollout.group_size=4"], "method.loss.margin=true"),
         ([TEACHER, "method.loss.margin=true"], "needs margin"),
-        ([TEACHER, "rollout.on_policy_fraction=0.5"], "takes every response for the student's own"),
+        ([TEACHER, "rollout.on_policy_fraction=0.5"], "every response is sampled from the student"),
         (
             [TEACHER, "method/minillm", "rollout.on_policy_fraction=0.5"],
             "rollout.on_policy_fraction",
@@ -190,11 +193,14 @@ def test_the_paper_is_the_default():
         (
             [
                 TEACHER,
-                "method.filter={kind: all_of, filters: [{kind: teacher_quantile, window: 1},"
-                " {kind: teacher_quantile, window: 2, score: student_relative}]}",
+                "rollout.batch_size=2",
+                "method.filter={kind: all_of, filters: [{kind: keep_all},"
+                " {kind: teacher_quantile, window: 1}]}",
             ],
-            "two rank by earlier batches",
+            "method.filter.filters.1.drop_fraction=0.2 of 4 rows drops none",
         ),
+        ([TEACHER, "run.compare=[student]"], "reserved for a model of the run"),
+        (["teachers={'': {}}"], "a name is empty"),
     ],
 )
 def test_sections_that_do_not_fit_together(arguments, named):
@@ -209,65 +215,55 @@ def test_what_fits_together():
     assert (config.rollout.batch_size, config.rollout.group_size) == (6, 3)
 
 
-@pytest.mark.parametrize(
-    "arguments, key",
-    [
-        (["method.loss.clip=0.3"], "method.loss.clip"),
-        (["method.filter.scope=teacher"], "method.filter.scope"),
-        (["method.reweight.max_scope=teacher"], "method.reweight.max_scope"),
-        (["student.sft.teacher_rows=5"], "student.sft.teacher_rows"),
-        (["student.path=x", "student.tokenizer=y"], "student.tokenizer"),
-        (["student.path=x", "student.architecture.dtype=bfloat16"], "student.architecture.dtype"),
-        (["optim.final_fraction=0.5"], "optim.final_fraction"),
-        (["optim.schedule=constant", "optim.final_fraction=0.5"], "optim.final_fraction"),
-        (["student.sft.optim.final_fraction=0.5"], "student.sft.optim.final_fraction"),
-        (["teacher.sft.optim.final_fraction=0.5"], "teachers.default.sft.optim.final_fraction"),
-        (["eval.every_problems=3"], "eval.every_problems"),
-        (["eval.problems=0", "eval.samples=3"], "eval.samples"),
-        (["run.name=x", "run.dir=y"], "run.name"),
-        (["run.resume=never"], "run.resume"),
-        (["run.keep_best=3"], "run.keep_best"),
-        (["data.reference_column=x"], "data.reference_column"),
-        (["eval.temperature=0", "eval.top_p=0.5"], "eval.top_p"),
-        (
-            ["method.reweight.alpha=0", "method.reweight.beta=0", "method.reweight.max_scope=row"],
-            "method.reweight.max_scope",
-        ),
-        (["eval.problems=0", "eval.every=3"], "eval.every"),
-        (["optim.master=false"], "optim.master"),
-        (["method.score.base=true"], "method.score.base"),
-        (["base.path=x"], "base.path"),
-        (["method.reweight.max_scope=vocabulary", "method.reweight.max_quantile=0.9"],
-         "method.reweight.max_quantile"),
-        (["method.loss.floor=1", "method.loss.ceiling=0"], "method.loss.floor"),
-        (["student.lora.rank=2", "student.path=x", "optim.master=false"], "optim.master"),
-        (["student.path=x", "student.param_dtype=float32", "student.sft.optim.master=false"],
-         "student.sft.optim.master"),
-    ],
-)  # fmt: skip
-def test_keys_without_effect_are_refused(arguments, key):
-    message = refusal([TEACHER, *arguments])
-    assert message.startswith(f"command line: {key} has no effect ")
+IDLE = [
+    (["student.sft.teacher_rows=5"], "student.sft.teacher_rows"),
+    (["student.path=x", "student.tokenizer=y"], "student.tokenizer"),
+    (["student.path=x", "student.architecture.dtype=bfloat16"], "student.architecture.dtype"),
+    (["teacher.dtype=bfloat16"], "teachers.default.dtype"),
+    (["optim.final_fraction=0.5"], "optim.final_fraction"),
+    (["optim.schedule=constant", "optim.final_fraction=0.5"], "optim.final_fraction"),
+    (["student.sft.optim.final_fraction=0.5"], "student.sft.optim.final_fraction"),
+    (["teacher.sft.optim.final_fraction=0.5"], "teachers.default.sft.optim.final_fraction"),
+    (["eval.every_problems=3"], "eval.every_problems"),
+    (["eval.problems=0", "eval.samples=3"], "eval.samples"),
+    (["eval.problems=0", "eval.every=3"], "eval.every"),
+    (["run.name=x", "run.dir=y"], "run.name"),
+    (["run.resume=never"], "run.resume"),
+    (["eval.temperature=0", "eval.top_p=0.5"], "eval.top_p"),
+    (
+        ["method.reweight.alpha=0", "method.reweight.beta=0", "method.reweight.max_scope=row"],
+        "method.reweight.max_scope",
+    ),
+    (["method.reweight.max_scope=vocabulary", "method.reweight.max_quantile=0.9"],
+     "method.reweight.max_quantile"),
+    (["method.loss.floor=1", "method.loss.ceiling=0"], "method.loss.floor"),
+]  # fmt: skip
 
 
-def test_the_same_keys_have_effect_elsewhere():
-    config = load_config([TEACHER, "base.path=x", "run.compare=[exopd]"])
-    assert config.base is not None
-    config = load_config([TEACHER, "method.loss.clip=0.3", "run.updates_per_rollout=2"])
-    assert config.method.loss.clip == 0.3
-    config = load_config([*TWO, "data.teacher_column=domain", "method.filter.scope=teacher"])
-    assert config.method.filter.scope == "teacher"
-    config = load_config([TEACHER, "student.sft.teacher_rows=5", "student.sft.source=teacher"])
-    assert config.student.sft.teacher_rows == 5
-    config = load_config([TEACHER, "optim.final_fraction=0.5", "optim.schedule=linear"])
-    assert config.optim.final_fraction == 0.5
-    config = load_config([TEACHER, "eval.every_problems=3", "eval.every=2"])
-    assert config.eval.every_problems == 3
-    half = "student.architecture.param_dtype=bfloat16"
-    assert not load_config([TEACHER, half, "optim.master=false"]).optim.master
-    assert not load_config([TEACHER, "student.path=x", "optim.master=false"]).optim.master
-    answering = [TEACHER, "student.sft.source=teacher", "eval.problems=0", "eval.batch_size=8"]
-    assert load_config(answering).eval.batch_size == 8
+@pytest.mark.parametrize("arguments, key", IDLE)
+def test_a_key_without_effect_is_a_warning_of_its_section(arguments, key):
+    warnings = [note for note in load([TEACHER, *arguments]).notes if note.startswith("warning")]
+    (warning,) = [each for each in warnings if f" {key} has no effect " in each]
+    assert warning.startswith("warning: command line: ")
+
+
+def test_keys_that_have_effect_or_are_not_the_users_are_not_warned_of(tmp_path):
+    for arguments in (
+        ["method.loss.clip=0.3", "run.updates_per_rollout=2"],
+        ["student.sft.teacher_rows=5", "student.sft.source=teacher"],
+        ["optim.final_fraction=0.5", "optim.schedule=linear"],
+        ["eval.every_problems=3", "eval.every=2"],
+        ["student.path=x", "student.dtype=bfloat16"],
+        ["run.dir=x", "run.resume=never"],
+        ["student.sft.source=teacher", "eval.problems=0", "eval.batch_size=8"],
+        ["optim.final_fraction=0.1"],
+    ):
+        assert not [n for n in load([TEACHER, *arguments]).notes if n.startswith("warning")]
+    # The resolved configuration of a run names every key, idle ones too.
+    file = tmp_path / "config.yaml"
+    for name in [*WHOLE, *FOLDERS]:
+        file.write_text(yaml.safe_dump(as_tree(load_config([name]))))
+        assert not [n for n in load([str(file)]).notes if n.startswith("warning")], name
 
 
 def test_a_later_layer_may_turn_off_what_a_file_has_set(tmp_path):
@@ -276,22 +272,36 @@ def test_a_later_layer_may_turn_off_what_a_file_has_set(tmp_path):
         "teacher: {}\neval: {samples: 3, every: 2, every_problems: 7}\n"
         "optim: {schedule: cosine, final_fraction: 0.5}\n"
     )
-    config = load_config([str(file), "eval.problems=0", "optim.schedule=constant"])
-    assert (config.eval.samples, config.eval.every, config.optim.final_fraction) == (8, 0, 0.1)
-    file.write_text(yaml.safe_dump(as_tree(config)))
-    assert load_config([str(file)]) == config
-    # Not the other way round, and not within one layer.
-    other = tmp_path / "b.yaml"
-    other.write_text("teacher: {}\neval:\n  problems: 0\n")
-    assert "eval.samples" in refusal([str(other), "eval.samples=3"])
-    other.write_text("teacher: {}\neval:\n  problems: 0\n  samples: 3\n")
-    assert refusal([str(other)]).startswith(f"{other}:4: eval.samples")
+    loaded = load([str(file), "eval.problems=0", "optim.schedule=constant"])
+    assert loaded.config.eval.problems == 0 and loaded.config.optim.schedule == "constant"
+    assert any(f"{file}:2: eval.samples has no effect" in note for note in loaded.notes)
+    file.write_text(yaml.safe_dump(as_tree(loaded.config)))
+    assert load_config([str(file)]) == loaded.config
 
 
-def test_a_key_that_two_later_keys_turn_off_is_dropped_once():
-    assert load_config(["quickstart"]).eval.every_problems != EvalConfig().every_problems
-    config = load_config(["quickstart", "eval.problems=0", "eval.every=0"])
-    assert config.eval == EvalConfig(problems=0)
+@pytest.mark.parametrize("under", METHODS)
+def test_a_method_laid_over_any_other_is_that_method_alone(under):
+    """A method file over another, as in `run.compare`: no value of the other remains."""
+    groups = ["rollout.group_size=4", "rollout.batch_size=16"]
+    below = load_config([TEACHER, *groups, f"method/{under}", "method.score.micro_batch_size=4"])
+    for name in METHODS:
+        alone = load_config([TEACHER, *groups, f"method/{name}"]).method
+        assert load_config([TEACHER, *groups, f"method/{under}", f"method/{name}"]).method == alone
+        control = with_method(below, name).method
+        # By which means the scores are computed is the run's.
+        assert control.score.micro_batch_size == 4
+        score = dataclasses.replace(control.score, micro_batch_size=None)
+        assert dataclasses.replace(control, score=score) == alone
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_file_names_all_of_its_choices(name):
+    layer = yaml.safe_load((CONFIGS / "method" / f"{name}.yaml").read_text())
+    assert list(layer) == ["method"]
+    method = layer["method"]
+    assert set(method) == {"score", "filter", "reweight", "loss", "aggregate"}
+    for stage in ("score", "filter", "reweight", "loss"):
+        assert "kind" in method[stage]
 
 
 def test_a_stage_that_needs_what_is_not_scored(monkeypatch):
@@ -321,18 +331,9 @@ def test_top_p_rollouts_are_free_where_nothing_is_sampled():
         assert load_config([TEACHER, f"method/{method}", "rollout.top_p=0.9"]).rollout.top_p == 0.9
 
 
-def test_aliases_name_keys_that_exist_and_are_not_ours():
-    known = set(keys(Config))
-    for alias, ours in ALIASES.items():
-        section, _, rest = ours.partition(".")
-        assert (f"teachers.NAME.{rest}" if section == "teacher" else ours) in known, ours
-        assert not any(key == alias for key in known)
-
-
 def test_the_schema_is_not_stale():
     written = (CONFIGS / "schema.json").read_text()
-    now = json.dumps(TypeAdapter(Config).json_schema(), indent=1, ensure_ascii=False) + "\n"
-    assert written == now, "stale: run `fireopd schema configs/schema.json`"
+    assert written == text(), "stale: run `fireopd schema configs/schema.json`"
 
 
 def test_every_key_is_documented():

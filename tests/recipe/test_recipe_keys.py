@@ -1,12 +1,12 @@
-"""Every key is read by what it configures: one run, watched."""
+"""Every key is used by the code that it configures, in one observed run."""
 
 import dataclasses
 import sys
 
-from fireopd_jax.config import members
 from fireopd_jax.recipe.schema import Config, MethodConfig, load_config
+from tests.recipe.annotations import members
 
-WATCHED = ("fireopd_jax/config.py", "recipe/schema.py", "dataclasses.py")
+WATCHED = ("fireopd_jax/config.py", "recipe/schema.py", "recipe/checks.py", "dataclasses.py")
 MODEL = (
     "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, "
     "head_dim: 8, intermediate_size: 32}"
@@ -34,7 +34,7 @@ TINY = [
 
 
 def config_classes(section=Config):
-    """List a config class and all below it."""
+    """Return a config class and all classes nested in it."""
     found = [section]
     for field in dataclasses.fields(section):
         stack = [field.type]
@@ -48,7 +48,7 @@ def config_classes(section=Config):
 
 
 def test_every_key_is_read_by_what_it_configures(tmp_path, monkeypatch):
-    """A key that nobody reads looks as if it worked."""
+    """A key that no code uses would be silently ignored."""
     from fireopd_jax.training.run import train
 
     read = set()

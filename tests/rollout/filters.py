@@ -4,7 +4,7 @@ import numpy as np
 
 
 def kept(z, top_k=0, top_p=1.0, min_p=0.0):
-    """Return the mask after top-k, then top-p of the rest, then min-p; ties rank by token id."""
+    """Return the mask of allowed tokens: top-k, then top-p, then min-p; ties rank by token id."""
     z = np.asarray(z, np.float32)
     order = np.argsort(-z, kind="stable")[: top_k or None]
     mass = np.exp(np.asarray(z[order] - z[order[0]], np.float64))
@@ -18,7 +18,7 @@ def kept(z, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def distribution(logits, temperature=1.0, **filters):
-    """Return the probabilities that the sampler should have."""
+    """Return the probabilities after temperature and filters."""
     z = np.asarray(logits, np.float64) / temperature
     p = np.where(kept(z, **filters), np.exp(z - z.max()), 0)
     return p / p.sum()

@@ -36,7 +36,7 @@ def rows(size):
 
 @jax.jit
 def keep(logits, sampling):
-    """Return the mask of tokens that the sampler keeps."""
+    """Return the mask of the tokens that the sampler may draw."""
     columns = Columns(logits.shape[1])
     knobs = _knobs(sampling.rows(len(logits)), jnp.zeros(len(logits), jnp.int32))
     blocks = columns.split(logits)

@@ -14,7 +14,7 @@ from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_dense_gpu import DenseGPU
 from fireopd_jax.rollout.requests import Knobs, Request
 from fireopd_jax.rollout.sampling import Sampling
-from fireopd_jax.rollout.serving import Engine
+from fireopd_jax.rollout.streaming import Engine
 from tests import aot_gpu
 from tests.cases import make_prompts, qwen_loop, random_params, through_cache, tiny_model
 
@@ -25,7 +25,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture
 def by_xla(monkeypatch):
-    """Run the same JAX function without cuDNN, which allows float32, too."""
+    """Run the same JAX function by XLA instead of cuDNN, and so in float32 as well."""
     monkeypatch.setattr(DenseGPU, "implementation", "xla")
     monkeypatch.setattr(kv_dense_gpu, "TYPES", ("float32",))
 

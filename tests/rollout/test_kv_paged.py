@@ -8,7 +8,7 @@ import numpy as np
 
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.requests import Knobs, Request
-from fireopd_jax.rollout.serving import Engine
+from fireopd_jax.rollout.streaming import Engine
 from tests.cases import random_params, tiny_model
 
 MODEL = tiny_model()

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from fireopd_jax.rollout.mixing import GIVEN, given_rows, mix, without
+from fireopd_jax.rollout.mixing import given_rows, mix, without
+from fireopd_jax.types import Writer
 from tests import cases
 
 ROWS, ROOM = 6, 4
@@ -46,7 +47,7 @@ def test_given_responses_take_the_place_of_none():
             length = prompts.reference_length[i]
             np.testing.assert_array_equal(got.tokens[i, :length], prompts.reference[i, :length])
             assert got.mask[i].sum() == length and got.finished[i]
-            assert (got.version[i] == GIVEN).all() and not got.logprob[i].any()
+            assert (got.writer[i] == Writer.REFERENCE).all() and not got.logprob[i].any()
         else:
             np.testing.assert_array_equal(got.tokens[i], rollout.tokens[i])
             np.testing.assert_array_equal(got.mask[i], mask[i])

@@ -34,7 +34,7 @@ def sampling(seed=0, stop=(), **knobs):
 
 
 def stack(samplings):
-    """Return settings with one value for each row."""
+    """Return one `Sampling` with the settings of each row."""
     rows = jax.tree.map(lambda *x: jnp.stack(x), *samplings)
     return dataclasses.replace(rows, seed=samplings[0].seed)
 
@@ -57,7 +57,7 @@ def draw_many(sampling, logits=LOGITS, position=0):
 
 
 def fit(counts, p):
-    """Return the chi-square p-value of counts; cells expected less than 5 times share a bin."""
+    """Return the chi-square p-value of counts; cells expected below 5 times are pooled."""
     expected = p * counts.sum()
     rare = expected < 5
     counts, expected = (

@@ -10,7 +10,7 @@ import pytest
 from fireopd_jax.models.layers import TransposedKernel
 from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
-from fireopd_jax.rollout.serving import Engine
+from fireopd_jax.rollout.streaming import Engine
 from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate
 from tests.cases import random_params, tiny_model
 

@@ -45,7 +45,7 @@ def sharded(data, vocabulary, knobs):
 
 
 def case(size=SIZE, rows=ROWS):
-    """Return logits with ties across all shards, and different settings in each row."""
+    """Return logits with ties across all shards, and various sampling settings."""
     logits = 3 * np.random.default_rng(0).standard_normal((rows, size))
     logits[: rows // 4] = np.round(logits[: rows // 4])
     stop = tuple(int(token) for token in np.argsort(-logits[-1])[:3])

@@ -1,4 +1,4 @@
-"""What is saved comes back bit for bit, and only whole."""
+"""Saved states are restored bit for bit; incomplete checkpoints are ignored."""
 
 import json
 import shutil
@@ -146,3 +146,40 @@ def test_closing_leaves_no_thread_that_writes(tmp_path):
     checkpoints.close()  # a signal in the last step closes, and so does the end of the run
     assert (tmp_path / "1").is_dir()
     assert not [t for t in threading.enumerate() if "save_finalize" in t.name]
+
+
+def test_the_best_stays_after_a_resume(tmp_path):
+    first = Checkpoints(tmp_path, keep=1, keep_best=1)
+    for step, score in {1: 0.9, 2: 0.1, 3: None}.items():
+        first.save(step, make_state(step), POSITION, None if score is None else {"score": score})
+    first.close()
+    again = Checkpoints(tmp_path, keep=1, keep_best=1)
+    for step, score in {4: 0.3, 5: None, 6: 0.2}.items():
+        again.save(step, make_state(step), POSITION, None if score is None else {"score": score})
+    again.close()
+    assert Checkpoints(tmp_path, keep=1, keep_best=1).steps() == [1, 6]
+    last = Checkpoints(tmp_path, keep=1, keep_best=1)
+    last.save(7, make_state(7), POSITION, {"score": 0.95})
+    last.close()
+    assert Checkpoints(tmp_path, keep=1).steps() == [7]
+
+
+def test_a_save_without_a_score_warns_of_nothing(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path, keep=1, keep_best=1)
+    checkpoints.save(1, make_state(1), POSITION)
+    checkpoints.close()
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_what_is_saved_is_not_changed_by_the_updates_that_follow(tmp_path):
+    """The state is donated to the next update while its files are still being written."""
+    update = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf * 2 + 1, x), donate_argnums=0)
+    state = {"a": jnp.arange(2_000_000, dtype=jnp.float32), "b": jnp.float32(3)}
+    expected = jax.tree.map(np.array, state)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state, POSITION)
+    for _ in range(3):
+        state = update(state)
+    checkpoints.close()
+    _, restored, _ = Checkpoints(tmp_path, keep=1).restore(expected)
+    assert_same_bits(restored, expected)

@@ -1,4 +1,4 @@
-"""What XLA is told by environment."""
+"""XLA flags set through the environment."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from fireopd_jax.runtime import xla_flags
 
 @pytest.fixture
 def environ(monkeypatch):
-    """Give the environment, without any flag or platform."""
+    """Return `monkeypatch` with an environment without XLA flags or platform."""
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     return monkeypatch
@@ -36,7 +36,7 @@ def test_one_cpu_becomes_eight_devices(environ, given, expected):
 
 
 def flags_on(environ, platforms=None, given=None, plugins=(), modules=()):
-    """Start on a machine where so much is installed; return the flags."""
+    """Return the flags set on a machine with these packages installed."""
     for name, value in (("JAX_PLATFORMS", platforms), ("XLA_FLAGS", given)):
         if value is not None:
             environ.setenv(name, value)

@@ -1,4 +1,4 @@
-"""Models of a run as Hugging Face folders: finished ones, checkpoints, and what they then say."""
+"""Exports of a run's models as Hugging Face folders: finished ones and checkpoints."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fireopd_jax.commands.generate import Settings, generate_to_file
+from fireopd_jax.commands.generate import GenerateOptions, generate_to_file
 from fireopd_jax.config import UserError
 from fireopd_jax.models.hf_names import hf_tensors
 from fireopd_jax.recipe.schema import load_config
@@ -132,7 +132,7 @@ def test_transformers_says_the_same(run, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{i}+{i + 1}"}) + "\n" for i in range(4)))
     generate_to_file(
-        str(run), prompts, tmp_path / "ours.jsonl", Settings(max_tokens=12, temperature=0.0)
+        str(run), prompts, tmp_path / "ours.jsonl", GenerateOptions(max_tokens=12, temperature=0.0)
     )
     model = AutoModelForCausalLM.from_pretrained(run / "models" / "student_hf").eval()
     tokenizer = AutoTokenizer.from_pretrained(str(run / "models" / "student_hf"))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fireopd_jax.commands.generate import Settings, generate_to_file
+from fireopd_jax.commands.generate import GenerateOptions, generate_to_file
 from fireopd_jax.config import UserError
 from fireopd_jax.recipe.schema import load_config
 from fireopd_jax.session.finished import evaluate_model, open_model
@@ -48,7 +48,7 @@ def prompts(tmp_path_factory):
 
 
 def answers(folder, prompts, out, model="student", slots=4, **changed):
-    settings = Settings(**{"max_tokens": 12} | changed)
+    settings = GenerateOptions(**{"max_tokens": 12} | changed)
     generate_to_file(str(folder), prompts, out, settings, name=model, slots=slots)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
@@ -143,5 +143,5 @@ def test_a_teacher_is_graded_as_the_run_graded_it(run):
 
 def test_only_problems_that_were_held_out_are_graded(run):
     folder, _ = run
-    with pytest.raises(UserError, match=r"eval\.problems=17: the run has held out"):
+    with pytest.raises(UserError, match=r"eval\.problems=17: expected 1 to "):
         evaluate_model(folder, "student", ["eval.problems=17"])

@@ -13,9 +13,10 @@ from fireopd_jax.models.architecture import DecoderConfig, MoEConfig
 from fireopd_jax.models.hf_config import hf_config_json
 from fireopd_jax.models.hf_load import read_config
 from fireopd_jax.models.hf_names import hf_tensors
+from fireopd_jax.recipe.models import StudentConfig, TeacherConfig
 from fireopd_jax.recipe.optim import SftConfig
-from fireopd_jax.recipe.schema import StudentConfig, TeacherConfig, load_config
-from fireopd_jax.session.setup import make_spec
+from fireopd_jax.recipe.schema import load_config
+from fireopd_jax.session.specs import make_spec
 from fireopd_jax.text.tokenizer import byte_tokenizer
 from tests.cases import random_params, tiny_model
 
@@ -23,7 +24,7 @@ WORDS = 272  # 261 of the tokenizer, and padding
 
 
 def folder(path, dtype="float32", vocabulary=WORDS, seed=0, **architecture):
-    """Write a model and its tokenizer as Hugging Face does; give the parameters."""
+    """Save a model and its tokenizer in Hugging Face's format; return the parameters."""
     model = tiny_model(vocabulary, num_hidden_layers=2, **architecture)
     params = random_params(model, seed)
     path.mkdir(parents=True)
@@ -122,7 +123,7 @@ def test_texts_longer_than_the_model_is_made_for_are_refused(tmp_path):
 
     folder(tmp_path / "m", max_position_embeddings=12)
     config = load_config([*TINY, f"student.path={tmp_path}/m", f"teacher.path={tmp_path}/m"])
-    with pytest.raises(UserError, match=r"make 16 tokens, the model is made for 12"):
+    with pytest.raises(UserError, match=r"make 16 tokens, more than the model.s 12"):
         set_up(config)
     shorter = dataclasses.replace(config.rollout, max_tokens=4)
     set_up(dataclasses.replace(config, rollout=shorter))
@@ -130,7 +131,7 @@ def test_texts_longer_than_the_model_is_made_for_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_begins_with_models_of_two_families(tmp_path):
-    """A mixture of experts teaches a windowed model; their heads are padded differently."""
+    """A mixture-of-experts teacher and a windowed student, whose heads are padded differently."""
     from fireopd_jax.session.finished import open_model
     from fireopd_jax.training.run import train
 
@@ -152,7 +153,7 @@ def test_a_run_begins_with_models_of_two_families(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parity
 def test_the_quickstart_runs_on_folders_that_transformers_wrote(tmp_path):
-    """The shipped file with two paths laid over it; only lengths and counts are smaller."""
+    """The shipped file with two paths set over it; only lengths and counts are smaller."""
     pytest.importorskip("torch")
     import transformers
 

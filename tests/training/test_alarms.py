@@ -1,4 +1,4 @@
-"""Each alarm rings on its own course of metrics, once, and names the option to set."""
+"""Each alarm fires once, on its own course of metrics, and names the option to set."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Runs in which adapters learn: resumed to the same bits, saved and exported merged."""
+"""Runs that train adapters: resumed to the same bits, saved and exported merged."""
 
 import json
 import signal
@@ -91,6 +91,6 @@ def test_a_killed_run_with_adapters_goes_on_to_the_same_bits(finished, tmp_path)
     assert saved_steps(folder / "checkpoints") == [2]
     resumed = command(folder, LORA)
     assert resumed.returncode == 0, resumed.stdout
-    assert "goes on from step 2 of 4" in resumed.stdout
+    assert "resuming from step 2 of 4" in resumed.stdout
     after = json.loads((folder / "summary.json").read_text())
     assert after["params_sha256"] == summary["params_sha256"]

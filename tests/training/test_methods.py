@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fireopd_jax.method.batch import assemble
 from fireopd_jax.method.filtering import KeepAll
 from fireopd_jax.method.losses.sampled_token import SampledReverseKL
 from fireopd_jax.method.losses.support import SupportDivergence
@@ -47,8 +46,8 @@ def make_rollout(more=0):
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def gradient(student, teacher, rollout, score, loss, micro_batch_size=None):
-    scores = score((MODEL, student), [(MODEL, teacher)], rollout, 1.0)
-    batch, _ = assemble(rollout, scores, KeepAll(), Uniform(), "seq", 1)
+    scores = cases.scored(score, (MODEL, student), [(MODEL, teacher)], rollout, 1.0)
+    batch, _ = cases.assembled(rollout, scores, KeepAll(), Uniform(), "seq", 1)
     grads, metrics = gradients(
         MODEL, loss, student, batch, micro_batch_size=micro_batch_size, teacher=(MODEL, teacher)
     )

@@ -1,4 +1,4 @@
-"""Parameters in bfloat16: a float32 copy learns what rounding would lose."""
+"""Parameters in bfloat16: a float32 copy keeps updates that rounding would lose."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,9 @@ import pytest
 
 from fireopd_jax.method.losses.sampled_token import SampledReverseKL
 from fireopd_jax.recipe.optim import OptimConfig
-from fireopd_jax.training.update import gradients, init_state, make_optimizer, make_update
+from fireopd_jax.training.optimizer import make_optimizer
+from fireopd_jax.training.state import init_state
+from fireopd_jax.training.update import gradients, make_update
 from tests.cases import random_params, tiny_model
 from tests.models.test_lora import BATCH
 
@@ -18,7 +20,7 @@ SLOW = {"learning_rate": 1e-4, "weight_decay": 0.0, "clip_norm": None}
 
 
 def moved(config, params, count=50):
-    """Take steps against a constant gradient; give the parameters after."""
+    """Return the parameters after `count` steps with a constant gradient."""
     optimizer = make_optimizer(config, count)
 
     def step(carry, _):

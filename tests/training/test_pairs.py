@@ -8,10 +8,11 @@ import pyarrow.parquet
 import pytest
 
 from fireopd_jax.config import UserError
-from fireopd_jax.recipe.schema import StudentConfig, load_config
-from fireopd_jax.session.setup import make_spec
+from fireopd_jax.recipe.models import StudentConfig
+from fireopd_jax.recipe.schema import load_config
+from fireopd_jax.session.specs import make_spec
 from fireopd_jax.text.tokenizer import BUILTIN, CHAT_TEMPLATE, load_tokenizer
-from fireopd_jax.training.prepare import said_by
+from fireopd_jax.training.prepare import with_own_eos
 from fireopd_jax.training.run import train
 
 SIZE = (
@@ -36,7 +37,7 @@ def run(folder, *settings):
 
 
 def check(folder):
-    """Every step was a step, and responses hold nothing but tokens."""
+    """No step was skipped, and responses hold only valid token ids."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     for line in map(json.loads, lines):
         assert np.isfinite(line["loss"]) and line["skipped"] == 0 and line["grad_norm"] > 0
@@ -72,7 +73,7 @@ def test_models_of_other_families(tmp_path):
 
 
 def test_a_teacher_that_ends_and_reads_otherwise(tmp_path):
-    """It learns and answers in its own way; as references, its answers end as the student's."""
+    """A teacher keeps its own EOS; its responses as references end in the student's EOS."""
     tokenizer = copy.deepcopy(load_tokenizer(BUILTIN))
     tokenizer.eos_token = "<|user|>"
     tokenizer.chat_template = CHAT_TEMPLATE + "!"
@@ -103,16 +104,16 @@ def test_the_log_shows_a_prompt_as_each_model_reads_it(tmp_path):
     settings = [teachers, f"data.path={file}", "data.teacher_column=teacher"]
     run(tmp_path / "run", *settings, "data.max_prompt_tokens=512", "run.steps=1")
     (log,) = (tmp_path / "run" / "logs").iterdir()
-    shown = [line for line in log.read_text().splitlines() if " reads " in line]
+    shown = [line for line in log.read_text().splitlines() if ": prompt " in line]
     for line, name, last in zip(shown, ("student", "teacher a", "teacher b"), "001", strict=True):
-        assert f"{name} reads '<|user|>xxx" in line and f"x{last}<|end|><|assistant|>'" in line
-        assert "504 tokens: 259 120 120" in line and line.endswith("end with <|end|>")
+        assert f"{name}: prompt '<|user|>xxx" in line and f"x{last}<|end|><|assistant|>'" in line
+        assert "504 tokens: 259 120 120" in line and line.endswith("stop tokens <|end|>")
         assert len(line) < 700
 
 
-def test_a_response_ends_as_its_speaker_does():
+def test_a_reference_ends_in_the_models_own_eos():
     spec = make_spec("student", StudentConfig())
     said = np.array([49, 50, 259], np.int32)
-    assert said_by(spec, said).tolist() == [49, 50, 257]
-    assert said_by(spec, np.array([49, 257], np.int32)).tolist() == [49, 257]
-    assert said_by(spec.limited(200), np.array([49, 257], np.int32)) is None
+    assert with_own_eos(spec, said).tolist() == [49, 50, 257]
+    assert with_own_eos(spec, np.array([49, 257], np.int32)).tolist() == [49, 257]
+    assert with_own_eos(spec.limited(200), np.array([49, 257], np.int32)) is None

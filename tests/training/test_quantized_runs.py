@@ -87,9 +87,9 @@ def test_what_is_in_eight_bits_cannot_learn(finished, tmp_path):
     folder, _ = finished
     path = folder / "models" / "teacher_default"
     student = [s for s in BASE if "student" not in s] + [f"student.path={path}"]
-    with pytest.raises(UserError, match=r"student: .* holds int8 weights, which cannot learn"):
+    with pytest.raises(UserError, match=r"student: .* holds int8 weights, which cannot be trained"):
         run(tmp_path / "a", *student, NO_EVAL, f"teacher.architecture={MODEL}")
-    with pytest.raises(UserError, match=r"teacher default: .* cannot learn; .*, or no sft"):
+    with pytest.raises(UserError, match=r"teacher default: .* cannot be trained; .*, or no sft"):
         run(tmp_path / "b", *BASE, NO_EVAL, f"teacher.path={path}", f"teacher.sft={SFT}")
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 

@@ -1,4 +1,4 @@
-"""Stages that want more than scores, from the configuration to the end of a run."""
+"""Runs with stages that need more than scores, such as grades or a history."""
 
 import json
 
@@ -62,10 +62,12 @@ def test_filters_with_a_memory_and_names_and_a_base_policy_of_its_own(tmp_path):
         "optim.micro_batch_size=4",
     )
     line = lines[0]
-    assert 0 < line["fire/token_keep_fraction"] < 1
-    by = [line[f"fire/keep_fraction_by_{kind}"] for kind in ("special_tokens", "teacher_quantile")]
+    assert 0 < line["method/token_keep_fraction"] < 1
+    by = [
+        line[f"method/keep_fraction_by_{kind}"] for kind in ("special_tokens", "teacher_quantile")
+    ]
     assert all(0 < share < 1 for share in by)
-    assert by[0] * by[1] == pytest.approx(line["fire/token_keep_fraction"], rel=1e-5)
+    assert by[0] * by[1] == pytest.approx(line["method/token_keep_fraction"], rel=1e-5)
     assert lines[0]["grad_noise"] > 0
     assert saved_steps(home / "checkpoints") == [2]
     kept = [row["kept"] for step in (1, 2) for row in completions(home, step)]
@@ -76,7 +78,7 @@ def test_filters_with_a_memory_and_names_and_a_base_policy_of_its_own(tmp_path):
 
 
 def test_texts_that_are_no_tokens_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"method\.filter\.strings: '' is no token"):
+    with pytest.raises(UserError, match=r"method\.filter\.strings: '' has no tokens"):
         run(tmp_path / "run", "method/opd", "method.filter={kind: special_tokens, strings: ['']}")
     assert not (tmp_path / "run").exists()
 

@@ -1,4 +1,4 @@
-"""The optimizer step: any split gives the same gradient, and a bad batch changes nothing."""
+"""The optimizer step: any split gives the same gradient; a non-finite one changes nothing."""
 
 import dataclasses
 import functools
@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-from fireopd_jax.method.batch import assemble
 from fireopd_jax.method.filtering import KeepAll, TeacherQuantile
 from fireopd_jax.method.losses.sampled_token import SampledReverseKL
 from fireopd_jax.method.reweighting import ConfidenceConfusion, Uniform
@@ -19,15 +18,11 @@ from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.recipe.optim import OptimConfig
 from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate, shard_rows
-from fireopd_jax.training.update import (
-    gradients,
-    init_state,
-    learning_rate,
-    make_optimizer,
-    make_update,
-    skip_reason,
-)
+from fireopd_jax.training.optimizer import learning_rate, make_optimizer
+from fireopd_jax.training.state import init_state
+from fireopd_jax.training.update import gradients, make_update, skip_reason
 from fireopd_jax.types import Prompts, Rollout, Scores
+from tests import cases
 from tests.cases import response_stats
 
 ARCHITECTURE = DecoderConfig(
@@ -79,12 +74,13 @@ def make_rollout(extra_prompt=0, extra_response=0):
         model_logprob=zeros,
         finished=mask.any(axis=1),
         version=np.zeros_like(tokens),
+        writer=np.zeros_like(tokens),
     )
 
 
 @jax.jit
 def score(rollout):
-    return SampledToken()((MODEL, STUDENT), [(MODEL, TEACHER)], rollout, 1.0)
+    return cases.scored(SampledToken(), (MODEL, STUDENT), [(MODEL, TEACHER)], rollout, 1.0)
 
 
 @functools.partial(jax.jit, static_argnames="micro_batch_size")
@@ -102,7 +98,7 @@ def jitted_update(optim, clip=0.2, micro_batch_size=None):
 def make_batch(rollout=None, scores=None, stages=FIRE):
     rollout = make_rollout() if rollout is None else rollout
     scores = score(rollout) if scores is None else scores
-    return jax.jit(lambda r, s: assemble(r, s, *stages, "seq", 1))(rollout, scores)
+    return jax.jit(lambda r, s: cases.assembled(r, s, *stages, "seq", 1))(rollout, scores)
 
 
 def with_teacher_logprob(scores, row, value):
@@ -183,8 +179,8 @@ def test_eight_devices_give_what_one_gives(whole, micro_batch_size):
 
     @jax.jit
     def run(params, rollout):
-        scores = SampledToken()((MODEL, params), [(MODEL, TEACHER)], rollout, 1.0)
-        batch, _ = assemble(rollout, scores, *FIRE, "seq", 1)
+        scores = cases.scored(SampledToken(), (MODEL, params), [(MODEL, TEACHER)], rollout, 1.0)
+        batch, _ = cases.assembled(rollout, scores, *FIRE, "seq", 1)
         return gradients(MODEL, LOSS, params, batch, micro_batch_size=micro_batch_size)
 
     grads, metrics = run(replicate(mesh, STUDENT), shard_rows(mesh, make_rollout()))
@@ -193,7 +189,7 @@ def test_eight_devices_give_what_one_gives(whole, micro_batch_size):
 
 
 def test_the_gradient_is_the_slope_of_the_loss(whole):
-    """Central differences, in float64 over the tokens; the policy's own ratio moves the loss."""
+    """Central differences of the loss, summed over the tokens in float64."""
     batch, _ = make_batch()
     share = np.asarray(batch.coefficient, np.float64) * np.asarray(batch.weight, np.float64)
     advantage = np.asarray(batch.scores.teacher.logprob - batch.scores.student.logprob, np.float64)

@@ -1,6 +1,6 @@
-"""What is left out because it would teach the wrong thing: loops, lost ends, foreign tokens.
+"""Filters against known failures: repetition, low-advantage tails, foreign tokens, wide margins.
 
-scores, rows -> keep bool[B], or bool[B, T]
+scores, context -> keep bool[B], or bool[B, T]
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -10,55 +10,54 @@ from jaxtyping import Bool
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from fireopd_jax.config import config
+from fireopd_jax.method.stage import Filter
 from fireopd_jax.ops.ranks import median_by_id, repetition_rate
-from fireopd_jax.types import Array, Rows, Scores
+from fireopd_jax.types import Array, Scores, StageContext
 
 
 @config
-class RepetitionGuard:
-    """Drop trajectories that repeat themselves: a teacher finds loops likely.
+class RepetitionGuard(Filter):
+    """Drop repetitive trajectories, to which teachers assign high likelihood.
 
-    The rate is the share of a response's n-grams that stood in it before.
+    The repetition rate is the fraction of a response's n-grams that occurred earlier in it.
     """
 
     kind: Literal["repetition_guard"] = "repetition_guard"
     """Name of this filter."""
     ngram: PositiveInt = 8
-    """Tokens of an n-gram."""
+    """Length n of the n-grams, in tokens."""
     limit: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Largest rate of a row that stays."""
+    """Largest repetition rate of a trajectory that is kept."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    def __call__(self, scores: Scores, rows: Rows) -> Bool[Array, " B"]:
-        """Return the rows that stay."""
-        if rows.tokens is None:
-            raise ValueError("a repetition guard needs the rows' tokens")
-        rate = repetition_rate(rows.tokens, rows.mask, self.ngram)
-        return jnp.any(rows.mask, axis=1) & (rate <= self.limit)
+    def keep(self, scores: Scores, context: StageContext) -> Bool[Array, " B"]:
+        """Return the rows that are kept."""
+        if context.tokens is None:
+            raise ValueError("repetition_guard needs the response tokens: StageContext.tokens")
+        rate = repetition_rate(context.tokens, context.mask, self.ngram)
+        return jnp.any(context.mask, axis=1) & (rate <= self.limit)
 
 
 @config
-class Prefix:
-    """Keep each trajectory up to where the teacher has lost it, instead of dropping it whole.
+class Prefix(Filter):
+    """Keep the prefix of each trajectory up to where its recent mean advantage falls too low.
 
     It is cut before the first token at which the mean of A = log pi_T - log pi_S over the last
-    `window` tokens, or those that there are, falls below `least`.
+    `window` tokens (fewer at the start) falls below `least`.
     """
 
     kind: Literal["prefix"] = "prefix"
     """Name of this filter."""
     window: PositiveInt = 32
-    """Tokens of the mean."""
+    """Tokens that the mean is taken over."""
     least: Annotated[float, Field(allow_inf_nan=False)] = -2.0
-    """Mean advantage, in nats, under which a trajectory is cut."""
+    """Mean advantage, in nats, below which a trajectory is cut."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher.logprob", "student.logprob"})
 
-    def __call__(self, scores: Scores, rows: Rows) -> Bool[Array, "B T"]:
-        """Return the tokens that stay."""
-        mask = jnp.asarray(rows.mask)
-        advantage = jnp.where(mask, scores.teacher.logprob - scores.student.logprob, 0.0)
+    def keep(self, scores: Scores, context: StageContext) -> Bool[Array, "B T"]:
+        """Return the tokens that are kept."""
+        mask = jnp.asarray(context.mask)
+        advantage = jnp.where(mask, scores.advantage, 0.0)
         width = advantage.shape[1]
         total = jnp.pad(jnp.cumsum(advantage, axis=1), ((0, 0), (1, 0)))
         end = jnp.arange(1, width + 1)
@@ -69,12 +68,12 @@ class Prefix:
 
 
 @config
-class SpecialTokens:
-    """Leave out tokens that one of the models would never write: of a template, say.
+class SpecialTokens(Filter):
+    """Mask token ids to which one of the models assigns almost no probability, as in a template.
 
-    Named by `strings`, or found: those that stand `least` times in the batch with a median of
-    |log pi_T - log pi_S| above `log_ratio`. A token that ends a response stays, unless `stop`: with
-    it goes all that teaches the student to stop.
+    They are named by `strings`, or detected: ids with at least `least` occurrences in the batch and
+    a median of |log pi_T - log pi_S| above `log_ratio`. Stop tokens are kept unless `stop` is set:
+    without them nothing trains the student to end its responses.
 
     References: arXiv 2603.25562, which masks the first `<`, `think` and `<|im_end|>` of a response.
     """
@@ -82,51 +81,56 @@ class SpecialTokens:
     kind: Literal["special_tokens"] = "special_tokens"
     """Name of this filter."""
     strings: tuple[str, ...] = ()
-    """Texts of the student's tokenizer; every token that one of them is made of."""
+    """Texts; every token that the student's tokenizer splits one of them into is masked."""
     log_ratio: PositiveFloat | None = 10.0
-    """Bound on the median, in nats; null: only those named."""
+    """Bound on the median, in nats; null masks only the named tokens."""
     least: PositiveInt = 8
-    """Occurrences in the batch from which a median counts."""
+    """Fewest occurrences in the batch for a token id to be detected."""
     stop: bool = False
-    """Leave the tokens out that end a response, too."""
+    """Mask stop tokens, too, where they are named or detected."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher.logprob", "student.logprob"})
 
-    def __call__(self, scores: Scores, rows: Rows) -> Bool[Array, "B T"]:
-        """Return the tokens that stay."""
-        if rows.tokens is None or rows.special is None or rows.stop is None:
-            raise ValueError("special tokens need the rows' tokens, and the ids of both kinds")
-        tokens, mask = jnp.asarray(rows.tokens), jnp.asarray(rows.mask)
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts whose token ids are masked."""
+        return self.strings
+
+    def keep(self, scores: Scores, context: StageContext) -> Bool[Array, "B T"]:
+        """Return the tokens that are kept."""
+        if context.tokens is None or context.special is None or context.stop is None:
+            raise ValueError("special_tokens needs StageContext.tokens, special and stop")
+        tokens, mask = jnp.asarray(context.tokens), jnp.asarray(context.mask)
 
         def among(ids: tuple[int, ...]) -> Array:
             known = jnp.asarray(ids or (-1,), jnp.int32)[None, None]
             return (tokens[..., None] == known).any(axis=-1)
 
-        out = among(rows.special)
+        out = among(context.special)
         if self.log_ratio is not None:
-            gap = jnp.abs(scores.teacher.logprob - scores.student.logprob)
+            gap = jnp.abs(scores.advantage)
             flat = (tokens.reshape(-1), gap.reshape(-1), mask.reshape(-1))
             median, count = (x.reshape(mask.shape) for x in median_by_id(*flat))
             out |= (median > self.log_ratio) & (count >= self.least)
-        return mask & ~(out if self.stop else out & ~among(rows.stop))
+        return mask & ~(out if self.stop else out & ~among(context.stop))
 
 
 @config
-class GapBound:
-    """Drop groups in which right and wrong responses are too far apart to be compared.
+class GapBound(Filter):
+    """Drop groups whose right and wrong responses differ too much in mean advantage.
 
-    References: arXiv 2605.03677 (Uni-OPD): groups with a gap above 10.
+    References: arXiv 2605.03677 (Uni-OPD), which drops groups with a gap above 10.
     """
 
     kind: Literal["gap_bound"] = "gap_bound"
     """Name of this filter."""
     largest: PositiveFloat = 10.0
-    """Largest |mean s+ - mean s-| of a group that stays, s the mean advantage of a response."""
+    """Largest |mean s+ - mean s-| of a group that is kept, s the mean advantage of a response."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"margin"})
 
-    def __call__(self, scores: Scores, rows: Rows) -> Bool[Array, " B"]:
-        """Return the rows that stay."""
+    def keep(self, scores: Scores, context: StageContext) -> Bool[Array, " B"]:
+        """Return the rows that are kept."""
         if scores.margin is None:
-            raise ValueError("a bound on the gap needs graded responses: method.score.margin")
-        return jnp.any(rows.mask, axis=1) & (jnp.abs(scores.margin.gap) <= self.largest)
+            raise ValueError("gap_bound needs graded responses: method.score.margin")
+        return jnp.any(context.mask, axis=1) & (jnp.abs(scores.margin.gap) <= self.largest)

@@ -1,12 +1,13 @@
-"""Which trajectories the student learns from, by their rank in the batch.
+"""Filters of whole trajectories, by their rank in the batch.
 
-    scores, rows -> keep bool[B]
+    scores, context, state -> keep bool[B], state
 
-A filter ranks the rows of the global batch: it must see them all at once, never a micro-batch. Rows
-without a response token are neither ranked nor kept.
+A filter ranks the rows of the global batch, never those of a micro-batch. Rows without a response
+token are neither ranked nor kept.
 """
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,31 +16,30 @@ from jaxtyping import Bool, Float32, Int32
 from pydantic import Field, NonNegativeInt
 
 from fireopd_jax.config import config
-from fireopd_jax.types import Array, Rows, Scores
+from fireopd_jax.method.stage import Filter, StageState
+from fireopd_jax.types import Array, Scores, StageContext
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 @config
-class KeepAll:
+class KeepAll(Filter):
     """Keep every trajectory."""
 
     kind: Literal["keep_all"] = "keep_all"
     """Name of this filter."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    def __call__(self, scores: Scores, rows: Rows) -> Bool[Array, " B"]:
-        """Return the rows that hold a token."""
-        return jnp.any(rows.mask, axis=1)
+    def keep(self, scores: Scores, context: StageContext) -> Bool[Array, " B"]:
+        """Return the rows with at least one response token."""
+        return jnp.any(context.mask, axis=1)
 
 
 @config
-class TeacherQuantile:
-    """Drop the fraction rho of trajectories that the teacher finds least likely.
+class TeacherQuantile(Filter):
+    """Drop the fraction rho of trajectories with the lowest mean teacher log-probability.
 
-    s_i = (1/L_i) sum_t log pi_T(y_it); of n rows the floor(rho n) lowest go. Among equals the lower
-    row index goes first. A row whose score is NaN ranks lowest.
+    s_i = (1/L_i) sum_t log pi_T(y_it); of n rows the floor(rho n) lowest are dropped. Of equal
+    scores the lower row index is dropped first. A row whose score is NaN ranks lowest.
 
     References: arXiv 2606.02684, Eq. 4.
     """
@@ -47,110 +47,123 @@ class TeacherQuantile:
     kind: Literal["teacher_quantile"] = "teacher_quantile"
     """Name of this filter."""
     drop_fraction: Fraction = 0.2
-    """Share rho of the rows to drop."""
+    """Fraction rho of the rows to drop."""
     scope: Literal["batch", "teacher"] = "batch"
     """Rank over the whole batch, or among the rows of the same teacher."""
     score: Literal["likelihood", "student_relative"] = "likelihood"
-    """s_i of the paper, or the mean of log pi_T - log pi_S: likelihood alone prefers what is easy,
-    or repeats itself."""
+    """s_i of the paper, or the mean of log pi_T - log pi_S: likelihood alone favours easy and
+    repetitive responses."""
     window: NonNegativeInt = 0
-    """Earlier batches whose rows are ranked, too: for batches of few rows."""
+    """Number of earlier batches whose rows are ranked with this one; for small batches."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the score must give."""
+        """Fields of the scores that the filter uses."""
         relative = {"student.logprob"} if self.score == "student_relative" else set()
         return frozenset({"teacher.logprob"} | relative)
 
-    def __call__(self, scores: Scores, rows: Rows) -> Bool[Array, " B"]:
-        """Return the rows that stay."""
-        score, valid = self.scores(scores, rows), jnp.any(rows.mask, axis=1)
+    def problems(self, rows: int) -> Iterator[str]:
+        """Yield a problem where the fraction drops every row, or none although it is above 0."""
+        rho, ranked = self.drop_fraction, rows * (1 + self.window)
+        if self.scope == "teacher":  # the number of rows of each teacher is known only in the batch
+            return
+        if rho == 1:
+            yield "drop_fraction=1: every trajectory is dropped; expected a value below 1"
+        elif rho > 0 and int(rho * ranked + 1e-9) == 0:
+            yield (
+                f"drop_fraction={rho} of {ranked} rows drops none: expected 0, or at least "
+                f"{1 / ranked:.3g}, or a larger rollout.batch_size"
+            )
+
+    def init(self, rows: int) -> StageState:
+        """Return f32[W, B, 2]: score and route of the rows of W earlier batches; NaN where empty.
+
+        () without a window.
+        """
+        return jnp.full((self.window, rows, 2), jnp.nan, jnp.float32) if self.window else ()
+
+    def __call__(
+        self, scores: Scores, context: StageContext, state: StageState = ()
+    ) -> tuple[Bool[Array, " B"], StageState]:
+        """Return the rows that are kept, and the window with this batch appended."""
+        score, valid = self.scores(scores, context), jnp.any(context.mask, axis=1)
         own = self.scope == "teacher"
-        groups = rows.num_teachers if own else 1
-        group = jnp.asarray(rows.teacher) if own else jnp.zeros_like(rows.teacher)
-        # Empty rows form a last group of their own: they take no rank from the others.
+        groups = context.num_teachers if own else 1
+        group = jnp.asarray(context.teacher) if own else jnp.zeros_like(context.teacher)
+        # Empty rows form an extra last group, so that they do not count in any other row's rank.
         group = jnp.where(valid, group, groups)
         if not self.window:
-            return valid & stays(score, group, groups, self.drop_fraction)
-        if rows.recent is None:
-            raise ValueError("a filter with a window needs the scores of earlier batches")
-        # Earlier rows stand before those of now: among equals they go first.
-        before, route = rows.recent.reshape(-1, 2).T
+            return valid & stays(score, group, groups, self.drop_fraction), state
+        # Rows of earlier batches come first: of equal scores they are dropped first.
+        before, route = state.reshape(-1, 2).T
         earlier = (
             jnp.nan_to_num(route).astype(group.dtype)
             if own
             else jnp.zeros(route.shape, group.dtype)
         )
         earlier = jnp.where(jnp.isnan(before), groups, earlier)
-        score, group = jnp.concatenate([before, score]), jnp.concatenate([earlier, group])
-        return valid & stays(score, group, groups, self.drop_fraction)[len(before) :]
+        ranked, group = jnp.concatenate([before, score]), jnp.concatenate([earlier, group])
+        keep = valid & stays(ranked, group, groups, self.drop_fraction)[len(before) :]
+        # A row whose score is NaN ranks lowest, now and in later batches.
+        score = jnp.where(valid, jnp.nan_to_num(score, nan=-jnp.inf), jnp.nan)
+        new = jnp.stack([score, context.teacher.astype(jnp.float32)], axis=1)
+        return keep, jnp.concatenate([state[1:], new[None]])
 
-    def scores(self, scores: Scores, rows: Rows) -> Float32[Array, " B"]:
-        """Return s_i."""
-        each = scores.teacher.logprob
-        if self.score == "student_relative":
-            each = each - scores.student.logprob
-        return trajectory_score(each, rows.mask)
-
-    def remember(
-        self, scores: Scores, rows: Rows, recent: Float32[Array, "W B 2"]
-    ) -> Float32[Array, "W B 2"]:
-        """Put this batch's scores and teachers in the place of the oldest; NaN: no row."""
-        valid = jnp.any(rows.mask, axis=1)
-        # A row whose score is NaN ranks lowest, then and later.
-        score = jnp.nan_to_num(self.scores(scores, rows), nan=-jnp.inf)
-        new = jnp.stack(
-            [jnp.where(valid, score, jnp.nan), rows.teacher.astype(jnp.float32)], axis=1
-        )
-        return jnp.concatenate([recent[1:], new[None]])
+    def scores(self, scores: Scores, context: StageContext) -> Float32[Array, " B"]:
+        """Return the score s_i of each row; 0 for an empty row."""
+        relative = self.score == "student_relative"
+        each = scores.advantage if relative else scores.teacher_stats.logprob
+        return trajectory_score(each, context.mask)
 
 
 @config
-class RandomDrop:
-    """Drop a fraction of the trajectories by lot: a control for filters that look at them."""
+class RandomDrop(Filter):
+    """Drop a random fraction of the trajectories: a control for filters that use the scores."""
 
     kind: Literal["random_drop"] = "random_drop"
     """Name of this filter."""
     drop_fraction: Fraction = 0.2
-    """Share of the rows to drop."""
+    """Fraction of the rows to drop."""
     seed: NonNegativeInt = 0
-    """Seed of the lots, which are functions of it and of a row's sample id."""
+    """Seed; the dropped rows are a function of it and the rows' sample ids."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    def __call__(self, scores: Scores, rows: Rows) -> Bool[Array, " B"]:
-        """Return the rows that stay."""
-        if rows.sample_id is None:
-            raise ValueError("a random drop needs the rows' sample ids")
+    def keep(self, scores: Scores, context: StageContext) -> Bool[Array, " B"]:
+        """Return the rows that are kept."""
+        if context.sample_id is None:
+            raise ValueError("random_drop needs the sample ids: StageContext.sample_id")
         key = jax.random.key(self.seed, impl="threefry2x32")
-        lot = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(rows.sample_id)
-        return drop_lowest(lot, rows.mask, self.drop_fraction)
+        draw = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(context.sample_id)
+        return drop_lowest(draw, context.mask, self.drop_fraction)
 
 
 @config
-class LengthDrop:
-    """Drop the shortest or the longest trajectories: a control, since likelihood follows length."""
+class LengthDrop(Filter):
+    """Drop the shortest or longest trajectories: a control, as likelihood correlates with length.
+
+    Of equal lengths the lower row index is dropped first.
+    """
 
     kind: Literal["length_drop"] = "length_drop"
     """Name of this filter."""
     drop_fraction: Fraction = 0.2
-    """Share of the rows to drop."""
+    """Fraction of the rows to drop."""
     drop: Literal["shortest", "longest"] = "longest"
-    """Which go."""
+    """Which trajectories are dropped."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    def __call__(self, scores: Scores, rows: Rows) -> Bool[Array, " B"]:
-        """Return the rows that stay."""
-        length = jnp.sum(rows.mask, axis=1).astype(jnp.float32)
+    def keep(self, scores: Scores, context: StageContext) -> Bool[Array, " B"]:
+        """Return the rows that are kept."""
+        length = jnp.sum(context.mask, axis=1).astype(jnp.float32)
         order = length if self.drop == "shortest" else -length
-        return drop_lowest(order, rows.mask, self.drop_fraction)
+        return drop_lowest(order, context.mask, self.drop_fraction)
 
 
 def drop_lowest(
     score: Float32[Array, " B"], mask: Bool[Array, "B T"], fraction: float
 ) -> Bool[Array, " B"]:
-    """Keep all rows but the fraction with the lowest scores; empty rows are neither."""
+    """Return the rows that are not among the `fraction` with the lowest scores.
+
+    Empty rows are neither ranked nor kept.
+    """
     valid = jnp.any(mask, axis=1)
     return valid & stays(score, jnp.where(valid, 0, 1), 1, fraction)
 
@@ -158,14 +171,14 @@ def drop_lowest(
 def stays(
     score: Float32[Array, " N"], group: Int32[Array, " N"], groups: int, fraction: float
 ) -> Bool[Array, " N"]:
-    """Tell which rows are not among the floor(rho n) lowest of their group of n.
+    """Return which rows are not among the floor(rho n) lowest of their group of n.
 
-    The group `groups` is that of rows which take no rank from the others.
+    Groups are numbered 0 to `groups`, the last of them for rows to be ignored.
     """
     rank = _rank(score, group, groups + 1)
     size = jnp.sum(group[:, None] == jnp.arange(groups + 1)[None, :], axis=0)
-    # floor(rho n) for every n, on the host: float32 would round 0.29 * 100 to its taste.
-    # The 1e-9 forgives the binary fraction when rho n is a whole number.
+    # floor(rho n) for every n, on the host: float32 might round 0.29 * 100 down.
+    # The 1e-9 absorbs the rounding of the binary fraction where rho n is a whole number.
     drops = np.floor(fraction * np.arange(score.shape[0] + 1) + 1e-9).astype(np.int32)
     return rank >= jnp.asarray(drops)[size][group]
 
@@ -181,7 +194,7 @@ def trajectory_score(
 def _rank(
     score: Float32[Array, " B"], group: Int32[Array, " B"], num_groups: int
 ) -> Int32[Array, " B"]:
-    """Return each row's place within its group, the lowest score first, stable."""
+    """Return each row's rank within its group in ascending order of score; ties in row order."""
     score = jnp.where(jnp.isnan(score), -jnp.inf, score)
     order = jnp.lexsort((score, group))
     place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))

@@ -1,1 +1,1 @@
-"""Per-token losses, not yet weighted: student statistics with a gradient, batch -> f32[B, T]."""
+"""Unweighted per-token losses: student statistics with a gradient, batch -> f32[B, T]."""

@@ -1,13 +1,14 @@
-"""Losses that see the model only at the token it sampled.
+"""Losses that use only the log-probability of the sampled token.
 
     student logprob (with gradient), batch -> loss f32[B, T]
 
-The loss is not weighted: `batch.total_loss` multiplies by weight and coefficient. rho = log p/q of
-a sampled token is what others call the k1 estimator of KL(student || teacher): as a reward it has
-that divergence's gradient, as a loss it has none. k2 = rho^2 / 2 has it as a loss. k3 as a loss has
-the gradient of the *forward* KL, and as a reward neither's: it is not offered.
+The loss is unweighted: `batch.total_loss` multiplies by weight and coefficient. rho = log p/q of
+a sampled token is the k1 estimator of KL(student || teacher): used as a reward it has that
+divergence's gradient, as a loss its expected gradient is 0. k2 = rho^2 / 2 as a loss has it. k3 as
+a loss has the gradient of the *forward* KL, and as a reward that of neither: it is not offered.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 import jax
@@ -16,24 +17,24 @@ from jax.lax import stop_gradient
 from jaxtyping import Bool, Float32
 from pydantic import Field
 
-from fireopd_jax.config import UnitInterval, config
+from fireopd_jax.config import Section, UnitInterval, config
 from fireopd_jax.method.losses.base import TokenLoss
 from fireopd_jax.ops.formulas import Divergence, ReverseKL
 from fireopd_jax.types import Array, Batch, TokenStats
 
 LOG_RATIO = 20.0
-"""Bound on log-ratios before exp: e^20 is still far from float32's overflow."""
+"""Bound on log-ratios before exp, so that float32 does not overflow."""
 
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @config
-class SampledReverseKL(TokenLoss):
+class SampledReverseKL(Section, TokenLoss):
     """Estimate KL(student || teacher) on the student's own tokens, as a clipped policy gradient.
 
     A = log pi_T - log pi_old, r = pi_theta / pi_old, l = max(-A r, -A clip(r, 1 - eps, 1 + eps)).
-    With one update a rollout r is 1 and the gradient is -A grad log pi_theta.
+    With one update per rollout, r is 1 and the gradient is -A grad log pi_theta.
 
     References: arXiv 2606.02684, Eq. 1-3; arXiv 1707.06347 for the clipped surrogate; for the exact
     baseline arXiv 2605.07865; for `gamma` arXiv 2603.25562, where more than 0 only adds variance;
@@ -43,28 +44,41 @@ class SampledReverseKL(TokenLoss):
     kind: Literal["sampled_reverse_kl"] = "sampled_reverse_kl"
     """Name of this loss."""
     clip: Above0 = 0.2
-    """How far eps the ratio r may leave 1 before its gradient stops."""
+    """Clipping range eps of the ratio r: beyond 1 +- eps its gradient is 0."""
     importance_cap: Above0 | None = None
-    """Cap of the correction pi_old / pi_rollout for a sampler that differs from the scored policy;
-    null applies no correction."""
+    """Upper bound of the importance weight pi_old / pi_rollout, which corrects for a sampler that
+    differs from the scored policy; null applies no correction."""
     extrapolation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """lambda of A = lambda (log pi_T - log b) - (log pi_old - log b), b the base policy; at 1 b
-    falls out."""
+    """lambda of A = lambda (log pi_T - log b) - (log pi_old - log b), b the base policy; at 1 the
+    base policy cancels."""
     floor: Finite | None = None
-    """Least advantage: lower ones are raised to it; null is none."""
+    """Lower bound that advantages are clipped to; null is none."""
     ceiling: Finite | None = None
-    """Greatest advantage; null is none."""
+    """Upper bound that advantages are clipped to; null is none."""
     baseline: Literal["none", "exact_kl"] = "none"
-    """Add to A the exact KL over the whole vocabulary, its mean with the sign turned: the same
-    gradient in the mean, less variance."""
+    """`exact_kl` adds the exact KL over the whole vocabulary to A, which subtracts A's mean: the
+    expected gradient is the same, its variance lower."""
     gamma: UnitInterval = 0.0
-    """Discount of the advantages that follow: A_t + gamma A_t+1 + gamma^2 A_t+2 ..."""
+    """Discount of later advantages: A_t + gamma A_t+1 + gamma^2 A_t+2 ..."""
     margin: bool = False
-    """Add to A what holds right responses above wrong ones: `method.score.margin`."""
+    """Add the shift of `method.score.margin`, which separates right from wrong responses, to A."""
+
+    on_policy: ClassVar[bool] = True
+    corrected_by: ClassVar[str | None] = "importance_cap"
+
+    @property
+    def unfiltered(self) -> bool:
+        """Whether the loss requires an unfiltered sampler: without the importance correction."""
+        return self.importance_cap is None
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Yield `floor` where the ceiling is no higher: every advantage equals the ceiling."""
+        if self.floor is not None and self.ceiling is not None and self.floor >= self.ceiling:
+            yield "floor", "with a ceiling that is no higher"
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the score must give."""
+        """Fields of the scores that the loss uses."""
         needs = {"teacher.logprob", "student.logprob"}
         if self.extrapolation != 1:
             needs |= {"base.logprob"}
@@ -74,13 +88,13 @@ class SampledReverseKL(TokenLoss):
 
     @property
     def divergence_from_teacher(self) -> Divergence | None:
-        """The divergence that the update must compute."""
+        """The reverse KL, where it is the baseline."""
         return ReverseKL() if self.baseline == "exact_kl" else None
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l on each response token, exactly 0 in value and gradient elsewhere.
 
-        Tokens without a share of the loss (coefficient 0) have their value but no gradient.
+        Tokens with coefficient 0 have their value but no gradient.
         """
         mask = batch.rollout.mask
 
@@ -98,19 +112,19 @@ class SampledReverseKL(TokenLoss):
 
     def _advantage(self, student: TokenStats, batch: Batch, old: Array, valid) -> Array:
         scores = stop_gradient(batch.scores)
-        advantage = valid(scores.teacher.logprob) - old
+        advantage = valid(scores.teacher_stats.logprob) - old
         if self.extrapolation != 1:
             if scores.base is None:
-                raise ValueError("extrapolation needs the base policy's scores")
-            of_base = valid(scores.teacher.logprob - scores.base.logprob)
+                raise ValueError("extrapolation needs the base policy's scores: method.score.base")
+            of_base = valid(scores.teacher_stats.logprob - scores.base.logprob)
             advantage = advantage + (self.extrapolation - 1) * of_base
         if self.baseline == "exact_kl":
             if student.divergence is None:
-                raise ValueError("the exact baseline needs the divergence")
+                raise ValueError("baseline exact_kl needs the divergence: TokenStats.divergence")
             advantage = advantage + valid(stop_gradient(student.divergence))
         if self.margin:
             if scores.margin is None:
-                raise ValueError("the margin needs graded responses: method.score.margin")
+                raise ValueError("margin needs graded responses: method.score.margin")
             advantage = advantage + valid(scores.margin.shift[:, None])
         if self.floor is not None or self.ceiling is not None:
             advantage = jnp.clip(advantage, self.floor, self.ceiling)
@@ -124,22 +138,29 @@ class SampledSquare(TokenLoss):
     """The k2 estimator as a loss: l = (log pi_theta - log pi_T)^2 / 2.
 
     Its gradient (log pi_theta - log pi_T) grad log pi_theta is in expectation that of
-    KL(student || teacher); its value is not that divergence.
+    KL(student || teacher); its value is not an estimate of that divergence.
     """
 
     kind: Literal["sampled_square"] = "sampled_square"
     """Name of this loss."""
     importance_cap: Above0 | None = None
-    """Cap of the correction pi_old / pi_rollout for a sampler that differs from the scored policy;
-    null applies no correction."""
+    """Upper bound of the importance weight pi_old / pi_rollout, which corrects for a sampler that
+    differs from the scored policy; null applies no correction."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher.logprob", "student.logprob"})
+    on_policy: ClassVar[bool] = True
+    corrected_by: ClassVar[str | None] = "importance_cap"
+
+    @property
+    def unfiltered(self) -> bool:
+        """Whether the loss requires an unfiltered sampler: without the importance correction."""
+        return self.importance_cap is None
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l on each response token, exactly 0 in value and gradient elsewhere."""
         mask = batch.rollout.mask
         scores = stop_gradient(batch.scores)
-        teacher = jnp.where(mask, scores.teacher.logprob, 0.0)
+        teacher = jnp.where(mask, scores.teacher_stats.logprob, 0.0)
         rho = jnp.where(mask, live(student.logprob, batch), 0.0) - teacher
         loss = rho**2 / 2
         if self.importance_cap is not None:
@@ -177,7 +198,7 @@ def clipped_surrogate(
 def reward_to_go(
     reward: Float32[Array, "B T"], gamma: float | Float32[Array, ""]
 ) -> Float32[Array, "B T"]:
-    """Return R_t = r_t + gamma R_t+1; the reward behind a row's last token must be 0."""
+    """Return R_t = r_t + gamma R_t+1 along each row; rewards after the last token must be 0."""
 
     def step(later: Array, now: Array) -> tuple[Array, Array]:
         total = now + gamma * later
@@ -188,14 +209,14 @@ def reward_to_go(
 
 
 def mean_of_later(reward: Float32[Array, "B T"], mask: Bool[Array, "B T"]) -> Array:
-    """Return the mean reward of the row's tokens after each one, 0 after the last."""
+    """Return, f32[B, T], the mean reward of the later tokens of the row; 0 at the last token."""
     reward, count = jnp.where(mask, reward, 0.0), jnp.asarray(mask).astype(jnp.float32)
     later, number = (reward_to_go(each, 1.0) - each for each in (reward, count))
     return jnp.where(number > 0, later / jnp.maximum(number, 1.0), 0.0)
 
 
 def live(value: Array, batch: Batch) -> Array:
-    """Let no gradient through where a token has no share of the loss.
+    """Return `value` with the gradient stopped at tokens whose coefficient is 0.
 
     `total_loss` gives such a token the cotangent 0, and 0 times a NaN advantage is NaN.
     """
@@ -205,5 +226,5 @@ def live(value: Array, batch: Batch) -> Array:
 
 
 def bounded_exp(log_ratio: Array) -> Array:
-    """Return e^x, x held within +-20."""
+    """Return e^x with x clipped to [-20, 20]."""
     return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO, LOG_RATIO))

@@ -1,4 +1,4 @@
-"""Losses that imitate given tokens and ask no teacher."""
+"""Supervised losses, which need no teacher."""
 
 from typing import ClassVar, Literal
 
@@ -12,7 +12,7 @@ from fireopd_jax.types import Array, Batch, TokenStats
 
 @config
 class NegativeLogLikelihood(TokenLoss):
-    """Raise the likelihood of every response token: l = -log pi_theta."""
+    """The negative log-likelihood of each response token: l = -log pi_theta."""
 
     kind: Literal["negative_log_likelihood"] = "negative_log_likelihood"
     """Name of this loss."""

@@ -1,9 +1,9 @@
-"""Losses that see student and teacher at the few words of a support.
+"""Losses that compare student and teacher on a support S of few token ids.
 
     student log p(S) (with gradient), teacher log q(S) -> loss f32[B, T]
 
-log p and log q are over the whole vocabulary; Z_p and Z_q are the masses that S holds. What a loss
-does about the rest is what tells these apart: see docs/objectives.md. The plain derivative of
+log p and log q are over the whole vocabulary; Z_p and Z_q are the probability masses on S. The
+losses differ in how they treat the mass outside S: see docs/objectives.md. The plain derivative of
 sum_S p (log p - log q) pushes mass out of S (its fixed point is Z_p = Z_q / e) and is not offered.
 """
 
@@ -24,38 +24,64 @@ from fireopd_jax.types import Array, Batch, Support, TokenStats
 NOTHING = -1e30
 """Log-probability of an empty slot: finite, so that no difference is NaN."""
 FULL = -1e-7
-"""Largest log-mass of a support whose rest is a bucket: log(1 - Z) stays finite."""
+"""Upper bound of log Z in `tail_bucket`, so that log(1 - Z) stays finite."""
 
 Few = Float32[Array, "B T S"]
 
 
 @config
 class SupportDivergence(TokenLoss):
-    """A divergence of student and teacher on a support; local support matching by default.
+    """A divergence of student and teacher on a support S; local support matching by default.
 
-    renormalised  D(p/Z_p || q/Z_q): the mass Z_p is free (arXiv 2603.25562, Eq. 6-8)
+    renormalised  D(p/Z_p || q/Z_q): Z_p is unconstrained (arXiv 2603.25562, Eq. 6-8)
     score         sum_S of generalised terms, KL: p log(p/q) - p + q; its fixed point is p = q on S
-    tail_bucket   D over S and one bucket of all the rest, 1 - Z_p against 1 - Z_q
+    tail_bucket   D over S and one bucket for the rest, of mass 1 - Z_p against 1 - Z_q
     tail_sample   sum_S p log(p/q), and for a sampled y outside S log p(y)/q(y): unbiased for the
                   KL over the whole vocabulary, in value and gradient, if y is drawn from p
 
-    The published gradient of the last (EMA-PG) lacks that of 1 - Z_p; here it is
+    The published gradient of the last (EMA-PG) lacks the term of 1 - Z_p; here it is
     sum_S grad [p log(p/q)] + [y not in S] (log p(y)/q(y) + 1) grad log p(y).
     """
 
     kind: Literal["support_divergence"] = "support_divergence"
     """Name of this loss."""
     head: Literal["renormalised", "score", "tail_bucket", "tail_sample"] = "renormalised"
-    """What becomes of the mass outside the support."""
+    """How the mass outside the support is treated."""
     divergence: Annotated[ReverseKL | ForwardKL | JensenShannon, Field(discriminator="kind")] = (
         ReverseKL()
     )
-    """Which divergence; `tail_sample` is an estimate of the reverse KL alone."""
+    """The divergence; `tail_sample` estimates the reverse KL only."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"support"})
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a divergence that the head cannot estimate."""
+        if self.head == "tail_sample" and self.divergence.kind != "reverse_kl":
+            raise ValueError(
+                f"divergence={self.divergence.kind}: head=tail_sample estimates the reverse KL "
+                "only; expected reverse_kl, or head=tail_bucket"
+            )
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether responses must be the student's: the tail estimate assumes y sampled from p."""
+        return self.head == "tail_sample"
+
+    @property
+    def unfiltered(self) -> bool:
+        """Whether sampling must be unfiltered: the tail estimate assumes y sampled from p."""
+        return self.head == "tail_sample"
+
+    @property
+    def least_support(self) -> int:
+        """2 if renormalised: on a single token both distributions are 1 and the loss is 0."""
+        return 2 if self.head == "renormalised" else 1
+
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
-        """Return the divergence at each response token, exactly 0 elsewhere."""
+        """Return the divergence at each response token, exactly 0 elsewhere.
+
+        Raises ValueError where scores or student statistics have no support.
+        """
         log_p, log_q, valid = on_support(student, batch)
         if self.head == "renormalised":
             value = renormalised(self.divergence, log_p, log_q, valid)
@@ -73,11 +99,11 @@ class SupportDivergence(TokenLoss):
 
 @config
 class SupportPolicyGradient(TokenLoss):
-    """A policy gradient with every word of the support as an action.
+    """A policy gradient with every token id of the support as an action.
 
-    Value sum_S w (log p - log q), gradient sum_S w (log p - log q) grad log p, w fixed.
-    With `student` weights it is that of `score` over Z_p. All of S is summed, nothing is sampled:
-    there is no ratio to clip.
+    Value sum_S w (log p - log q), gradient sum_S w (log p - log q) grad log p, no gradient in w.
+    With `student` weights the gradient is that of `score` divided by Z_p. The sum over S is exact,
+    so there is no importance ratio to clip.
 
     References: arXiv 2604.13016 and its code.
     """
@@ -85,7 +111,7 @@ class SupportPolicyGradient(TokenLoss):
     kind: Literal["support_policy_gradient"] = "support_policy_gradient"
     """Name of this loss."""
     weight: Literal["student", "teacher", "none"] = "student"
-    """w: p or q, each over its mass on the support, or 1 over the number of words."""
+    """w: p / Z_p, q / Z_q, or 1 over the number of token ids of the support."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"support"})
 
@@ -103,7 +129,7 @@ class SupportPolicyGradient(TokenLoss):
 
 @config
 class EntropyAware(TokenLoss):
-    """The sampled reverse KL, and forward KL where the teacher is unsure.
+    """The sampled reverse KL, plus the forward KL where the teacher's entropy is high.
 
     l = max(-A r, -A clip(r)) + alpha [H(q) > tau] sum_S q (log q - log p), p over the whole
     vocabulary. The second term is Z_q times a cross-entropy: its gradient Z_q p - q on S drives Z_p
@@ -117,20 +143,22 @@ class EntropyAware(TokenLoss):
     alpha: NonNegativeFloat = 1.0
     """Weight of the forward term."""
     tau: NonNegativeFloat = 0.8
-    """Nats of the teacher's entropy from which the forward term counts."""
+    """Teacher entropy, in nats, above which the forward term is added."""
     normalise: bool = False
     """Divide q by Z_q, as a later implementation does; the authors' code does not."""
     clip: PositiveFloat = 0.2
-    """How far the ratio r may leave 1 before its gradient stops."""
+    """Clipping range eps of the ratio r: beyond 1 +- eps its gradient is 0."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"support", "teacher.entropy", "teacher.logprob"})
+    on_policy: ClassVar[bool] = True
+    unfiltered: ClassVar[bool] = True
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l at each response token, exactly 0 elsewhere."""
         mask = batch.rollout.mask
         log_p, log_q, valid = on_support(student, batch)
         sampled = sampled_reverse_kl(*_sampled(student, batch), self.clip)
-        unsure = jnp.where(mask, batch.scores.teacher.entropy, 0.0) > self.tau
+        unsure = jnp.where(mask, batch.scores.teacher_stats.entropy, 0.0) > self.tau
         forward = forward_kl(log_p, log_q, valid, self.normalise)
         return jnp.where(mask, sampled + self.alpha * jnp.where(unsure, forward, 0.0), 0.0)
 
@@ -152,14 +180,14 @@ def renormalised(
 def score_form(
     divergence: Divergence, log_p: Few, log_q: Few, valid: Bool[Array, "B T S"]
 ) -> Float32[Array, "B T"]:
-    """Return the sum of generalised terms on S; for the reverse KL sum p log(p/q) - p + q."""
+    """Return the sum over S of generalised terms; for the reverse KL sum_S p log(p/q) - p + q."""
     return jnp.where(valid, divergence(log_p, log_q), 0.0).sum(axis=-1)
 
 
 def tail_bucket(
     divergence: Divergence, log_p: Few, log_q: Few, valid: Bool[Array, "B T S"]
 ) -> Float32[Array, "B T"]:
-    """Return the divergence of S and a bucket of the rest; never above the full divergence."""
+    """Return the divergence over S and one bucket for the rest: a lower bound of the full one."""
 
     def rest(log_x: Few) -> Float32[Array, "B T"]:
         held = jnp.minimum(logsumexp(log_x, axis=-1), FULL)
@@ -180,7 +208,7 @@ def tail_sample(
 ) -> Float32[Array, "B T"]:
     """Return sum_S p rho + [y outside S] (r (rho(y) + 1) - 1), r = p(y) / p_old(y), rho = log p/q.
 
-    Under y ~ p_old it is the reverse KL in expectation, and so is its gradient: the tail's is
+    With y ~ p_old, value and gradient are unbiased for the reverse KL; the tail term's gradient is
     (rho + 1) grad log p at r = 1.
     """
     inside = jnp.where(valid, jnp.exp(log_p) * (log_p - log_q), 0.0).sum(axis=-1)
@@ -192,7 +220,7 @@ def tail_sample(
 def forward_kl(
     log_p: Few, log_q: Few, valid: Bool[Array, "B T S"], normalise: bool = False
 ) -> Float32[Array, "B T"]:
-    """Return sum_S q (log q - log p), or with q / Z_q in place of q; may be below 0."""
+    """Return sum_S q (log q - log p), with q / Z_q for q if `normalise`; may be negative."""
     if normalise:
         log_q = log_q - logsumexp(log_q, axis=-1, keepdims=True)
     return jnp.where(valid, jnp.exp(log_q) * (log_q - log_p), 0.0).sum(axis=-1)
@@ -201,12 +229,12 @@ def forward_kl(
 def _support(batch: Batch) -> Support:
     support = batch.scores.support
     if support is None:
-        raise ValueError("this loss needs a support: method.score must be top_k")
+        raise ValueError("this loss needs a support: expected method.score.kind=top_k")
     return support
 
 
 def on_support(student: TokenStats, batch: Batch) -> tuple[Array, Array, Array]:
-    """Return log p, log q and which slots count, finite everywhere."""
+    """Return log p, log q, both finite everywhere, and the mask of the slots in use: [B, T, S]."""
     support = _support(batch)
     if student.support is None:
         raise ValueError("student statistics lack the support's log-probabilities")
@@ -222,7 +250,7 @@ def _sampled(student: TokenStats, batch: Batch) -> tuple[Array, Array, Array]:
     values = (
         live(student.logprob, batch),
         stop_gradient(batch.scores.student.logprob),
-        stop_gradient(batch.scores.teacher.logprob),
+        stop_gradient(batch.scores.teacher_stats.logprob),
     )
     logprob, old, teacher = (jnp.where(batch.rollout.mask, value, 0.0) for value in values)
     return logprob, old, teacher

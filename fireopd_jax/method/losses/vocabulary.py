@@ -32,22 +32,22 @@ Named = Annotated[
 
 @config
 class VocabularyDivergence(TokenLoss):
-    """A divergence of student and teacher over all words at every position visited.
+    """A divergence of student and teacher over the whole vocabulary at each response token.
 
-    The positions are those of the rollout and carry no gradient of their own: there is no policy
-    gradient here.
+    The gradient does not pass through the sampling of the rollout: there is no policy-gradient
+    term.
     """
 
     kind: Literal["vocabulary_divergence"] = "vocabulary_divergence"
     """Name of this loss."""
     divergence: Named = JensenShannon()
-    """Which divergence."""
+    """The divergence."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher.hidden"})
 
     @property
     def divergence_from_teacher(self) -> Divergence:
-        """The divergence that the update must compute."""
+        """The divergence that the update computes."""
         return self.divergence
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
@@ -57,11 +57,11 @@ class VocabularyDivergence(TokenLoss):
 
 @config
 class MiniLLM(TokenLoss):
-    """The gradient of the sequence's reverse KL: the next token exactly, those after by reward.
+    """The sequence-level reverse KL: exact for the next token, a policy gradient for later tokens.
 
     l_t = KL(p_t || q_t) + max(-R r, -R clip(r, 1 - eps, 1 + eps)), R the mean of log q - log p over
-    the tokens after t: the length-normalised return. Tokens are the student's own: the paper's
-    sampling from a mixture with the teacher is not part of this.
+    the tokens after t: the length-normalised return. Tokens are sampled from the student; the
+    paper's sampling from a mixture with the teacher is not implemented.
 
     References: arXiv 2306.08543.
     """
@@ -69,22 +69,24 @@ class MiniLLM(TokenLoss):
     kind: Literal["minillm"] = "minillm"
     """Name of this loss."""
     clip: PositiveFloat = 0.2
-    """How far the ratio r may leave 1 before its gradient stops."""
+    """Clipping range eps of the ratio r: beyond 1 +- eps its gradient is 0."""
 
     needs: ClassVar[frozenset[str]] = frozenset(
         {"teacher.hidden", "teacher.logprob", "student.logprob"}
     )
+    on_policy: ClassVar[bool] = True
+    unfiltered: ClassVar[bool] = True
 
     @property
     def divergence_from_teacher(self) -> Divergence:
-        """The divergence that the update must compute."""
+        """The reverse KL, which the update computes."""
         return ReverseKL()
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l at each response token, exactly 0 elsewhere."""
         mask = batch.rollout.mask
         scores = stop_gradient(batch.scores)
-        later = mean_of_later(scores.teacher.logprob - scores.student.logprob, mask)
+        later = mean_of_later(scores.advantage, mask)
         logprob = jnp.where(mask, live(student.logprob, batch), 0.0)
         old = jnp.where(mask, scores.student.logprob, 0.0)
         long = clipped_surrogate(later, logprob, old, self.clip)

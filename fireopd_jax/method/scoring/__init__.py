@@ -1,6 +1,8 @@
-"""From rollouts to scores: whose log-probabilities, in which context."""
+"""Scoring of rollouts: log-probabilities of student and teachers, each in its own prompt."""
 
 from fireopd_jax.method.scoring.stages import SampledToken as SampledToken
 from fireopd_jax.method.scoring.stages import ScoreConfig as ScoreConfig
+from fireopd_jax.method.scoring.stages import ScoreInputs as ScoreInputs
 from fireopd_jax.method.scoring.stages import TopK as TopK
 from fireopd_jax.method.scoring.stages import WholeVocabulary as WholeVocabulary
+from fireopd_jax.method.scoring.teachers import Resident as Resident

@@ -1,12 +1,13 @@
-"""The choices of what student and teachers say of a rollout.
+"""The score stage: what student and teachers compute for each token of a rollout.
 
-rollout -> SampledToken: of the token drawn
-        -> TopK: also of a support of K or more words
-        -> WholeVocabulary: also the teacher's hidden states, from which its head says all
+rollout -> SampledToken: log-probability of each sampled token, entropy at each position
+-> TopK: also a support of K or more token ids
+-> WholeVocabulary: also the teacher's hidden states, from which its head gives all logits
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -14,9 +15,16 @@ from jaxtyping import Float
 from pydantic import Field, PositiveInt
 
 from fireopd_jax.config import config
-from fireopd_jax.method.scoring.ask import Model, Question, ask_student, ask_teachers
 from fireopd_jax.method.scoring.outcomes import OutcomeMargin
 from fireopd_jax.method.scoring.supports import Kind, make_support, overlap
+from fireopd_jax.method.scoring.teachers import (
+    ModelScores,
+    Resident,
+    ScoreOptions,
+    Teacher,
+    score_student,
+    score_teachers,
+)
 from fireopd_jax.models.comparison import divergence_from
 from fireopd_jax.ops.formulas import ReverseKL
 from fireopd_jax.ops.head import LARGEST_K
@@ -25,170 +33,241 @@ from fireopd_jax.types import Array, Rollout, Scores
 SAMPLED = frozenset({"student.logprob", "student.entropy", "teacher.logprob", "teacher.entropy"})
 
 
+@dataclasses.dataclass(frozen=True)
+class ScoreInputs:
+    """Inputs of a score stage."""
+
+    rollout: Rollout
+    student: Resident
+    teachers: Sequence[Teacher]
+    temperature: Float[Array, ""] | float = 1.0
+    """Temperature of the rollout; the logits of all models are divided by it."""
+    mesh: Mesh | None = None
+    """Devices that the rows are sharded over."""
+    base: Resident | None = None
+    """Base policy of a loss with extrapolation."""
+    kernel_strengths: tuple[float, float] | None = None
+    """(alpha, beta) of a reweighting whose token weights the teacher's head kernel computes."""
+
+
 @config
 class ScoreConfig:
-    """How models are run to score, whatever they are asked."""
+    """Settings that all score stages share."""
 
     micro_batch_size: PositiveInt | None = None
-    """Rows scored at a time; by default all, or an eighth when several teachers share the batch."""
+    """Rows per forward pass; by default all, or an eighth with several teachers."""
     head: Literal["reference", "chunked", "pallas_tpu", "pallas_gpu", "pallas_gpu_rows"] | None = (
         None
     )
-    """Implementation of the head statistics; by default by platform and shape."""
+    """Implementation of the head statistics; by default chosen by platform and shape."""
     head_chunk: PositiveInt | None = None
-    """Columns of logits that exist at a time; by default a formula of the shape."""
+    """Columns of logits computed at a time; by default a function of the shape."""
     base: bool = False
-    """Let the base policy score the sampled tokens, too: `base`, or the student as it begins."""
+    """Also score the sampled tokens by the base policy: `base`, or the student at its start."""
     margin: OutcomeMargin | None = None
-    """Grade each response against its row's answer, and hold right ones above wrong ones."""
+    """Grade each response against its row's answer, and compute the margin; null: no grading."""
+
+    one_teacher: ClassVar[bool] = False
+    """Whether the stage supports only a single teacher."""
+    only_for_readers: ClassVar[frozenset[str]] = frozenset()
+    """Costly fields that no metric uses: it is an error if no other stage needs any of them."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of the rollout that a host stage must set."""
+        return frozenset({"rollout.correct"}) if self.margin is not None else frozenset()
 
     @property
     def gives(self) -> frozenset[str]:
-        """What other stages may need."""
+        """Fields of `Scores` that the other stages may need."""
         given = {"base.logprob"} if self.base else set()
         return SAMPLED | given | ({"margin"} if self.margin is not None else set())
 
-    def __call__(
-        self,
-        student: Model,
-        teachers: Sequence[Model],
-        rollout: Rollout,
-        temperature: Float[Array, ""] | float,
-        mesh: Mesh | None = None,
-        base: Model | None = None,
-    ) -> Scores:
-        """Score a batch of rollouts, its rows split over the mesh where one is given."""
-        plain = self._question()
-        size = self.micro_batch_size
-        own = ask_student(student, rollout, temperature, plain, size, mesh)
-        theirs = ask_teachers(teachers, rollout, None, temperature, plain, size, mesh)
-        scores = Scores(own.stats, theirs.stats, self._of_base(base, rollout, temperature, mesh))
+    @property
+    def support_size(self) -> int | None:
+        """Support size, compared with `TokenLoss.least_support`; None without a support."""
+        return None
+
+    @property
+    def longest_list(self) -> int:
+        """Smallest vocabulary that the stage works with: the K of a top-K."""
+        return 1
+
+    def __call__(self, inputs: ScoreInputs) -> Scores:
+        """Return the scores of a rollout, rows sharded over the mesh where one is given."""
+        rollout, temperature, size = inputs.rollout, inputs.temperature, self.micro_batch_size
+        options = ScoreOptions(implementation=self.head, chunk=self.head_chunk, mesh=inputs.mesh)
+        student = score_student(
+            inputs.student, rollout, temperature, self.of_student(options), size
+        )
+        of_teacher = dataclasses.replace(
+            self.of_teacher(options), strengths=inputs.kernel_strengths
+        )
+        teacher = score_teachers(
+            inputs.teachers,
+            rollout,
+            temperature,
+            of_teacher,
+            size,
+            ids=self.ids_for_teacher(student),
+            student_entropy=student.stats.entropy,
+        )
+        scores = Scores(student.stats, teacher.stats, token_weight=teacher.token_weight)
+        if self.base:
+            if inputs.base is None:
+                raise ValueError("method.score.base is set, but no base policy is given")
+            base = score_student(inputs.base, rollout, temperature, options, size)
+            scores = dataclasses.replace(scores, base=base.stats)
+        scores = self.compare(scores, student, teacher, inputs, options)
+        if self.margin is not None:
+            scores = self.margin(scores, rollout)
         return jax.lax.stop_gradient(scores)
 
-    def _question(self, k: int = 0, hidden: bool = False) -> Question:
-        return Question(k, hidden, self.head, self.head_chunk)
+    def of_student(self, options: ScoreOptions) -> ScoreOptions:
+        """Return the options of the student's forward pass."""
+        return options
 
-    def _of_base(
+    def of_teacher(self, options: ScoreOptions) -> ScoreOptions:
+        """Return the options of a teacher's forward pass."""
+        return options
+
+    def ids_for_teacher(self, student: ModelScores) -> Array | None:
+        """Return the token ids at which a teacher is scored besides the sampled one."""
+        return None
+
+    def compare(
         self,
-        base: Model | None,
-        rollout: Rollout,
-        temperature: Array | float,
-        mesh: Mesh | None,
-    ):
-        if not self.base:
-            return None
-        if base is None:
-            raise ValueError("method.score.base is set, and no base policy is given")
-        question, size = self._question(), self.micro_batch_size
-        return ask_student(base, rollout, temperature, question, size, mesh).stats
+        scores: Scores,
+        student: ModelScores,
+        teacher: ModelScores,
+        inputs: ScoreInputs,
+        options: ScoreOptions,
+    ) -> Scores:
+        """Return the scores with the fields that need both models, such as the support."""
+        return scores
 
 
 @config
 class SampledToken(ScoreConfig):
-    """Log-prob of each sampled token and entropy of its distribution, by student and teacher."""
+    """Log-probability and entropy of each sampled token, by student and teacher."""
 
     kind: Literal["sampled_token"] = "sampled_token"
 
 
 @config
 class TopK(ScoreConfig):
-    """The same, and the teacher's log-probabilities on a support: the words most probable.
+    """`SampledToken`, and the teacher's log-probabilities on a support of likely token ids.
 
-    References: arXiv 2603.25562 (the teacher's words); 2604.13016 (the student's).
+    References: arXiv 2603.25562 (the teacher's top-K); 2604.13016 (the student's).
     """
 
     kind: Literal["top_k"] = "top_k"
     k: Annotated[int, Field(ge=1, le=LARGEST_K)] = 32
-    """Words of a model's list."""
+    """Size K of each model's top-K."""
     support: Kind = "teacher"
-    """Whose K words: the teacher's, the student's, those of either, or of both."""
+    """The support: the teacher's top-K, the student's, their union, or their intersection."""
     sampled: bool = False
-    """The sampled token belongs to the support in any case."""
+    """Always include the sampled token in the support."""
 
     @property
     def gives(self) -> frozenset[str]:
-        """What other stages may need."""
+        """Fields of `Scores` that the other stages may need."""
         return super().gives | {"support"}
 
-    def __call__(
+    @property
+    def support_size(self) -> int | None:
+        """K, plus one where a union or the sampled token can add a token id."""
+        return self.k + (self.support == "union" or self.sampled)
+
+    @property
+    def longest_list(self) -> int:
+        """Smallest vocabulary that the stage works with."""
+        return self.k
+
+    def of_student(self, options: ScoreOptions) -> ScoreOptions:
+        """Return the options with the top-K."""
+        return dataclasses.replace(options, k=self.k)
+
+    def of_teacher(self, options: ScoreOptions) -> ScoreOptions:
+        """Return the options with the top-K of a teacher."""
+        return dataclasses.replace(options, k=self.k)
+
+    def ids_for_teacher(self, student: ModelScores) -> Array | None:
+        """Return the student's top-K ids where they belong to the support, else None."""
+        return student.top_ids if self.support in ("student", "union") else None
+
+    def compare(
         self,
-        student: Model,
-        teachers: Sequence[Model],
-        rollout: Rollout,
-        temperature: Float[Array, ""] | float,
-        mesh: Mesh | None = None,
-        base: Model | None = None,
+        scores: Scores,
+        student: ModelScores,
+        teacher: ModelScores,
+        inputs: ScoreInputs,
+        options: ScoreOptions,
     ) -> Scores:
-        """Score a batch of rollouts, its rows split over the mesh where one is given."""
-        question, size = self._question(k=self.k), self.micro_batch_size
-        own = ask_student(student, rollout, temperature, question, size, mesh)
-        words = own.top_ids if self.support in ("student", "union") else None
-        theirs = ask_teachers(teachers, rollout, words, temperature, question, size, mesh)
-        assert own.top_ids is not None and own.top_logprob is not None
-        assert theirs.top_ids is not None and theirs.top_logprob is not None
-        lists = (own.top_ids, own.top_logprob), (theirs.top_ids, theirs.top_logprob)
+        """Return the scores with the support, and the overlap of the two top-K sets."""
+        assert student.top_ids is not None and student.top_logprob is not None
+        assert teacher.top_ids is not None and teacher.top_logprob is not None
+        lists = (student.top_ids, student.top_logprob), (teacher.top_ids, teacher.top_logprob)
+        sampled = (inputs.rollout.tokens, teacher.stats.logprob) if self.sampled else None
         support = make_support(
             self.support,
             *lists,
-            theirs.at,
-            sampled=(rollout.tokens, theirs.stats.logprob) if self.sampled else None,
-            size=student[0].size,
+            teacher.at_ids,
+            sampled=sampled,
+            size=inputs.student.model.size,
         )
-        scores = Scores(
-            own.stats,
-            theirs.stats,
-            base=self._of_base(base, rollout, temperature, mesh),
-            support=support,
-            overlap=overlap(*lists),
-        )
-        return jax.lax.stop_gradient(scores)
+        return dataclasses.replace(scores, support=support, overlap=overlap(*lists))
 
 
 @config
 class WholeVocabulary(ScoreConfig):
-    """The same as of the sampled token, and the teacher's hidden states: what its head reads.
+    """`SampledToken`, and the teacher's final hidden states.
 
-    A state takes E numbers where the vocabulary would take V.
+    A hidden state has E values where a distribution over the vocabulary has V.
     """
 
     kind: Literal["whole_vocabulary"] = "whole_vocabulary"
     reverse_kl: bool = False
-    """Compute the exact KL(student || teacher) of each token, too, for filters that rank by it."""
+    """Also compute the exact KL(student || teacher) at each token, for filters that rank by it."""
+
+    one_teacher: ClassVar[bool] = True
+    only_for_readers: ClassVar[frozenset[str]] = frozenset({"teacher.hidden", "reverse_kl"})
 
     @property
     def gives(self) -> frozenset[str]:
-        """What other stages may need."""
+        """Fields of `Scores` that the other stages may need."""
         given = {"reverse_kl"} if self.reverse_kl else set()
         return super().gives | {"teacher.hidden"} | given
 
-    def __call__(
+    def of_student(self, options: ScoreOptions) -> ScoreOptions:
+        """Return the options with hidden states, where `reverse_kl` is computed."""
+        return dataclasses.replace(options, hidden=self.reverse_kl)
+
+    def of_teacher(self, options: ScoreOptions) -> ScoreOptions:
+        """Return the options with hidden states."""
+        return dataclasses.replace(options, hidden=True)
+
+    def compare(
         self,
-        student: Model,
-        teachers: Sequence[Model],
-        rollout: Rollout,
-        temperature: Float[Array, ""] | float,
-        mesh: Mesh | None = None,
-        base: Model | None = None,
+        scores: Scores,
+        student: ModelScores,
+        teacher: ModelScores,
+        inputs: ScoreInputs,
+        options: ScoreOptions,
     ) -> Scores:
-        """Score a batch of rollouts, its rows split over the mesh where one is given."""
-        size = self.micro_batch_size
-        question = self._question(hidden=self.reverse_kl)
-        own = ask_student(student, rollout, temperature, question, size, mesh)
-        asked = self._question(hidden=True)
-        theirs = ask_teachers(teachers, rollout, None, temperature, asked, size, mesh)
-        exact = None
-        if self.reverse_kl:
-            network, params = student
-            options = network.head_options(temperature, self.head, self.head_chunk, mesh)
-            head = network.bind(params).head
-            assert own.hidden is not None and theirs.hidden is not None
-            pair = own.hidden, head, options
-            exact = divergence_from(teachers[0], theirs.hidden, ReverseKL(), *pair)
-        scores = Scores(
-            own.stats,
-            theirs.stats,
-            base=self._of_base(base, rollout, temperature, mesh),
-            teacher_hidden=theirs.hidden,
-            reverse_kl=exact,
+        """Return the scores with the teacher's hidden states, and the KL if `reverse_kl` is set."""
+        scores = dataclasses.replace(scores, teacher_hidden=teacher.hidden)
+        if not self.reverse_kl:
+            return scores
+        (judge,) = inputs.teachers
+        assert isinstance(judge, Resident)  # `one_teacher`; only a resident has hidden states
+        assert student.hidden is not None and teacher.hidden is not None
+        exact = divergence_from(
+            (judge.model, judge.params),
+            teacher.hidden,
+            ReverseKL(),
+            student.hidden,
+            inputs.student.head,
+            inputs.student.head_options(inputs.temperature, options),
         )
-        return jax.lax.stop_gradient(scores)
+        return dataclasses.replace(scores, reverse_kl=exact)

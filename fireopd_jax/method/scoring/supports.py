@@ -1,6 +1,6 @@
-"""From two lists of probable words to the support that they are compared on.
+"""Supports and overlaps from the top-K sets of student and teacher.
 
-ids and log-probabilities of student and teacher, K each -> Support, Overlap
+token ids and log-probabilities of both models, K each -> Support, Overlap
 """
 
 from typing import Literal
@@ -24,10 +24,13 @@ def make_support(
     sampled: tuple[Int32[Array, "B T"], Float32[Array, "B T"]] | None = None,
     size: int,
 ) -> Support:
-    """Lay out the slots: K, of a union 2 K, and one for the sampled token; -1 in those left empty.
+    """Return the support: K slots, 2 K for a union, one more for the sampled token; -1 if empty.
 
-    `teacher_at_student` are the teacher's log-probabilities of the student's words, needed for the
-    supports that hold them all. Ids from `size` on are not words of the student: left out.
+    `teacher_at_student` are the teacher's log-probabilities at the student's top-K ids, required
+    for "student" and "union". Token ids from `size` on are outside the student's vocabulary and
+    are left out.
+
+    Raises ValueError where `teacher_at_student` is required and missing.
     """
     (own, _), (theirs, of_theirs) = student, teacher
     common = _is_in(own, theirs)
@@ -40,7 +43,7 @@ def make_support(
     else:
         if teacher_at_student is None:
             raise ValueError(
-                f"the support {kind!r} needs the teacher's view of the student's words"
+                f"support {kind!r} needs the teacher's log-probabilities at the student's top-K"
             )
         ids, logprob = own, teacher_at_student
         if kind == "union":
@@ -57,7 +60,10 @@ def make_support(
 
 
 def overlap(student: List, teacher: List) -> Overlap:
-    """Compare the two lists, position by position."""
+    """Return the overlap of the two top-K sets at each position.
+
+    References: arXiv 2604.13016, Eq. 6, 7, 9 and 10.
+    """
     (own, of_own), (theirs, of_theirs) = student, teacher
     in_own, in_theirs = _is_in(own, theirs), _is_in(theirs, own)
     student_mass = jnp.where(in_own, jnp.exp(of_own), 0.0).sum(axis=-1)
@@ -77,7 +83,7 @@ def overlap(student: List, teacher: List) -> Overlap:
 
 
 def _is_in(ids: Int32[Array, "B T N"], others: Ids) -> Bool[Array, "B T N"]:
-    """Mark the ids, empty slots aside, that stand among the others."""
+    """Return which of the ids occur among the others; False in empty slots."""
     ids = jnp.asarray(ids)
     same = ids[..., :, None] == jnp.asarray(others)[..., None, :]
     return same.any(axis=-1) & (ids >= 0)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from fireopd_jax.method.filtering import KeepAll, LengthDrop, RandomDrop, Reopold, TeacherQuantile
 from fireopd_jax.method.filtering.trajectories import trajectory_score
-from fireopd_jax.types import Rows
+from fireopd_jax.types import StageContext
 from fireopd_jax.verify import reference_batch as oracle
 from tests import cases
 
@@ -18,7 +18,8 @@ def keep_of(logprob, mask, num_teachers=1, teacher=None, **options):
     logprob, mask = np.asarray(logprob, np.float32), np.asarray(mask)
     teacher = np.zeros(len(mask), np.int32) if teacher is None else np.asarray(teacher, np.int32)
     scores = cases.make_scores(logprob, logprob, logprob, logprob)
-    return np.asarray(TeacherQuantile(**options)(scores, Rows(mask, teacher, num_teachers)))
+    context = StageContext(mask, teacher, num_teachers)
+    return np.asarray(TeacherQuantile(**options)(scores, context)[0])
 
 
 @pytest.mark.parametrize("scope", ["batch", "teacher"])
@@ -26,7 +27,9 @@ def keep_of(logprob, mask, num_teachers=1, teacher=None, **options):
 @pytest.mark.parametrize("seed", range(5))
 def test_equals_oracle(seed, drop_fraction, scope):
     scores, mask, teacher = cases.random_case(seed, rows=13, num_teachers=3)
-    keep = TeacherQuantile(drop_fraction=drop_fraction, scope=scope)(scores, Rows(mask, teacher, 3))
+    keep, _ = TeacherQuantile(drop_fraction=drop_fraction, scope=scope)(
+        scores, StageContext(mask, teacher, 3)
+    )
     groups = teacher if scope == "teacher" else None
     expected = oracle.keep_rows(scores.teacher.logprob, mask, drop_fraction, groups)
     np.testing.assert_array_equal(keep, expected)
@@ -81,13 +84,13 @@ def test_each_teacher_drops_its_own():
 
 
 def called(stage, scores, mask, teacher):
-    return stage(scores, Rows(mask, teacher, 2))
+    return stage(scores, StageContext(mask, teacher, 2))[0]
 
 
 def test_row_order_and_padding_do_not_matter():
     scores, mask, teacher = cases.random_case(3, rows=11)
     stage = TeacherQuantile(drop_fraction=0.3, scope="teacher")
-    keep = np.asarray(stage(scores, Rows(mask, teacher, 2)))
+    keep = np.asarray(called(stage, scores, mask, teacher))
     order = np.random.default_rng(1).permutation(11)
     shuffled = jax.tree.map(lambda x: x[order], (scores, mask, teacher))
     np.testing.assert_array_equal(called(stage, *shuffled), keep[order])
@@ -107,10 +110,10 @@ def test_sharded_rows_equal_one_device():
 
 def test_keep_all_keeps_what_holds_a_token():
     scores, mask, teacher = cases.random_case(0)
-    keep = KeepAll()(scores, Rows(mask, teacher, 2))
+    keep = KeepAll().keep(scores, StageContext(mask, teacher, 2))
     np.testing.assert_array_equal(keep, mask.any(axis=1))
     assert not keep[1]
-    nothing = TeacherQuantile(drop_fraction=0.0)(scores, Rows(mask, teacher, 2))
+    nothing = TeacherQuantile(drop_fraction=0.0)(scores, StageContext(mask, teacher, 2))[0]
     np.testing.assert_array_equal(keep, nothing)
 
 
@@ -122,7 +125,9 @@ def test_fraction_outside_the_unit_interval_is_refused(fraction):
 
 def reopold(scores, mask, progress, **options):
     return np.asarray(
-        Reopold(**options)(scores, Rows(mask, np.zeros(len(mask), np.int32), 1, progress=progress))
+        Reopold(**options).keep(
+            scores, StageContext(mask, np.zeros(len(mask), np.int32), 1, progress=progress)
+        )
     )
 
 
@@ -149,7 +154,7 @@ def test_the_student_relative_score_forgives_what_the_student_finds_unlikely_too
     route = np.zeros(3, np.int32)
     by = {
         score: np.asarray(
-            TeacherQuantile(drop_fraction=0.4, score=score)(scores, Rows(mask, route, 1))
+            TeacherQuantile(drop_fraction=0.4, score=score)(scores, StageContext(mask, route, 1))[0]
         )
         for score in ("likelihood", "student_relative")
     }
@@ -162,34 +167,40 @@ def test_lots_are_the_rows_own_and_as_many_go():
     scores, mask, teacher = cases.random_case(0, rows=20)
     mask = np.ones_like(mask)
     ids = np.arange(20, dtype=np.int32) * 7
-    rows = Rows(mask, teacher, sample_id=ids)
-    keep = np.asarray(RandomDrop(drop_fraction=0.3)(scores, rows))
+    rows = StageContext(mask, teacher, sample_id=ids)
+    keep = np.asarray(RandomDrop(drop_fraction=0.3).keep(scores, rows))
     assert keep.sum() == 14
     order = np.random.default_rng(1).permutation(20)
-    again = RandomDrop(drop_fraction=0.3)(scores, Rows(mask, teacher, sample_id=ids[order]))
+    again = RandomDrop(drop_fraction=0.3).keep(
+        scores, StageContext(mask, teacher, sample_id=ids[order])
+    )
     np.testing.assert_array_equal(again, keep[order])
-    other = np.asarray(RandomDrop(drop_fraction=0.3, seed=1)(scores, rows))
+    other = np.asarray(RandomDrop(drop_fraction=0.3, seed=1).keep(scores, rows))
     assert other.sum() == 14 and (other != keep).any()
 
 
 def test_the_longest_or_the_shortest_go():
     mask = np.arange(4)[None] < np.array([1, 4, 2, 3, 0])[:, None]
-    scores, rows = cases.random_case(0, rows=5, tokens=4)[0], Rows(mask, np.zeros(5, np.int32))
-    longest = LengthDrop(drop_fraction=0.25)(scores, rows)
+    scores, rows = (
+        cases.random_case(0, rows=5, tokens=4)[0],
+        StageContext(mask, np.zeros(5, np.int32)),
+    )
+    longest = LengthDrop(drop_fraction=0.25).keep(scores, rows)
     np.testing.assert_array_equal(longest, [True, False, True, True, False])
-    shortest = LengthDrop(drop_fraction=0.25, drop="shortest")(scores, rows)
+    shortest = LengthDrop(drop_fraction=0.25, drop="shortest").keep(scores, rows)
     np.testing.assert_array_equal(shortest, [False, True, True, True, False])
 
 
 @pytest.mark.parametrize("scope", ["batch", "teacher"])
 def test_a_window_ranks_among_the_rows_of_earlier_batches(scope):
     stage = TeacherQuantile(drop_fraction=0.25, scope=scope, window=2)
-    recent = np.full((2, 4, 2), np.nan, np.float32)
+    recent = stage.init(4)
+    assert recent.shape == (2, 4, 2) and np.isnan(recent).all()
     seen = []
     for step in range(5):
         scores, mask, teacher = cases.random_case(step, rows=4)
-        rows = Rows(mask, teacher, 2, recent=recent)
-        keep = np.asarray(stage(scores, rows))
+        keep, recent = stage(scores, StageContext(mask, teacher, 2), recent)
+        keep, recent = np.asarray(keep), np.asarray(recent)
         own = np.asarray(trajectory_score(scores.teacher.logprob, mask))
         valid = mask.any(axis=1)
         seen.append([(own[i], teacher[i]) for i in np.flatnonzero(valid)])
@@ -198,5 +209,11 @@ def test_a_window_ranks_among_the_rows_of_earlier_batches(scope):
             group = [s for s, t in pool if scope == "batch" or t == teacher[i]]
             below = sum(s < own[i] for s in group)
             assert keep[i] == (valid[i] and below >= int(0.25 * len(group) + 1e-9)), (step, i)
-        recent = np.asarray(stage.remember(scores, rows, recent))
     assert not np.isnan(recent[:, 0]).any() and np.isnan(recent[:, 1, 0]).all()
+
+
+def test_a_filter_without_a_window_has_no_state():
+    scores, mask, teacher = cases.random_case(0)
+    for stage in (KeepAll(), TeacherQuantile(), RandomDrop()):
+        context = StageContext(mask, teacher, 2, sample_id=np.arange(7, dtype=np.int32))
+        assert stage.init(7) == () and stage(scores, context, ())[1] == ()

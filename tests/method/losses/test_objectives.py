@@ -97,7 +97,7 @@ def test_golden_vectors(name):
 
 
 def test_golden_forward_terms():
-    """EOPD's term alone: what is left of its loss without the sampled part."""
+    """EOPD's forward-KL term: its loss minus the sampled part."""
     sampled, d_sampled = run(SampledReverseKL(), Z, ZQ, SUPPORT, Y)
     for normalise, name in (
         (False, "forward_kl_topk_unnormalised"),
@@ -180,7 +180,7 @@ SAMPLED = {
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_exact_expectations_over_the_whole_vocabulary(name):
-    """Every word is drawn once and counts with its probability."""
+    """Every token id is sampled once, weighted by its probability."""
     z, q, support = models()
     loss, of_value, of_gradient = SAMPLED[name]
     everywhere = np.tile(z, (12, 1)), np.tile(q, (12, 1))
@@ -193,7 +193,7 @@ def test_exact_expectations_over_the_whole_vocabulary(name):
 
 
 def test_importance_weights_undo_another_sampler():
-    """Drawn from u, weighed by p / u: the mean is that of p."""
+    """Tokens sampled from u and weighted by p / u have the mean under p."""
     z, q, support = models()
     u = np.full(12, 1 / 12)
     everywhere = np.tile(z, (12, 1)), np.tile(q, (12, 1))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fireopd_jax.method.batch import assemble
 from fireopd_jax.method.filtering import KeepAll
 from fireopd_jax.method.losses.sampled_token import SampledReverseKL
 from fireopd_jax.method.reweighting import Uniform
@@ -23,14 +22,14 @@ def case(seed=0):
     scores, mask, _ = cases.random_case(seed, rows=9)
     rollout = cases.make_rollout(mask)
     prompts = dataclasses.replace(rollout.prompts, group=GROUP)
-    return scores, mask, dataclasses.replace(rollout, prompts=prompts)
+    return scores, mask, dataclasses.replace(rollout, prompts=prompts, correct=CORRECT)
 
 
 @pytest.mark.parametrize("delta", [0.4, 3.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_margins_are_those_of_the_formula(seed, delta):
     scores, mask, rollout = case(seed)
-    margin = jax.jit(OutcomeMargin(delta=delta))(scores, rollout, CORRECT).margin
+    margin = jax.jit(OutcomeMargin(delta=delta))(scores, rollout).margin
     advantage = np.asarray(scores.teacher.logprob - scores.student.logprob, np.float64)
     for i in range(9):
         peers = [j for j in range(9) if GROUP[j] == GROUP[i] and mask[j].any()]
@@ -44,16 +43,18 @@ def test_margins_are_those_of_the_formula(seed, delta):
 
 def test_a_group_of_one_sort_is_left_alone():
     scores, _, rollout = case()
-    margin = OutcomeMargin()(scores, rollout, CORRECT).margin
+    margin = OutcomeMargin()(scores, rollout).margin
     assert not np.any(np.asarray(margin.shift)[GROUP == 1])
-    everyone = OutcomeMargin()(scores, rollout, np.ones(9, np.float32)).margin
+    everyone = OutcomeMargin()(
+        scores, dataclasses.replace(rollout, correct=np.ones(9, np.float32))
+    ).margin
     assert not np.any(everyone.shift) and not np.any(everyone.gap)
 
 
 def test_the_loss_adds_the_shift_to_every_advantage():
     scores, mask, rollout = case()
-    scores = OutcomeMargin(delta=2.0)(scores, rollout, CORRECT)
-    batch, _ = assemble(rollout, scores, KeepAll(), Uniform(), "token", 1)
+    scores = OutcomeMargin(delta=2.0)(scores, rollout)
+    batch, _ = cases.assembled(rollout, scores, KeepAll(), Uniform(), "token", 1)
     finite = jnp.where(mask, scores.student.logprob, 0.0)
 
     def slope(loss):

@@ -1,4 +1,4 @@
-"""Scores of sampled tokens: each row by its own teacher, in that teacher's prompt."""
+"""Scores of sampled tokens: each row by its own teacher, after that teacher's prompt."""
 
 import dataclasses
 import functools
@@ -19,6 +19,7 @@ from fireopd_jax.runtime.compilation import CompileCounter
 from fireopd_jax.session import fits
 from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate, shard_rows
 from fireopd_jax.types import Rollout
+from tests import cases
 from tests.cases import make_prompts, random_params, response_stats, tiny_model
 
 ROWS, TOKENS = 8, 5
@@ -46,6 +47,7 @@ def make_case(route=MIXED):
         model_logprob=zeros,
         finished=np.ones(ROWS, bool),
         version=np.zeros(tokens.shape, np.int32),
+        writer=np.zeros(tokens.shape, np.int32),
     )
 
 
@@ -56,7 +58,7 @@ def program(count=3, micro_batch_size=None, teachers=TEACHERS, head_chunk=None):
     @jax.jit
     def score(params, weights, rollout, temperature):
         pairs = list(zip(teachers[:count], weights, strict=True))
-        return scorer((STUDENT, params), pairs, rollout, temperature)
+        return cases.scored(scorer, (STUDENT, params), pairs, rollout, temperature)
 
     return score
 
@@ -124,7 +126,7 @@ CALLS = []
 
 @dataclasses.dataclass(frozen=True)
 class Counted(LanguageModel):
-    """A model that notes each run, by its width."""
+    """A model that records each forward pass, by its width."""
 
     def response_hidden(self, *arguments):
         jax.debug.callback(lambda: CALLS.append(self.config.hidden_size))
@@ -148,9 +150,9 @@ def test_a_teacher_runs_over_its_own_rows_only():
 def test_new_routes_and_temperatures_compile_nothing():
     score = program()
     score(PARAMS, WEIGHTS, make_case(), 1.0)
-    cases = [make_case(route) for route in ((0,) * ROWS, (2,) * ROWS, MIXED[::-1])]
+    others = [make_case(route) for route in ((0,) * ROWS, (2,) * ROWS, MIXED[::-1])]
     counter = CompileCounter()
-    for case, temperature in zip(cases, (1.0, 0.5, 2.0), strict=True):
+    for case, temperature in zip(others, (1.0, 0.5, 2.0), strict=True):
         jax.block_until_ready(score(PARAMS, WEIGHTS, case, temperature))
     assert counter.count == 0
 
@@ -200,7 +202,7 @@ def test_a_kernel_of_another_platform_is_refused(name):
     platform = PLATFORMS[name].upper()
     assert str(raised.value) == (
         f"method.score.head={name} runs on {platform} only, this machine has CPU; "
-        "here run: reference, chunked"
+        "expected one of reference, chunked"
     )
 
 

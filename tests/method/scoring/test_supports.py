@@ -1,4 +1,4 @@
-"""Supports and overlaps against sets; the scores of a batch hold what the two models say."""
+"""Supports and overlaps against Python sets, and the scores of a batch by two models."""
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,7 @@ def log_softmax_of(params, theirs):
 @pytest.mark.parametrize("kind", ["teacher", "union"])
 def test_scores_hold_the_support(kind):
     stage = TopK(k=4, support=kind, micro_batch_size=2)
-    scores = jax.jit(lambda s, t, r: stage((MODEL, s), [(MODEL, t)], r, 1.0))(
+    scores = jax.jit(lambda s, t, r: cases.scored(stage, (MODEL, s), [(MODEL, t)], r, 1.0))(
         STUDENT, TEACHER, make_rollout()
     )
     log_p, log_q = log_softmax_of(STUDENT, False), log_softmax_of(TEACHER, True)
@@ -125,7 +125,9 @@ def test_scores_hold_the_support(kind):
 def test_scores_hold_the_teachers_states_and_the_base():
     stage = WholeVocabulary(base=True)
     rollout = make_rollout()
-    scores = stage((MODEL, STUDENT), [(MODEL, TEACHER)], rollout, 1.0, base=(MODEL, TEACHER))
+    scores = cases.scored(
+        stage, (MODEL, STUDENT), [(MODEL, TEACHER)], rollout, 1.0, base=(MODEL, TEACHER)
+    )
     p = rollout.prompts
     hidden, _ = MODEL.response_hidden(
         TEACHER, p.teacher_tokens, p.teacher_length, rollout.tokens, rollout.mask
@@ -137,4 +139,4 @@ def test_scores_hold_the_teachers_states_and_the_base():
         np.asarray(scores.base.logprob)[own], np.asarray(plain.logprob)[own], atol=1e-5
     )
     with pytest.raises(ValueError, match="no base policy"):
-        stage((MODEL, STUDENT), [(MODEL, TEACHER)], rollout, 1.0)
+        cases.scored(stage, (MODEL, STUDENT), [(MODEL, TEACHER)], rollout, 1.0)

@@ -11,7 +11,6 @@ import pytest
 from fireopd_jax.recipe.schema import load_config
 from fireopd_jax.session.setup import set_up
 from fireopd_jax.training.programs import make_programs
-from fireopd_jax.training.update import init_state
 from fireopd_jax.types import Prompts, Rollout
 
 VOCABULARY, CHUNK, ROWS = 6000, 512, 32
@@ -34,7 +33,7 @@ def programs(head):
     )
     setup = set_up(config)
     # The byte tokenizer's few ids would cut the head; here all of it shall count.
-    student, *teachers = (whole(spec) for spec in (setup.student, *setup.teachers))
+    student, *teachers = (unpadded(spec) for spec in (setup.student, *setup.teachers))
     setup = dataclasses.replace(setup, student=student, teachers=tuple(teachers))
     made = make_programs(setup, config.method, config.optim)
     shape = np.zeros
@@ -43,20 +42,20 @@ def programs(head):
     tokens, values = (shape((ROWS, response), dtype) for dtype in (np.int32, np.float32))
     mask, finished = shape((ROWS, response), bool), shape((ROWS,), bool)
     prompts = Prompts(prompt, row, prompt, row, row, row, row, row)
-    rollout = Rollout(prompts, tokens, mask, values, values, finished, tokens)
+    rollout = Rollout(prompts, tokens, mask, values, values, finished, tokens, tokens)
     key, temperature = jax.random.key(0), shape((), np.float32)
     params = jax.eval_shape(setup.student.model.init, key)
     teachers = [jax.eval_shape(teacher.model.init, key) for teacher in setup.teachers]
-    state = jax.eval_shape(lambda params: init_state(params, made.optimizer), params)
-    inputs = params, teachers, rollout, temperature, state.updates
-    score = made.score.lower(*inputs)
-    batch, *_ = jax.eval_shape(made.score, *inputs)
+    state = jax.eval_shape(made.init, params)
+    inputs = params, teachers, rollout, temperature, state.updates, state.stages, None
+    score = made.score.jitted.lower(*inputs)
+    batch, *_ = jax.eval_shape(made.score.jitted, *inputs)
     update = made.update.lower(state, batch, temperature)
     return config, {"score": score.compile().as_text(), "update": update.compile().as_text()}
 
 
-def whole(spec):
-    """Let every row of the head be a token."""
+def unpadded(spec):
+    """Return the spec with every row of the head as a token."""
     return dataclasses.replace(spec, model=dataclasses.replace(spec.model, valid=None))
 
 
@@ -67,12 +66,12 @@ def shapes(text):
 
 
 def of_logits(shape, tokens, columns):
-    """Tell whether an array has a logit for each of these tokens and columns."""
+    """Return whether an array has a logit for each of these tokens and columns."""
     return math.prod(shape) >= tokens * columns and any(size >= columns for size in shape)
 
 
 @pytest.mark.parametrize(("head", "born"), [("null", False), ("reference", True)])
-def test_the_logits_of_a_batch_stay_unborn(head, born):
+def test_no_program_holds_the_logits_of_a_batch(head, born):
     config, texts = programs(head)
     micro = {"score": ROWS, "update": config.optim.micro_batch_size or ROWS}
     for name, text in texts.items():

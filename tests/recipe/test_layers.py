@@ -1,20 +1,15 @@
-"""Layers, overrides and the one line that a mistake gets."""
+"""Layers, overrides and the one-line errors."""
 
 from pathlib import Path
 
 import pytest
 import yaml
 
-from fireopd_jax.config import (
-    UserError,
-    find_config,
-    lay,
-    nearest,
-    read_override,
-    read_yaml,
-    validate,
-)
-from fireopd_jax.recipe.schema import Config, as_tree, load_config
+from fireopd_jax.config import UserError, dotted, nearest, validate
+from fireopd_jax.recipe.aliases import ALIASES, ELSEWHERE
+from fireopd_jax.recipe.keys import shipped_schema
+from fireopd_jax.recipe.layers import find_config, overlay, read_file, read_override, split_key
+from fireopd_jax.recipe.schema import Config, as_tree, load, load_config
 
 TEACHER = "teacher.architecture.hidden_size=32"
 
@@ -61,15 +56,26 @@ def test_defaults_written_out_read_back_to_the_same(tmp_path):
     assert validate(Config, yaml.safe_load(text), {}) == config
 
 
-def test_another_kind_replaces_the_section_and_the_same_merges(tmp_path):
+def test_a_layer_that_names_a_kind_starts_the_section_anew_and_one_without_merges(tmp_path):
     a = write(tmp_path, "a.yaml", "method: {filter: {kind: teacher_quantile, drop_fraction: 0.5}}")
     same = write(tmp_path, "b.yaml", "method: {filter: {kind: teacher_quantile, scope: batch}}")
     other = write(tmp_path, "c.yaml", "method: {filter: {kind: keep_all}}")
-    assert load_config([a, same, TEACHER]).method.filter.drop_fraction == 0.5
+    more = write(tmp_path, "d.yaml", "method: {filter: {scope: teacher}}")
+    assert load_config([a, same, TEACHER]).method.filter.drop_fraction == 0.2
     assert load_config([a, other, TEACHER]).method.filter.kind == "keep_all"
+    merged = load_config([a, more, TEACHER]).method.filter
+    assert (merged.drop_fraction, merged.scope) == (0.5, "teacher")
     back = load_config([a, other, same, TEACHER])
     assert back.method.filter.drop_fraction == 0.2
     assert back.method.loss.clip == 0.2
+
+
+def test_the_order_of_overrides_does_not_matter():
+    """All overrides are one layer: a kind does not undo earlier overrides of its section."""
+    kind, value = "method.filter.kind=random_drop", "method.filter.drop_fraction=0.4"
+    for order in ([kind, value], [value, kind]):
+        assert load_config([TEACHER, *order]).method.filter.drop_fraction == 0.4
+    assert load_config([TEACHER, "run.steps=3", "run.steps=4"]).run.steps == 4
 
 
 def test_a_path_replaces_an_embedded_model(tmp_path):
@@ -113,8 +119,9 @@ def test_values_are_yaml():
     assert config.run.compare == ("opd", "fire_opd_released")
     assert config.data.path == ("a.jsonl", "b.parquet")
     assert config.optim.clip_norm is None
-    assert read_override("a.b=x=y") == ({"a": {"b": "x=y"}}, {"a.b": "command line"})
-    assert read_override("a={b") == ({"a": "{b"}, {"a": "command line"})
+    layer = read_override("a.b=x=y")
+    assert (layer.tree, layer.origins) == ({"a": {"b": "x=y"}}, {("a", "b"): "command line"})
+    assert read_override("a={b").tree == {"a": "{b"}
 
 
 @pytest.mark.parametrize("text", ["=3", "a..b=1", ".a=1", "a.=1"])
@@ -165,12 +172,12 @@ def test_unknown_keys_are_answered_by_the_nearest(tmp_path):
     ],
 )
 def test_names_of_other_tools_are_answered_by_ours(key, ours):
-    assert refusal([f"{key}=1"]) == f"command line: unknown key {key!r}: here it is {ours!r}"
+    assert refusal([f"{key}=1"]) == f"command line: unknown key {key!r}: use {ours!r}"
 
 
 def test_a_key_of_another_kind_is_told_so():
     message = refusal([TEACHER, "method.filter.kind=keep_all", "method.filter.drop_fraction=0.1"])
-    assert "belongs to another kind of 'method.filter'" in message
+    assert "is a key of another kind of 'method.filter'" in message
 
 
 def test_a_key_that_stands_twice(tmp_path):
@@ -209,20 +216,144 @@ def test_shipped_files_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
     assert find_config("smoke.yaml").resolve() == Path(own)
 
 
-def test_lay_changes_neither_layer():
+def test_overlay_changes_neither_layer():
     base, layer = {"a": {"b": 1}}, {"a": {"c": {"d": 2}}}
-    out = lay(base, layer)
+    out = overlay(base, layer)
     out["a"]["c"]["d"] = 3
     assert base == {"a": {"b": 1}} and layer == {"a": {"c": {"d": 2}}}
 
 
 def test_origins_are_lines(tmp_path):
     a = write(tmp_path, "a.yaml", "run:\n  steps: 3\n\noptim: {beta1: 0.5}\n")
-    tree, origins = read_yaml(tmp_path / "a.yaml")
-    assert tree == {"run": {"steps": 3}, "optim": {"beta1": 0.5}}
-    assert origins["run.steps"] == f"{a}:2" and origins["optim.beta1"] == f"{a}:4"
+    layer = read_file(tmp_path / "a.yaml")
+    assert layer.tree == {"run": {"steps": 3}, "optim": {"beta1": 0.5}}
+    assert layer.origins[("run", "steps")] == f"{a}:2"
+    assert layer.origins[("optim", "beta1")] == f"{a}:4"
 
 
 def test_nearest_says_nothing_of_what_is_far():
     assert nearest("stduent", ["student"]) == " (did you mean 'student'?)"
     assert nearest("xyz", ["student"]) == ""
+
+
+def test_a_mistyped_suffix_is_no_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "'smoke.yaml'" in refusal(["configs/smoke.ymal"])
+    assert "no such configuration file" in refusal(["smoke.txt"])
+
+
+def test_the_files_that_were_used_are_noted(tmp_path):
+    a = write(tmp_path, "a.yaml", "run: {steps: 7, compare: [opd]}")
+    (note,) = load([a, "smoke"]).notes
+    shipped = [str(find_config(name)) for name in ("smoke", "method/opd")]
+    assert note == f"configuration: {a}, {shipped[0]}, {shipped[1]}"
+    assert load(["smoke", "run.seed=1"]).notes[0].endswith("smoke.yaml, command line")
+
+
+@pytest.mark.parametrize(
+    "text, name", [("2024", "2024"), ("1e3", "1e3"), ("007", "007"), ("2024-11-29", "2024-11-29"),
+                   ("yes", "yes"), ("1_0", "1_0"), ("'x'", "x")]
+)  # fmt: skip
+def test_a_name_may_look_like_a_number(tmp_path, text, name):
+    assert load_config([TEACHER, f"run.name={text}"]).run.name == name
+    file = write(tmp_path, "a.yaml", f"run: {{name: {text}}}")
+    assert load_config([TEACHER, file]).run.name == name
+
+
+def test_null_is_no_name():
+    assert load_config([TEACHER, "run.dir=null"]).run.dir is None
+
+
+@pytest.mark.parametrize("text", ["true", "yes", "off"])
+@pytest.mark.parametrize("key", ["run.steps", "optim.learning_rate", "optim.clip_norm"])
+def test_yes_is_no_number(tmp_path, key, text):
+    message = refusal([TEACHER, f"{key}={text}"])
+    assert message.startswith(f"command line: {key}: expected ") and repr(text) in message
+    section, name = key.split(".")
+    file = write(tmp_path, "a.yaml", f"{section}:\n  {name}: {text}")
+    assert refusal([TEACHER, file]).startswith(f"{file}:2: {key}: expected ")
+    assert load_config([TEACHER, "run.export=yes"]).run.export is True
+
+
+@pytest.mark.parametrize(
+    "words, quoted",
+    [
+        ("student.lora={rank: 16}", "'student.lora={rank: 16}'"),
+        ("student.lora={rank: 16, alpha: 32} run.seed=1", "'student.lora={rank: 16, alpha: 32}'"),
+        ("run.compare=[opd, gkd]", "'run.compare=[opd, gkd]'"),
+    ],
+)
+def test_a_value_that_the_shell_has_split_is_told_how_to_quote_it(words, quoted):
+    message = refusal([TEACHER, *words.split(" ")])
+    assert "quote it" in message and message.endswith(quoted)
+    assert "no such configuration file" not in message
+
+
+def test_names_with_dots_are_quoted_in_keys(tmp_path):
+    assert split_key('teachers."a.b c".path') == ("teachers", "a.b c", "path")
+    assert split_key("a.b") == ("a", "b") and split_key('""') == ("",)
+    for key in [("teachers", "a.b", "path"), ("a", "b=c"), ("x", "")]:
+        assert split_key(dotted(key)) == key
+    config = load_config(['teachers."deepseek-v3.1".tokenizer=builtin:bytes'])
+    assert list(config.teachers) == ["deepseek-v3.1"]
+    file = write(tmp_path, "a.yaml", "teachers:\n  a.b:\n    tokeniser: x\n")
+    assert refusal([file]) == (
+        f"{file}:3: unknown key 'teachers.\"a.b\".tokeniser' "
+        "(did you mean 'teachers.\"a.b\".tokenizer'?)"
+    )
+    bad = write(tmp_path, "b.yaml", "teachers:\n  a.b:\n    dtype: int3\n")
+    assert refusal([bad]).startswith(f'{bad}:3: teachers."a.b".dtype: ')
+
+
+def test_every_hint_is_a_key_that_may_be_set():
+    """Foreign names: what the answer names exists, and means a setting of the default run."""
+    schema = shipped_schema()
+    tree = as_tree(load_config([TEACHER]))
+    known = {dotted(key) for key in schema.chosen(tree)}
+    for foreign, ours in ALIASES.items():
+        assert ours.replace("teacher.", "teachers.default.") in known, (foreign, ours)
+    for foreign, text in ELSEWHERE.items():
+        for word in text.replace(",", " ").split():
+            if word.partition(".")[0] in tree and "." in word:
+                name = word.strip(".").replace("teacher.", "teachers.default.")
+                assert name in known, (foreign, word)
+    assert not ALIASES.keys() & ELSEWHERE.keys()
+    assert not {key.rpartition(".")[2] for key in known} & (ALIASES.keys() | ELSEWHERE.keys()) - {
+        "chat_template_kwargs"
+    }
+
+
+def mutations(name):
+    """Typing errors: a letter left out, doubled, or swapped with the next."""
+    for i in range(1, len(name) - 1):
+        yield name[:i] + name[i + 1 :]
+        yield name[:i] + name[i] + name[i:]
+        yield name[: i - 1] + name[i] + name[i - 1] + name[i + 1 :]
+
+
+def test_every_mistyped_key_is_answered_by_itself_or_by_a_key_that_exists():
+    tree = as_tree(load_config([TEACHER]))
+    known = {dotted(key): key for key in shipped_schema().chosen(tree)}
+    asked = right = 0
+    for key in known.values():
+        for mistyped in list(mutations(key[-1]))[::7]:
+            wrong = (*key[:-1], mistyped)
+            if dotted(wrong) in known or key[0] in ("teachers", "base"):
+                continue
+            message = refusal([TEACHER, f"{dotted(wrong)}=1"])
+            hint = message.partition("did you mean ")[2].strip("')?")
+            assert not hint or hint in known, message
+            asked, right = asked + 1, right + (hint == dotted(key))
+    assert asked > 200 and right > 0.95 * asked
+
+
+@pytest.mark.parametrize(
+    "key, words",
+    [
+        ("data.train_files", "use 'data.path'"),
+        ("gradient_accumulation_steps", "optim.micro_batch_size"),
+        ("trainer.report_to", "metrics.jsonl"),
+    ],
+)
+def test_foreign_keys_are_not_answered_by_what_means_something_else(key, words):
+    assert words in refusal([TEACHER, f"{key}=1"])

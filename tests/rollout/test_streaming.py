@@ -18,7 +18,7 @@ from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.requests import Budget, Knobs, Request
 from fireopd_jax.rollout.sampling import Sampling
-from fireopd_jax.rollout.serving import Engine
+from fireopd_jax.rollout.streaming import Engine
 from fireopd_jax.runtime.compilation import CompileCounter
 from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate
 from tests.cases import make_prompts, random_params, tiny_model

@@ -1,0 +1,84 @@
+"""Base classes of the stages of a method.
+
+    stage.needs             fields of the scores that it uses
+    stage.init(rows)        its state before the first step: () for a stateless stage
+    stage(..., state)       its result, and the state for the next step
+
+A stage is a frozen dataclass; other code uses these attributes and never checks its class.
+"""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+from jaxtyping import Bool, Float32
+
+from fireopd_jax.metrics import Metric
+from fireopd_jax.types import Array, Scores, StageContext
+
+StageState = Any
+"""A pytree of arrays; () for a stateless stage."""
+Keep = Bool[Array, " B"] | Bool[Array, "B T"]
+"""True on the trajectories, or on the tokens, that are trained on."""
+
+
+class Stage:
+    """Base class of stages; by default stateless, using no field of the scores."""
+
+    kind: str
+    """Name of the variant; each subclass declares it as a field."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `Scores` that the stage uses, such as "teacher.entropy"."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Texts whose token ids `StageContext.special` must hold for this stage."""
+        return ()
+
+    def init(self, rows: int) -> StageState:
+        """Return the state before the first step, for batches of `rows` trajectories."""
+        return ()
+
+    def problems(self, rows: int) -> Iterator[str]:
+        """Yield what is wrong with these settings for batches of `rows` trajectories."""
+        return iter(())
+
+
+class Filter(Stage):
+    """A stage that chooses the trajectories, or tokens, that are trained on."""
+
+    def __call__(
+        self, scores: Scores, context: StageContext, state: StageState = ()
+    ) -> tuple[Keep, StageState]:
+        """Return the keep mask, and the state for the next step."""
+        return self.keep(scores, context), state
+
+    def keep(self, scores: Scores, context: StageContext) -> Keep:
+        """Return the keep mask; stateless filters define this method."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither keep nor __call__")
+
+    def metrics(
+        self, scores: Scores, context: StageContext, state: StageState
+    ) -> dict[str, Metric]:
+        """Return metrics specific to this filter, by name."""
+        return {}
+
+
+class Reweighting(Stage):
+    """A stage that weights the tokens of each trajectory; weights carry no gradient."""
+
+    kernel_strengths: ClassVar[tuple[float, float] | None] = None
+    """(alpha, beta) where the scoring kernel computes the raw token weight, else None."""
+
+    def __call__(
+        self, scores: Scores, context: StageContext, keep: Keep, state: StageState = ()
+    ) -> tuple[Float32[Array, "B T"], StageState]:
+        """Return the weight of each token, 0 where masked, and the state for the next step."""
+        return self.weight(scores, context, keep), state
+
+    def weight(self, scores: Scores, context: StageContext, keep: Keep) -> Float32[Array, "B T"]:
+        """Return the weight of each token; stateless reweightings define this method."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither weight nor __call__")
+
+
+Aggregate = Literal["seq", "token"]
+"""Each kept trajectory counts once, or each kept token."""

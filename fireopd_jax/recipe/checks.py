@@ -1,0 +1,138 @@
+"""Checks between the sections of a configuration.
+
+    Config -> one line for each conflict
+
+The stages of a method declare what they need and assume; these declarations are compared here.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fireopd_jax.method.config import MethodConfig
+from fireopd_jax.recipe.models import ModelConfig
+from fireopd_jax.recipe.optim import OptimConfig
+from fireopd_jax.rollout.settings import RolloutConfig
+
+if TYPE_CHECKING:
+    from fireopd_jax.recipe.schema import Config
+
+RESERVED = ("student", "student_start", "student_hf", "base")
+"""Model names that every run uses."""
+
+
+def conflicts(config: "Config") -> Iterator[str]:
+    """Yield a line for each conflict between sections, starting with the key."""
+    if not config.teachers:
+        yield "teachers: none is given; expected `teacher: ...` or `teachers: {NAME: ...}`"
+    yield from _method_conflicts(config.method, config.rollout, len(config.teachers))
+    for key, size, divisor in _divisions(config):
+        if size % divisor:
+            yield f"{key}={divisor} does not divide the {size} rows of a batch"
+    if config.rollout.temperature == 0:
+        yield "rollout.temperature=0: greedy rollouts have no gradient; expected a positive value"
+    for key, optim, updates in _optimizers(config):
+        if optim.warmup_steps >= updates:
+            yield f"{key}.warmup_steps={optim.warmup_steps}: expected fewer than {updates} updates"
+    yield from _name_conflicts(config)
+    if len(config.teachers) > 1 and config.data.teacher_column is None:
+        yield (
+            f"data.teacher_column: with {len(config.teachers)} teachers, expected the column that "
+            "names each row's teacher"
+        )
+    for name, teacher in config.teachers.items():
+        if teacher.sft is not None and teacher.sft.source == "teacher":
+            yield f"teachers.{name}.sft.source: a teacher can only be trained on 'rows'"
+
+
+def _name_conflicts(config: "Config") -> Iterator[str]:
+    if len(set(config.run.compare)) < len(config.run.compare):
+        yield f"run.compare={list(config.run.compare)}: a method is named twice"
+    for name in config.run.compare:
+        if name in RESERVED or name.startswith("teacher_"):
+            yield f"run.compare: {name}: reserved for a model of the run; rename the method's file"
+    if "" in config.teachers:
+        yield "teachers: a name is empty; expected a name, such as that of a data source"
+
+
+def _method_conflicts(
+    method: MethodConfig, rollout: RolloutConfig, num_teachers: int
+) -> Iterator[str]:
+    """Yield stages that these scores or rollouts make incorrect, useless or identically zero."""
+    score, loss = method.score, method.loss
+    for stage in method.readers:
+        if missing := sorted(stage.needs - score.gives):
+            yield (
+                f"method: {stage.kind} needs {', '.join(missing)}, which "
+                f"method.score ({score.kind}) does not provide"
+            )
+    for name in ("filter", "reweight"):
+        for problem in getattr(method, name).problems(rollout.batch_size):
+            yield f"method.{name}.{problem}"
+    filtered = rollout.top_p < 1 or max(rollout.top_k, rollout.min_p, rollout.min_tokens) > 0
+    if filtered and loss.unfiltered and loss.corrected_by is not None:
+        yield (
+            f"{loss.kind} is exact only for unfiltered rollouts: with rollout.top_p, top_k, min_p "
+            f"or min_tokens set, give method.loss.{loss.corrected_by} too"
+        )
+    elif filtered and loss.unfiltered:
+        yield (
+            f"{loss.kind} assumes tokens sampled from the student's whole distribution: expected "
+            "rollout.top_p=1, top_k=0, min_p=0 and min_tokens=0"
+        )
+    if rollout.on_policy_fraction < 1 and loss.on_policy:
+        yield (
+            f"rollout.on_policy_fraction={rollout.on_policy_fraction}: {loss.kind} assumes that "
+            "every response is sampled from the student; expected 1, or a divergence on a support "
+            "or over the vocabulary"
+        )
+    if score.margin is not None and rollout.group_size == 1:
+        yield (
+            "method.score.margin compares the responses to one prompt: expected rollout.group_size "
+            "of 2 or more, found 1"
+        )
+    if score.margin is not None and not method.needs & {"margin"}:
+        yield (
+            "method.score.margin: neither filter nor loss uses it; expected null, or "
+            "method.loss.margin=true"
+        )
+    if score.support_size is not None and score.support_size < loss.least_support:
+        yield (
+            f"method.score.k={score.support_size}: a single token, renormalised, has probability 1 "
+            "in both models, so the loss is identically zero; expected k of 2 or more, or "
+            "score.sampled=true"
+        )
+    if score.only_for_readers and not score.only_for_readers & method.needs:
+        yield (
+            f"method.score: {score.kind} keeps the teacher's hidden states, which neither filter, "
+            "reweight nor loss uses; expected sampled_token or top_k"
+        )
+    if score.one_teacher and num_teachers > 1:
+        yield (
+            f"method.score: {score.kind} uses one teacher's head, {num_teachers} teachers are "
+            "given; expected one, or score.kind=top_k"
+        )
+
+
+def _divisions(config: "Config") -> Iterator[tuple[str, int, int]]:
+    rows = config.rollout.batch_size
+    yield "rollout.group_size", rows, config.rollout.group_size
+    yield "optim.micro_batch_size", rows, config.optim.micro_batch_size or 1
+    yield "method.score.micro_batch_size", rows, config.method.score.micro_batch_size or 1
+    for key, model in _models(config):
+        if model.sft is not None:
+            micro = model.sft.optim.micro_batch_size or 1
+            yield f"{key}.sft.optim.micro_batch_size", model.sft.batch_size, micro
+
+
+def _models(config: "Config") -> Iterator[tuple[str, ModelConfig]]:
+    yield "student", config.student
+    for name, teacher in config.teachers.items():
+        yield f"teachers.{name}", teacher
+
+
+def _optimizers(config: "Config") -> Iterator[tuple[str, OptimConfig, int]]:
+    """Yield key, configuration and number of updates of each optimizer."""
+    yield "optim", config.optim, config.run.steps * config.run.updates_per_rollout
+    for key, model in _models(config):
+        if model.sft is not None:
+            yield f"{key}.sft.optim", model.sft.optim, model.sft.steps

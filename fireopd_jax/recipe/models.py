@@ -1,0 +1,84 @@
+"""Configuration of the models of a run: student, teachers, base policy."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from fireopd_jax.config import Section, config
+from fireopd_jax.models.decoder import DecoderConfig
+from fireopd_jax.models.lora import LoraConfig
+from fireopd_jax.models.quantized import Quantize
+from fireopd_jax.recipe.optim import SftConfig
+
+
+@config
+class ModelConfig(Section):
+    """A model: loaded from `path`, or embedded: defined by `architecture`, with random parameters.
+
+    Supervised training comes first if `sft` is set.
+    """
+
+    path: str | None = None
+    """A Hugging Face folder, a name on its hub, or a model of a run: `runs/x/models/student`."""
+    architecture: DecoderConfig = DecoderConfig()
+    """Architecture of an embedded model, which starts from random parameters; with `path`, the
+    architecture that the folder must have."""
+    tokenizer: str = "builtin:bytes"
+    """Tokenizer of an embedded model: `builtin:bytes`, or a Hugging Face folder."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute dtype of a model from `path`; by default that of the folder."""
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of parameters from `path`; by default float32 if trained, else the compute dtype."""
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of this model's chat template, such as `{enable_thinking: false}`."""
+    sft: SftConfig | None = None
+    """Supervised training before distillation; null is none."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether all parameters are trained at some point of the run."""
+        return self.sft is not None
+
+    @property
+    def swaps_eos(self) -> bool:
+        """Whether the model scores with its EOS swapped with the student's."""
+        return False
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Yield keys that `path` overrides, or that need it: tokenizer and dtypes."""
+        if self.path is not None:
+            yield "tokenizer", "with path: the folder has its own tokenizer"
+            for name in ("dtype", "param_dtype"):
+                yield f"architecture.{name}", f"with path: expected {name}"
+        else:
+            for name in ("dtype", "param_dtype"):
+                yield name, f"without path: expected architecture.{name}"
+
+
+@config
+class StudentConfig(ModelConfig):
+    """The model that is trained."""
+
+    lora: LoraConfig | None = None
+    """Train only low-rank adapters after `sft`; null trains all parameters."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether all parameters are trained at some point of the run."""
+        return self.sft is not None or self.lora is None
+
+
+@config
+class TeacherConfig(ModelConfig):
+    """A teacher: frozen while the student is trained."""
+
+    quantize: Quantize | None = None
+    """Store the kernels of its layers in eight bits, after `sft` if any; null keeps their dtype."""
+    eos_alias: bool = False
+    """For a teacher whose EOS token differs from the student's: its probability of its own EOS is
+    used for the student's EOS, and vice versa."""
+
+    @property
+    def swaps_eos(self) -> bool:
+        """Whether the teacher scores with its EOS swapped with the student's."""
+        return self.eos_alias

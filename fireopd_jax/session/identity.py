@@ -1,0 +1,97 @@
+"""Hashes of the files of frozen models, so that a resumed run has the same teachers.
+
+path -> resolved folder, revision, SHA-256 of each file -> models/sources.json
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fireopd_jax.config import UserError
+from fireopd_jax.models.hf_load import resolve
+from fireopd_jax.runs.folder import write_atomically
+from fireopd_jax.session.specs import ModelSpec
+
+BLOCK = 1 << 22
+SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+DIGEST = 64
+"""Number of hexadecimal digits of a SHA-256."""
+
+
+def identity(spec: ModelSpec) -> dict[str, Any]:
+    """Return path, folder, revision and the SHA-256 of every file of a frozen model.
+
+    Weights in the hub's cache are links to blobs named by their SHA-256; they are not hashed again.
+    """
+    assert spec.config.path is not None
+    folder = resolve(spec.config.path).absolute()
+    files = sorted(_files(folder))
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(_sha256, files))
+    revision = folder.name if folder.parent.name == "snapshots" else None
+    names = (str(path.relative_to(folder)) for path in files)
+    return {
+        "path": spec.config.path,
+        "folder": str(folder),
+        "revision": revision,
+        "sha256": dict(zip(names, hashes, strict=True)),
+    }
+
+
+def check_sources(file: Path, specs: Sequence[ModelSpec]) -> None:
+    """Write the identities of models to `file`, or compare them with those it already holds.
+
+    Raises UserError, naming the model and the changed file.
+    """
+    now = {spec.name: identity(spec) for spec in specs}
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(now, indent=2) + "\n")
+        return
+    before = recorded_sources(file)
+    for name, found in now.items():
+        changed = _difference(before.get(name), found)
+        if changed is not None:
+            raise UserError(
+                f"{name}: {changed} of {found['folder']} has changed since the run began; expected "
+                "the same files, or another run.dir"
+            )
+
+
+def recorded_sources(file: Path) -> dict[str, Any]:
+    """Return the identities recorded in `file`, by model name; {} without the file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _difference(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:
+    """Return the name of the first difference: model, revision or a file; None if equal."""
+    if before is None:
+        return "the model"
+    if before["revision"] != now["revision"]:
+        return f"revision {now['revision']} (it was {before['revision']})"
+    old, new = before["sha256"], now["sha256"]
+    return next((n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n)), None)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the files that a model is loaded from: weights, configuration, tokenizer, template."""
+    if (folder / "model.json").is_file():  # saved by a run
+        yield folder / "model.json"
+        for part in ("params", "tokenizer"):
+            yield from (path for path in (folder / part).rglob("*") if path.is_file())
+    else:
+        yield from (path for path in folder.iterdir() if path.suffix in SUFFIXES)
+
+
+def _sha256(path: Path) -> str:
+    blob = path.resolve().name
+    if path.is_symlink() and path.resolve().parent.name == "blobs" and len(blob) == DIGEST:
+        return blob
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
