@@ -35,9 +35,9 @@ class Assembled:
     """Metrics of the filter."""
 
 
-def init_states(filter: Filter, reweight: Reweighting, rows: int) -> StageStates:
-    """Return the states of the stages before the first step, for batches of `rows` rows."""
-    return StageStates(filter.init(rows), reweight.init(rows))
+def init_states(filter: Filter, reweight: Reweighting, batch_size: int) -> StageStates:
+    """Return the states of the stages before the first step, for batches of `batch_size` rows."""
+    return StageStates(filter.init(batch_size), reweight.init(batch_size))
 
 
 def assemble(

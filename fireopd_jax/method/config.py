@@ -68,6 +68,6 @@ class MethodConfig:
         """Texts whose token ids the stages need, as `StageContext.special`."""
         return tuple(text for stage in self.readers for text in stage.texts)
 
-    def init(self, rows: int) -> StageStates:
-        """Return the states of the stages before the first step, for batches of `rows` rows."""
-        return init_states(self.filter, self.reweight, rows)
+    def init(self, batch_size: int) -> StageStates:
+        """Return the stages' states before the first step, for batches of `batch_size` rows."""
+        return init_states(self.filter, self.reweight, batch_size)

@@ -34,12 +34,12 @@ class Stage:
         """Texts whose token ids `StageContext.special` must hold for this stage."""
         return ()
 
-    def init(self, rows: int) -> StageState:
-        """Return the state before the first step, for batches of `rows` trajectories."""
+    def init(self, batch_size: int) -> StageState:
+        """Return the state before the first step, for batches of `batch_size` trajectories."""
         return ()
 
-    def problems(self, rows: int) -> Iterator[str]:
-        """Yield what is wrong with these settings for batches of `rows` trajectories."""
+    def problems(self, batch_size: int) -> Iterator[str]:
+        """Yield what is wrong with these settings for batches of `batch_size` trajectories."""
         return iter(())
 
 

@@ -57,14 +57,14 @@ class AllOf(Filter):
         """Texts whose token ids any of the filters needs."""
         return tuple(text for each in self.filters for text in each.texts)
 
-    def problems(self, rows: int) -> Iterator[str]:
+    def problems(self, batch_size: int) -> Iterator[str]:
         """Yield the problems of each filter, with its index."""
         for index, each in enumerate(self.filters):
-            yield from (f"filters.{index}.{problem}" for problem in each.problems(rows))
+            yield from (f"filters.{index}.{problem}" for problem in each.problems(batch_size))
 
-    def init(self, rows: int) -> StageState:
+    def init(self, batch_size: int) -> StageState:
         """Return the state of each filter."""
-        return tuple(each.init(rows) for each in self.filters)
+        return tuple(each.init(batch_size) for each in self.filters)
 
     def __call__(
         self, scores: Scores, context: StageContext, state: StageState = ()

@@ -62,9 +62,9 @@ class TeacherQuantile(Filter):
         relative = {"student.logprob"} if self.score == "student_relative" else set()
         return frozenset({"teacher.logprob"} | relative)
 
-    def problems(self, rows: int) -> Iterator[str]:
+    def problems(self, batch_size: int) -> Iterator[str]:
         """Yield a problem where the fraction drops every row, or none although it is above 0."""
-        rho, ranked = self.drop_fraction, rows * (1 + self.window)
+        rho, ranked = self.drop_fraction, batch_size * (1 + self.window)
         if self.scope == "teacher":  # the number of rows of each teacher is known only in the batch
             return
         if rho == 1:
@@ -75,12 +75,12 @@ class TeacherQuantile(Filter):
                 f"{1 / ranked:.3g}, or a larger rollout.batch_size"
             )
 
-    def init(self, rows: int) -> StageState:
+    def init(self, batch_size: int) -> StageState:
         """Return f32[W, B, 2]: score and route of the rows of W earlier batches; NaN where empty.
 
         () without a window.
         """
-        return jnp.full((self.window, rows, 2), jnp.nan, jnp.float32) if self.window else ()
+        return jnp.full((self.window, batch_size, 2), jnp.nan, jnp.float32) if self.window else ()
 
     def __call__(
         self, scores: Scores, context: StageContext, state: StageState = ()

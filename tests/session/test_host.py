@@ -1,0 +1,54 @@
+"""Host stages: grades where a method needs them, and nothing for the others."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from fireopd_jax.recipe.schema import load_config
+from fireopd_jax.session.host import HOST_STAGES, Grade, host_stages
+from fireopd_jax.session.setup import set_up
+from tests.cases import make_rollout
+
+SETTINGS = ["smoke", "data.path=builtin:addition-1", "rollout.batch_size=8", "eval.problems=0"]
+
+
+def make_setup(method):
+    return set_up(load_config([*SETTINGS, f"method/{method}"]))
+
+
+def make_case(setup):
+    """Right, wrong and empty responses to the first rows."""
+    tokenizer, stop = setup.student.tokenizer, setup.student.stop[0]
+    texts = [setup.rows[i].answer if i % 2 == 0 else "x" for i in range(7)]
+    width = 12
+    tokens, mask = np.zeros((8, width), np.int32), np.zeros((8, width), bool)
+    for i, text in enumerate(texts):  # the last row draws nothing
+        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], stop]
+        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
+    return dataclasses.replace(make_rollout(mask), tokens=tokens)
+
+
+def test_a_method_that_needs_grades_has_its_rollouts_graded():
+    setup = make_setup("uni_opd")
+    (stage,) = host_stages(setup, setup.config.method)
+    rollout = make_case(setup)
+    graded = stage(rollout)
+    np.testing.assert_array_equal(graded.correct, [1, 0, 1, 0, 1, 0, 1, 0])
+    assert graded.correct.dtype == np.float32
+    # The rows lie where the score program wants them, and nothing else has changed.
+    assert {shard.data.shape for shard in graded.correct.addressable_shards} == {(1,)}
+    same = jax.tree.map(np.array_equal, dataclasses.replace(graded, correct=None), rollout)
+    assert all(jax.tree.leaves(same))
+
+
+def test_other_methods_have_no_host_stage():
+    setup = make_setup("fire_opd")
+    assert host_stages(setup, setup.config.method) == []
+
+
+def test_every_host_stage_fills_in_a_field_of_the_rollout():
+    fields = {f"rollout.{field.name}" for field in dataclasses.fields(make_rollout([[True]]))}
+    assert Grade in HOST_STAGES
+    for stage in HOST_STAGES:
+        assert stage.gives and stage.gives <= fields
