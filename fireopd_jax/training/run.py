@@ -85,7 +85,9 @@ def _in_folder(
             for note in notes:
                 log(note)
             folder.write_json("env.json", environment([str(d) for d in jax.devices()]))
-            check_sources(folder.path / "models" / "sources.json", frozen(setup))
+            if read_elsewhere := frozen(setup):
+                log(f"hashing the files of {', '.join(spec.name for spec in read_elsewhere)}")
+            check_sources(folder.path / "models" / "sources.json", read_elsewhere)
             session = Session(setup, folder, stop, log)
             log_setup(session)
             try:
