@@ -18,7 +18,7 @@ from jaxtyping import Float32
 from pydantic import Field
 
 from fireopd_jax.config import Section, config
-from fireopd_jax.method.stage import Keep, Reweighting
+from fireopd_jax.method.stage import Keep, StatelessReweighting
 from fireopd_jax.ops.ranks import masked_quantile
 from fireopd_jax.types import Array, Scores, StageContext
 
@@ -26,7 +26,7 @@ Scope = Literal["batch", "kept", "teacher", "row", "vocabulary"]
 
 
 @config
-class Uniform(Reweighting):
+class Uniform(StatelessReweighting):
     """Weight 1 for every token."""
 
     kind: Literal["uniform"] = "uniform"
@@ -38,7 +38,7 @@ class Uniform(Reweighting):
 
 
 @config
-class ConfidenceConfusion(Section, Reweighting):
+class ConfidenceConfusion(Section, StatelessReweighting):
     """Larger weights where the teacher's entropy is low and the student's is high.
 
     c^T = 1 - H^T / max H^T, c^S = H^S / max H^S, w = (1 + alpha c^T)(1 + beta c^S), and
@@ -125,7 +125,7 @@ class ConfidenceConfusion(Section, Reweighting):
 
 
 @config
-class Progressive(Reweighting):
+class Progressive(StatelessReweighting):
     """Larger weights for the tokens before most of the disagreement |A| has accumulated.
 
     w_t = 1 + gamma (1 - sum_{u < t} |A_u| / sum_u |A_u|), A = log pi_T - log pi_S: from 1 + gamma
@@ -152,7 +152,7 @@ class Progressive(Reweighting):
 
 
 @config
-class SoftTrajectories(Reweighting):
+class SoftTrajectories(StatelessReweighting):
     """Weight trajectories by their teacher likelihood instead of dropping some: an ablation.
 
     u_i = n exp(s_i / tau) / sum_j exp(s_j / tau) over the n rows of the batch, s_i the mean of

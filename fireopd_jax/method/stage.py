@@ -7,6 +7,7 @@
 A stage is a frozen dataclass; other code uses these attributes and never checks its class.
 """
 
+import abc
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -43,18 +44,14 @@ class Stage:
         return iter(())
 
 
-class Filter(Stage):
+class Filter(Stage, abc.ABC):
     """A stage that chooses the trajectories, or tokens, that are trained on."""
 
+    @abc.abstractmethod
     def __call__(
         self, scores: Scores, context: StageContext, state: StageState = ()
     ) -> tuple[Keep, StageState]:
         """Return the keep mask, and the state for the next step."""
-        return self.keep(scores, context), state
-
-    def keep(self, scores: Scores, context: StageContext) -> Keep:
-        """Return the keep mask; stateless filters define this method."""
-        raise NotImplementedError(f"{type(self).__name__} defines neither keep nor __call__")
 
     def metrics(
         self, scores: Scores, context: StageContext, state: StageState
@@ -63,21 +60,45 @@ class Filter(Stage):
         return {}
 
 
-class Reweighting(Stage):
+class StatelessFilter(Filter):
+    """A filter that is a function of the batch alone."""
+
+    @abc.abstractmethod
+    def keep(self, scores: Scores, context: StageContext) -> Keep:
+        """Return the keep mask."""
+
+    def __call__(
+        self, scores: Scores, context: StageContext, state: StageState = ()
+    ) -> tuple[Keep, StageState]:
+        """Return the keep mask, and the state as it is."""
+        return self.keep(scores, context), state
+
+
+class Reweighting(Stage, abc.ABC):
     """A stage that weights the tokens of each trajectory; weights carry no gradient."""
 
     kernel_strengths: ClassVar[tuple[float, float] | None] = None
     """(alpha, beta) where the scoring kernel computes the raw token weight, else None."""
 
+    @abc.abstractmethod
     def __call__(
         self, scores: Scores, context: StageContext, keep: Keep, state: StageState = ()
     ) -> tuple[Float32[Array, "B T"], StageState]:
         """Return the weight of each token, 0 where masked, and the state for the next step."""
-        return self.weight(scores, context, keep), state
 
+
+class StatelessReweighting(Reweighting):
+    """A reweighting that is a function of the batch alone."""
+
+    @abc.abstractmethod
     def weight(self, scores: Scores, context: StageContext, keep: Keep) -> Float32[Array, "B T"]:
-        """Return the weight of each token; stateless reweightings define this method."""
-        raise NotImplementedError(f"{type(self).__name__} defines neither weight nor __call__")
+        """Return the weight of each token, 0 where masked."""
+
+    def __call__(
+        self, scores: Scores, context: StageContext, keep: Keep, state: StageState = ()
+    ) -> tuple[Float32[Array, "B T"], StageState]:
+        """Return the weight of each token, and the state as it is."""
+        return self.weight(scores, context, keep), state
 
 
 Aggregate = Literal["seq", "token"]

@@ -10,13 +10,13 @@ from jaxtyping import Bool
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from fireopd_jax.config import config
-from fireopd_jax.method.stage import Filter
+from fireopd_jax.method.stage import StatelessFilter
 from fireopd_jax.ops.ranks import median_by_id, repetition_rate
 from fireopd_jax.types import Array, Scores, StageContext
 
 
 @config
-class RepetitionGuard(Filter):
+class RepetitionGuard(StatelessFilter):
     """Drop repetitive trajectories, to which teachers assign high likelihood.
 
     The repetition rate is the fraction of a response's n-grams that occurred earlier in it.
@@ -38,7 +38,7 @@ class RepetitionGuard(Filter):
 
 
 @config
-class Prefix(Filter):
+class Prefix(StatelessFilter):
     """Keep the prefix of each trajectory up to where its recent mean advantage falls too low.
 
     It is cut before the first token at which the mean of A = log pi_T - log pi_S over the last
@@ -68,7 +68,7 @@ class Prefix(Filter):
 
 
 @config
-class SpecialTokens(Filter):
+class SpecialTokens(StatelessFilter):
     """Mask token ids to which one of the models assigns almost no probability, as in a template.
 
     They are named by `strings`, or detected: ids with at least `least` occurrences in the batch and
@@ -116,7 +116,7 @@ class SpecialTokens(Filter):
 
 
 @config
-class GapBound(Filter):
+class GapBound(StatelessFilter):
     """Drop groups whose right and wrong responses differ too much in mean advantage.
 
     References: arXiv 2605.03677 (Uni-OPD), which drops groups with a gap above 10.

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float32
 from pydantic import Field
 
 from fireopd_jax.config import config
-from fireopd_jax.method.stage import Filter
+from fireopd_jax.method.stage import StatelessFilter
 from fireopd_jax.ops.ranks import masked_quantile, ranks
 from fireopd_jax.types import Array, Scores, StageContext
 
@@ -21,7 +21,7 @@ CLIPPED = 0.98
 
 
 @config
-class Reopold(Filter):
+class Reopold(StatelessFilter):
     """Select tokens in two phases: by advantage first, by the student's entropy later.
 
     With R = log pi_T - log pi_S, the first phase keeps tokens with R >= (ln lambda) / (1 - lambda);
@@ -55,7 +55,7 @@ class Reopold(Filter):
 
 
 @config
-class Tip(Filter):
+class Tip(StatelessFilter):
     """Select the tokens with high student entropy, or high divergence from the teacher, or both.
 
     h is the student's entropy, clipped at the batch's 98 % quantile, d the exact KL(pi_S || pi_T),
@@ -84,7 +84,7 @@ class Tip(Filter):
 
 
 @config
-class HardTokens(Filter):
+class HardTokens(StatelessFilter):
     """Keep the tokens with the largest FiRe-OPD weights and drop the others: its ablation.
 
     The score is (1 + alpha c^T)(1 + beta c^S), entropies normalised by their maximum over the

@@ -16,14 +16,14 @@ from jaxtyping import Bool, Float32, Int32
 from pydantic import Field, NonNegativeInt
 
 from fireopd_jax.config import config
-from fireopd_jax.method.stage import Filter, StageState
+from fireopd_jax.method.stage import Filter, StageState, StatelessFilter
 from fireopd_jax.types import Array, Scores, StageContext
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 @config
-class KeepAll(Filter):
+class KeepAll(StatelessFilter):
     """Keep every trajectory."""
 
     kind: Literal["keep_all"] = "keep_all"
@@ -117,7 +117,7 @@ class TeacherQuantile(Filter):
 
 
 @config
-class RandomDrop(Filter):
+class RandomDrop(StatelessFilter):
     """Drop a random fraction of the trajectories: a control for filters that use the scores."""
 
     kind: Literal["random_drop"] = "random_drop"
@@ -137,7 +137,7 @@ class RandomDrop(Filter):
 
 
 @config
-class LengthDrop(Filter):
+class LengthDrop(StatelessFilter):
     """Drop the shortest or longest trajectories: a control, as likelihood correlates with length.
 
     Of equal lengths the lower row index is dropped first.

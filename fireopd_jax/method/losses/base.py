@@ -1,5 +1,6 @@
 """The base class of the per-token losses."""
 
+import abc
 from typing import ClassVar
 
 from jaxtyping import Float32
@@ -9,7 +10,7 @@ from fireopd_jax.ops.formulas import Divergence
 from fireopd_jax.types import Array, Batch, TokenStats
 
 
-class TokenLoss(Stage):
+class TokenLoss(Stage, abc.ABC):
     """Base class of per-token losses; subclasses override what they assume of the rollout."""
 
     on_policy: ClassVar[bool] = False
@@ -26,10 +27,10 @@ class TokenLoss(Stage):
         """The divergence over the vocabulary that the update computes for this loss, if any."""
         return None
 
+    @abc.abstractmethod
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return the unweighted loss of each response token.
 
         `student` carries the gradient. `student.support` is set where the scores have a support,
         `student.divergence` where `divergence_from_teacher` is not None.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines no __call__")

@@ -9,6 +9,8 @@ from pydantic import ValidationError
 
 from fireopd_jax.method.filtering import KeepAll, LengthDrop, RandomDrop, Reopold, TeacherQuantile
 from fireopd_jax.method.filtering.trajectories import trajectory_score
+from fireopd_jax.method.losses.base import TokenLoss
+from fireopd_jax.method.stage import Filter, StatelessFilter
 from fireopd_jax.types import StageContext
 from fireopd_jax.verify import reference_batch as oracle
 from tests import cases
@@ -217,3 +219,10 @@ def test_a_filter_without_a_window_has_no_state():
     for stage in (KeepAll(), TeacherQuantile(), RandomDrop()):
         context = StageContext(mask, teacher, 2, sample_id=np.arange(7, dtype=np.int32))
         assert stage.init(7) == () and stage(scores, context, ())[1] == ()
+
+
+def test_a_stage_that_lacks_its_method_cannot_be_made():
+    for base, method in ((StatelessFilter, "keep"), (Filter, "__call__"), (TokenLoss, "__call__")):
+        incomplete = type("Incomplete", (base,), {"kind": "incomplete"})
+        with pytest.raises(TypeError, match=f"abstract.*{method}"):
+            incomplete()
