@@ -79,6 +79,37 @@ class Writer(enum.IntEnum):
     """Sampled from the student in this step."""
     REFERENCE = 1
     """From a reference response: of the data set, or sampled from another model earlier."""
+    REWRITER = 2
+    """Sampled from the teacher, after a prompt that quotes the student's response."""
+
+
+class Rewritten(enum.IntEnum):
+    """Outcome of a row where responses are rewritten; `KEPT` and `DONE` rows are trained on."""
+
+    KEPT = 0
+    """The student's response was not to be rewritten."""
+    DONE = 1
+    """The rewrite stands in the place of the student's response."""
+    CUT = 2
+    """The rewrite reached the length limit."""
+    OVERLONG = 3
+    """Not even the prompt without a quotation fits into its limit."""
+    SHORT = 4
+    """The rewrite is shorter than the guard against a collapse of lengths allows."""
+    WORSE = 5
+    """The student's response was graded as right, and its rewrite as wrong."""
+
+
+@pytree
+class Original:
+    """The student's responses before they were rewritten."""
+
+    tokens: Int32[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    model_logprob: Float32[Array, "B T"]
+    """Log-probability under the raw model at temperature 1."""
+    outcome: Int32[Array, " B"]
+    """A `Rewritten` for each row."""
 
 
 @pytree
@@ -100,6 +131,10 @@ class Rollout:
     """Source of each token: a `Writer`."""
     correct: Float32[Array, " B"] | None = None
     """1 where the response was graded as right, 0 where not; None where nothing was graded."""
+    original: Original | None = None
+    """The student's own responses, where the method rewrites them."""
+    leaked: Bool[Array, " B"] | None = None
+    """Whether the response speaks of privileged information; None where that is not counted."""
 
 
 @pytree

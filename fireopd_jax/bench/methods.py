@@ -95,7 +95,7 @@ def contestant(setup: Setup, config: Config, name: str, rollout: Rollout) -> Con
     Raises UserError for a method that grades responses, because the rollout is random.
     """
     method = with_method(config, name).method
-    if "rollout.correct" in method.score.needs:
+    if "rollout.correct" in method.asked_of_rollout:
         raise UserError(
             f"--methods {name}: needs graded responses, and the responses here are random"
         )

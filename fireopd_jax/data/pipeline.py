@@ -38,6 +38,7 @@ class Encoded:
     kept: Integer[np.ndarray, " M"]
     """Indices of the rows whose prompts have at most `max_prompt_tokens` tokens."""
     max_prompt_tokens: int
+    max_teacher_prompt_tokens: int
     max_reference_tokens: int
     pad: int
     teacher_pads: tuple[int, ...]
@@ -89,7 +90,8 @@ def encode(
 ) -> Encoded:
     """Tokenize all rows for the student and for each row's teacher.
 
-    `route` indexes the teachers' tokenizers and template arguments. Raises `UserError` if no
+    `route` indexes the teachers' tokenizers and template arguments; without any teacher, their
+    prompts are the student's. Raises `UserError` if no
     prompt fits, or if one is too long and `config.overlong` is "error".
     """
     prompts = render(tokenizer, rows, template_kwargs)
@@ -114,9 +116,10 @@ def encode(
         route=route,
         kept=kept,
         max_prompt_tokens=config.max_prompt_tokens,
+        max_teacher_prompt_tokens=config.max_prompt_tokens,
         max_reference_tokens=max_reference_tokens,
         pad=pad_id(tokenizer),
-        teacher_pads=tuple(pad_id(teacher) for teacher in teacher_tokenizers),
+        teacher_pads=tuple(pad_id(teacher) for teacher in teacher_tokenizers or (tokenizer,)),
         dropped_prompts=len(rows) - len(kept),
         dropped_references=dropped_references,
     )
@@ -298,7 +301,9 @@ def collate(
         [encoded.pad] * len(rows),
     )
     teacher_tokens, teacher_length = padded(
-        [encoded.teacher_prompts[row] if row >= 0 else None for row in rows], width, pads
+        [encoded.teacher_prompts[row] if row >= 0 else None for row in rows],
+        encoded.max_teacher_prompt_tokens,
+        pads,
     )
     reference = reference_length = None
     if references:

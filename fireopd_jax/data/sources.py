@@ -39,6 +39,9 @@ class DataConfig:
     """Column of the answer that responses are graded against. null: `answer`, if a row has it."""
     reference_column: str | None = None
     """Column of a reference response. null: `reference`, if a row has it."""
+    privileged_column: str | None = None
+    """Column of the solution that only the teacher sees, for methods with privileged information.
+    null: `privileged`, if a row has it, else the reference response."""
     teacher_column: str | None = None
     """Column with the name of each row's teacher. null: there is a single teacher."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 512
@@ -50,7 +53,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt, with its answer, its reference response and its teacher, where given."""
+    """One prompt, with its answer, reference response and teacher, where given."""
 
     prompt: tuple[Message, ...]
     answer: str | None
@@ -58,6 +61,8 @@ class Row:
     teacher: str | None
     origin: str
     """File and line, for error messages."""
+    privileged: str | None = None
+    """Solution that only the teacher sees."""
 
 
 def read_rows(config: DataConfig) -> list[Row]:
@@ -153,10 +158,13 @@ def parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
 def parse_row(record: Mapping[str, Any], origin: str, config: DataConfig) -> Row:
     """Return the row of one record, with the columns that the configuration names."""
     prompt = column_value(record, config.prompt_column, "prompt_column", origin)
+    reference = optional_text(record, "reference", config.reference_column, origin)
+    privileged = optional_text(record, "privileged", config.privileged_column, origin)
     return Row(
         prompt=parse_prompt(prompt, config.prompt_column, origin),
         answer=optional_text(record, "answer", config.answer_column, origin),
-        reference=optional_text(record, "reference", config.reference_column, origin),
+        reference=reference,
+        privileged=reference if privileged is None else privileged,
         # No default column name: rows are routed only if the configuration asks for it.
         teacher=config.teacher_column
         and optional_text(record, "teacher", config.teacher_column, origin),

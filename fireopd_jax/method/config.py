@@ -1,6 +1,6 @@
-"""The configuration of a method: scoring, filter, reweighting, loss and aggregate.
+"""The configuration of a method: its teacher, refinement, scoring, filter, reweighting and loss.
 
-score -> filter, reweight, loss; the score must provide the fields that these need
+refine -> score -> filter, reweight, loss; the score must provide the fields that these need
 """
 
 from typing import Annotated
@@ -14,6 +14,7 @@ from fireopd_jax.method.losses.base import TokenLoss
 from fireopd_jax.method.losses.sampled_token import SampledReverseKL, SampledSquare
 from fireopd_jax.method.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
 from fireopd_jax.method.losses.vocabulary import MiniLLM, VocabularyDivergence
+from fireopd_jax.method.refining import NoRefine, Refines
 from fireopd_jax.method.reweighting import (
     ConfidenceConfusion,
     Progressive,
@@ -22,12 +23,17 @@ from fireopd_jax.method.reweighting import (
 )
 from fireopd_jax.method.scoring import SampledToken, TopK, WholeVocabulary
 from fireopd_jax.method.stage import Aggregate, Filter, Reweighting
+from fireopd_jax.method.teachers import Frozen, Teachers
 
 
 @config
 class MethodConfig:
-    """Scoring, filter, reweighting, loss and aggregate of a method; FiRe-OPD by default."""
+    """The choices that make a method; FiRe-OPD by default."""
 
+    teacher: Teachers = Frozen()
+    """Whose distribution the student learns, and the prompt after which it is computed."""
+    refine: Refines = NoRefine()
+    """What happens to a rollout before it is scored."""
     score: Annotated[SampledToken | TopK | WholeVocabulary, Field(discriminator="kind")] = (
         SampledToken()
     )
@@ -62,6 +68,17 @@ class MethodConfig:
     def needs(self) -> frozenset[str]:
         """Fields of the scores that these stages use."""
         return frozenset().union(*(stage.needs for stage in self.readers))
+
+    @property
+    def asked_of_rollout(self) -> frozenset[str]:
+        """Fields of the rollout that host stages must set before it is scored."""
+        leak = {"rollout.leaked"} if self.privileged and self.teacher.leak is not None else set()
+        return self.refine.gives | self.refine.needs | self.score.needs | leak
+
+    @property
+    def privileged(self) -> bool:
+        """Whether the method uses the rows' privileged solutions."""
+        return self.teacher.privileged or self.refine.privileged
 
     @property
     def texts(self) -> tuple[str, ...]:

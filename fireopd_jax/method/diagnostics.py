@@ -18,7 +18,7 @@ from fireopd_jax.ops.ranks import (
     median_by_id,
     repetition_rate,
 )
-from fireopd_jax.types import Array, Batch, TokenStats, Writer
+from fireopd_jax.types import Array, Batch, Rewritten, TokenStats, Writer
 
 FOREIGN, OFTEN = 10.0, 8
 """Foreign token ids: median |log p/q| above FOREIGN nats, in at least OFTEN occurrences."""
@@ -49,7 +49,7 @@ def of_batch(
     own = mask & (jnp.asarray(rollout.writer) == Writer.STUDENT)
     drift = scores.student.logprob - rollout.logprob
     by_part = _of_support(batch) | _of_quarters(batch, room) | _of_grades(batch)
-    by_part |= _of_routes(batch, kept, valid, teachers)
+    by_part |= _of_routes(batch, kept, valid, teachers) | _of_refinement(batch)
     if scores.teacher is not None:
         by_part |= _of_teacher(batch, scores.teacher, kept, valid) | _of_advantages(batch)
     return by_part | {
@@ -73,6 +73,39 @@ def of_batch(
         # `rollout.logprob` is of the distribution sampled from, after top-p, top-k and min-p.
         "sampler/logprob_gap": Mean.of(jnp.abs(drift), own),
         "sampler/logprob_gap_max": Max.of(jnp.abs(drift), own),
+    }
+
+
+def _of_refinement(batch: Batch) -> dict[str, Mean | Max]:
+    """Return the metrics of rewrites against the responses that they replace, and of leaks.
+
+    The negative log-likelihood of rewrites under the student, beside that of its own responses, is
+    the measure of how far they are from its policy. References: arXiv 2606.08432.
+    """
+    rollout, student = batch.rollout, batch.scores.student
+    out: dict[str, Mean | Max] = {}
+    if rollout.leaked is not None:
+        out["refine/leaked_fraction"] = Mean.of(rollout.leaked)
+    original = rollout.original
+    if original is None:
+        return out
+    own, outcome = jnp.asarray(original.mask), jnp.asarray(original.outcome)
+    asked = own.any(axis=1) & (outcome != Rewritten.KEPT)
+    done = outcome == Rewritten.DONE
+    new = jnp.asarray(rollout.mask) & done[:, None]
+    length, before = new.sum(axis=1), jnp.maximum(own.sum(axis=1), 1)
+    names = {each: each.name.lower() for each in Rewritten if each != Rewritten.KEPT}
+    out |= {
+        f"refine/{name}_fraction": Mean.of(outcome == each, asked) for each, name in names.items()
+    }
+    return out | {
+        "refine/length_ratio": Mean(
+            masked_quantile((length / before)[:, None], done[:, None], 0.5), jnp.float32(1)
+        ),
+        "refine/original_length": Mean.of(own.sum(axis=1), asked),
+        "refine/nll": Mean.of(-student.logprob, new),
+        "refine/nll_original": Mean.of(-original.model_logprob, own & asked[:, None]),
+        "refine/same_tokens": Mean.of(jnp.asarray(original.tokens) == rollout.tokens, new & own),
     }
 
 

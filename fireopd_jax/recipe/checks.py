@@ -22,7 +22,7 @@ RESERVED = ("student", "student_start", "student_hf", "base")
 
 def conflicts(config: "Config") -> Iterator[str]:
     """Yield a line for each conflict between sections, starting with the key."""
-    if not config.teachers:
+    if not config.teachers and config.method.teacher.resident:
         yield "teachers: none is given; expected `teacher: ...` or `teachers: {NAME: ...}`"
     yield from _method_conflicts(config.method, config.rollout, len(config.teachers))
     for key, size, divisor in _divisions(config):
@@ -59,6 +59,8 @@ def _method_conflicts(
 ) -> Iterator[str]:
     """Yield stages that these scores or rollouts make incorrect, useless or identically zero."""
     score, loss = method.score, method.loss
+    yield from _teacher_conflicts(method)
+    num_teachers = 1 if method.teacher.own else num_teachers
     for stage in method.readers:
         if missing := sorted(stage.needs - score.gives):
             yield (
@@ -110,6 +112,23 @@ def _method_conflicts(
         yield (
             f"method.score: {score.kind} uses one teacher's head, {num_teachers} teachers are "
             "given; expected one, or score.kind=top_k"
+        )
+
+
+def _teacher_conflicts(method: MethodConfig) -> Iterator[str]:
+    """Yield a teacher that cannot do what the other choices ask for, or that teaches nothing."""
+    teacher, refine, loss = method.teacher, method.refine, method.loss
+    if refine.asks_teacher and not (teacher.own or teacher.resident):
+        yield f"method.refine: {refine.kind} asks a teacher, and method.teacher.kind={teacher.kind}"
+    if refine.rewrites and loss.on_policy:
+        yield (
+            f"method.refine.kind={refine.kind}: {loss.kind} assumes that every response is sampled "
+            "from the student; expected a divergence on a support or over the vocabulary"
+        )
+    if teacher.own and not (teacher.privileged or refine.rewrites):
+        yield (
+            "method.teacher.prompt: after its own prompt the student has nothing to learn from "
+            "itself; expected prompt=reference, or a text with {problem} and {reference}"
         )
 
 

@@ -121,6 +121,15 @@ def methods(config: Config) -> list[MethodConfig]:
     return [config.method, *(with_method(config, name).method for name in config.run.compare)]
 
 
+def used_teachers(config: Config) -> dict[str, TeacherConfig]:
+    """Return the teachers by name if anything uses them: a method, or the student's training."""
+    sft = config.student.sft
+    copied = sft is not None and sft.source == "teacher"
+    if copied or any(method.teacher.resident for method in methods(config)):
+        return config.teachers
+    return {}
+
+
 def as_tree(config: Config) -> dict[str, Any]:
     """Return the configuration as plain data, every default written out."""
     return TypeAdapter(Config).dump_python(config, mode="json")

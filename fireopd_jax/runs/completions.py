@@ -14,7 +14,7 @@ import pyarrow.parquet
 from fireopd_jax.data.sources import Row
 from fireopd_jax.evaluation.graders import grade
 from fireopd_jax.method.stage import Keep
-from fireopd_jax.types import Batch, Writer
+from fireopd_jax.types import Batch, Rewritten, Writer
 
 
 def write_completions(
@@ -52,6 +52,14 @@ def write_completions(
             "student_logprob": scores.student.logprob[i][real].tolist(),
             "weight": batch.weight[i][real].tolist(),
         }
+        if (original := rollout.original) is not None:
+            attempt = original.tokens[i][original.mask[i]].tolist()
+            line |= {
+                "original": decode(attempt),
+                "refined": Rewritten(int(original.outcome[i])).name.lower(),
+            }
+        if rollout.leaked is not None:
+            line["leaked"] = bool(rollout.leaked[i])
         if scores.teacher is not None:
             logprob = scores.teacher.logprob[i][real]
             line |= {"teacher_score": float(logprob.mean()), "teacher_logprob": logprob.tolist()}

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import Encoded, encode, split
 from fireopd_jax.data.sources import Row, read_rows, route
-from fireopd_jax.recipe.schema import Config, MethodConfig, methods
+from fireopd_jax.recipe.schema import Config, MethodConfig, methods, used_teachers
 from fireopd_jax.rollout.sampling import Sampling, seed_for
 from fireopd_jax.session.specs import ModelSpec, make_spec
 from fireopd_jax.sharding.mesh import make_mesh
@@ -30,6 +30,7 @@ class Setup:
     mesh: Mesh
     student: ModelSpec
     teachers: tuple[ModelSpec, ...]
+    """Those that some method of the run uses, or the student's supervised training."""
     base: ModelSpec | None
     """The base policy, if the configuration names one; else it is the student at its start."""
     rows: Sequence[Row]
@@ -47,12 +48,13 @@ class Setup:
         *,
         temperature: float,
         spec: ModelSpec | None = None,
+        max_tokens: int | None = None,
         **filters: float | int,
     ) -> Sampling:
         """Return sampler settings with a seed for the purpose; stop tokens of `spec` or student."""
         return Sampling.of(
             (spec or self.student).stop,
-            self.config.rollout.max_tokens,
+            max_tokens or self.config.rollout.max_tokens,
             seed_for(self.config.run.seed, purpose),
             temperature=temperature,
             top_p=filters.get("top_p", 1.0),
@@ -69,9 +71,10 @@ def set_up(config: Config) -> Setup:
     """
     mesh = make_mesh(config.mesh)
     student = make_spec("student", config.student)
+    used = used_teachers(config)
     teachers = tuple(
         make_spec(f"teacher {name}", teacher).quantized(teacher.quantize)
-        for name, teacher in config.teachers.items()
+        for name, teacher in used.items()
     )
     base = None if config.base is None else make_spec("base", config.base)
     others = teachers if base is None else (*teachers, base)
@@ -80,10 +83,12 @@ def set_up(config: Config) -> Setup:
     for spec in (student, *others):
         check_length(spec, config)
     # A teacher cannot score a token id that it lacks.
-    student = student.limited(min(other.model.size for other in others))
+    student = student.limited(min(model.model.size for model in (student, *others)))
     rows = read_rows(config.data)
-    routes = route(rows, list(config.teachers), config.data.teacher_column)
-    for index, name in enumerate(config.teachers):
+    routes = np.zeros(len(rows), np.int32)
+    if used:
+        routes = route(rows, list(used), config.data.teacher_column)
+    for index, name in enumerate(used):
         if not (routes == index).any():
             raise UserError(
                 f"teachers.{name}: no row is routed to it; remove it, or see data.teacher_column"
@@ -93,7 +98,7 @@ def set_up(config: Config) -> Setup:
         tokenizer=student.tokenizer,
         template_kwargs=config.student.chat_template_kwargs,
         teacher_tokenizers=[teacher.tokenizer for teacher in teachers],
-        teacher_template_kwargs=[t.chat_template_kwargs for t in config.teachers.values()],
+        teacher_template_kwargs=[t.chat_template_kwargs for t in used.values()],
         route=routes,
         config=config.data,
         max_reference_tokens=config.rollout.max_tokens,
@@ -110,13 +115,19 @@ def set_up(config: Config) -> Setup:
                 f"{rows[index].origin}: no answer to grade by; name its column as "
                 "data.answer_column, or set eval.problems=0"
             )
-    if any("rollout.correct" in method.score.needs for method in methods(config)):
-        for index in train:
-            if rows[index].answer is None:
-                raise UserError(
-                    f"{rows[index].origin}: no answer to grade by, which method.score.margin needs"
-                )
+    for method in methods(config):
+        check_answers(method, [rows[index] for index in train])
     return Setup(config, mesh, student, teachers, base, rows, encoded, train, held_out)
+
+
+def check_answers(method: MethodConfig, rows: Sequence[Row]) -> None:
+    """Raise UserError for a training row without an answer, if the method grades responses."""
+    if "rollout.correct" not in method.asked_of_rollout:
+        return
+    asking = "method.score.margin" if method.score.needs else "method.refine.drop_worse"
+    for row in rows:
+        if row.answer is None:
+            raise UserError(f"{row.origin}: no answer to grade by, which {asking} needs")
 
 
 def aliased(student: ModelSpec, other: ModelSpec) -> bool:

@@ -29,8 +29,10 @@ from fireopd_jax.runs.completions import write_completions
 from fireopd_jax.runs.tracking import Tracker, progress
 from fireopd_jax.runtime.clock import StageClock
 from fireopd_jax.runtime.compilation import CompileCounter
-from fireopd_jax.session.host import host_stages
+from fireopd_jax.session.contexts import encoded_for, teacher_specs
+from fireopd_jax.session.host import Policies
 from fireopd_jax.session.parameters import placed
+from fireopd_jax.session.refining import host_stages
 from fireopd_jax.session.session import Session
 from fireopd_jax.sharding.mesh import by_rows, replicated, shard_rows
 from fireopd_jax.text.chat import decode
@@ -71,10 +73,14 @@ class Distillation:
     ):
         config, setup = session.setup.config, session.setup
         self.session, self.config, self.home, self.name = session, config, home, name
-        self.teachers = [
+        self.method = method
+        self.teachers: Sequence[Params] = teachers if method.teacher.resident else ()
+        self.specs = teacher_specs(setup, method)
+        self.scorers = [
             spec.scoring(setup.student).exchanged(params)
-            for spec, params in zip(setup.teachers, teachers, strict=True)
+            for spec, params in zip(self.specs, self.teachers, strict=not method.teacher.own)
         ]
+        """Parameters of frozen teachers, with EOS rows swapped where an alias asks for it."""
         self.programs = make_programs(setup, method, config.optim)
         updates = config.run.steps * config.run.updates_per_rollout
         self.learning_rate = learning_rate(config.optim, updates)
@@ -87,9 +93,14 @@ class Distillation:
             min_p=knobs.min_p,
             min_tokens=knobs.min_tokens,
         )
-        self.temperature = jnp.float32(knobs.temperature)
+        self.temperature = jnp.float32(method.score.temperature or knobs.temperature)
+        encoded = encoded_for(setup, method)
+        if dropped := len(np.setdiff1d(setup.train, encoded.kept)):
+            session.log(
+                f"{name}: {dropped} training rows lack a text of the method, or are too long"
+            )
         self.loader = PromptLoader(
-            setup.encoded,
+            encoded,
             setup.train,
             prompts_per_step=knobs.batch_size // knobs.group_size,
             group_size=knobs.group_size,
@@ -97,14 +108,14 @@ class Distillation:
             references=knobs.on_policy_fraction < 1,
         )
         self.mix = jax.jit(mix, out_shardings=by_rows(setup.mesh))
-        self.host_stages = host_stages(setup, method)
+        self.host_stages = host_stages(session, method)
         # Pass None for unused inputs, so that the programs do not keep them alive.
         self.start, self.adapted, self.base = start, None, None
         if config.student.lora is not None:
             self.adapted = start.hold()
         if method.score.base:
             self.base = start.hold() if base is None else base
-        self.judge = self.teachers[0] if method.loss.divergence_from_teacher is not None else None
+        self.began = start.hold() if method.teacher.at_start else None
         self.counter = CompileCounter()
         self.alarms = Alarms()
 
@@ -133,11 +144,12 @@ class Distillation:
                 compiled = self.counter.count
                 prompts = next(self.loader)
                 params = self.programs.merged_params(self.adapted, state.params)
+                teachers = self.teachers_of(params, state)
                 rollout = self.rollout(params, prompts, state)
-                rollout = self.refine(rollout)
-                scored = self.score(params, rollout, state)
+                rollout = self.refine(rollout, Policies(params, teachers, state.updates))
+                scored = self.score(params, teachers, rollout, state)
                 del params  # frees a merged copy of the adapters before the update
-                state, metrics = self.update(state, scored)
+                state, metrics = self.update(state, scored, teachers)
                 left = Step(metrics, scored, self.counter.count - compiled)
                 loop.dispatched(step + 1, left, flush=self._saves(step + 1))
                 self.after(step + 1, state, loop.stopping)
@@ -162,6 +174,21 @@ class Distillation:
         self.session.log(f"{self.name}: resuming from step {done} of {run.steps}")
         return done, state
 
+    def teachers_of(self, params: Params, state: TrainState) -> Sequence[Params]:
+        """Return the parameters of the method's teachers in this step, by route."""
+        if not self.method.teacher.own:
+            return self.teachers
+        if self.began is not None:
+            return (self.began,)
+        if state.average is None:
+            return (params,)
+        return (self.programs.merged_params(self.adapted, state.average),)
+
+    def undonated(self, teacher: Params) -> Params:
+        """Return the student's own parameters as a teacher that the update does not donate."""
+        alone = self.began is not None or self.adapted is not None
+        return teacher if alone else jax.tree.map(jnp.copy, teacher)
+
     def rollout(self, params: Params, prompts: Prompts, state: TrainState) -> Rollout:
         """Sample responses; rows to be trained on references get those instead."""
         student, fraction = self.session.setup.student, self.config.rollout.on_policy_fraction
@@ -178,21 +205,23 @@ class Distillation:
             ready(drawn.finished)
         return drawn
 
-    def refine(self, rollout: Rollout) -> Rollout:
+    def refine(self, rollout: Rollout, policies: Policies) -> Rollout:
         """Run the method's host stages, which block on the rollout; most methods have none."""
         if self.host_stages:
             jax.block_until_ready(rollout.finished)  # which is the rollout's time, not theirs
         for stage in self.host_stages:
             with self.clock.host("refine"):
-                rollout = stage(rollout)
+                rollout = stage(rollout, policies)
         return rollout
 
-    def score(self, params: Params, rollout: Rollout, state: TrainState) -> Assembled:
+    def score(
+        self, params: Params, teachers: Sequence[Params], rollout: Rollout, state: TrainState
+    ) -> Assembled:
         """Score the rollout by student and teachers, then filter and reweight it."""
         with self.clock.stage("score") as ready:
             scored = self.programs.score(
                 params,
-                self.teachers,
+                self.scorers or list(teachers),
                 rollout,
                 self.temperature,
                 state.updates,
@@ -202,14 +231,19 @@ class Distillation:
             ready(scored.keep)
         return scored
 
-    def update(self, state: TrainState, scored: Assembled) -> tuple[TrainState, Metrics]:
+    def update(
+        self, state: TrainState, scored: Assembled, teachers: Sequence[Params]
+    ) -> tuple[TrainState, Metrics]:
         """Run `updates_per_rollout` optimizer steps on one batch."""
+        judge = None
+        if self.method.loss.divergence_from_teacher is not None:
+            judge = self.scorers[0] if self.scorers else self.undonated(teachers[0])
         state = dataclasses.replace(state, stages=scored.states)
         with self.clock.stage("update") as ready:
             metrics: Metrics | None = None
             for _ in range(self.config.run.updates_per_rollout):
                 state, one = self.programs.update(
-                    state, scored.batch, self.temperature, self.adapted, self.judge
+                    state, scored.batch, self.temperature, self.adapted, judge
                 )
                 metrics = one if metrics is None else merge(metrics, one)
             assert metrics is not None
@@ -235,7 +269,7 @@ class Distillation:
                 step.scored.batch,
                 step.scored.keep,
                 rows=setup.rows,
-                teachers=list(setup.config.teachers),
+                teachers=[spec.name.removeprefix("teacher ") for spec in self.specs] or [""],
                 decode=functools.partial(decode, setup.student.tokenizer),
             )
         shown: dict[str, object] = {}

@@ -21,6 +21,7 @@ from fireopd_jax.method.stage import Keep
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe.optim import OptimConfig
 from fireopd_jax.rollout.sampling import seed_for
+from fireopd_jax.session.contexts import teacher_specs
 from fireopd_jax.session.setup import Setup, special_ids
 from fireopd_jax.sharding.mesh import by_rows, replicated
 from fireopd_jax.training.optimizer import make_optimizer
@@ -76,7 +77,9 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
     config = setup.config
     everywhere = replicated(setup.mesh)
     describe = functools.partial(
-        diagnostics.of_batch, room=config.rollout.max_tokens, teachers=list(config.teachers)
+        diagnostics.of_batch,
+        room=config.rollout.max_tokens,
+        teachers=[spec.name.removeprefix("teacher ") for spec in teacher_specs(setup, method)],
     )
     init, merged_params = _make_init(setup, method, optim)
     return Programs(
@@ -98,10 +101,11 @@ def _make_init(
     config, everywhere = setup.config, replicated(setup.mesh)
     optimizer = make_optimizer(optim, _updates(setup))
     lora, rows = config.student.lora, config.rollout.batch_size
+    averaged = method.teacher.moving is not None
     if lora is None:
 
         def begin(params: Params) -> TrainState:
-            return init_state(params, optimizer, method.init(rows))
+            return init_state(params, optimizer, method.init(rows), averaged=averaged)
 
         return (
             jax.jit(begin, out_shardings=everywhere, donate_argnums=0),
@@ -118,7 +122,7 @@ def _make_init(
 
 def _make_score(setup: Setup, method: MethodConfig) -> ScoreProgram:
     student = setup.student.model
-    teachers = [teacher.scoring(setup.student) for teacher in setup.teachers]
+    teachers = [spec.scoring(setup.student) for spec in teacher_specs(setup, method)]
     base_model = student if setup.base is None else setup.base.model
     updates = _updates(setup)
     special = special_ids(method.texts, setup.student.tokenizer)
@@ -136,7 +140,7 @@ def _make_score(setup: Setup, method: MethodConfig) -> ScoreProgram:
         )
         context = stage_context(
             rollout,
-            len(teachers),
+            max(len(teachers), 1),
             student.vocab_size,
             progress=done / jnp.float32(updates),
             special=special,
@@ -158,6 +162,7 @@ def _make_score(setup: Setup, method: MethodConfig) -> ScoreProgram:
 
 def _make_update(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Update:
     everywhere = replicated(setup.mesh)
+    judges = [spec.scoring(setup.student) for spec in teacher_specs(setup, method)[:1]]
     update = make_update(
         setup.student.model,
         method.loss,
@@ -167,7 +172,8 @@ def _make_update(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Upda
         head_chunk=method.score.head_chunk,
         remat=optim.remat,
         lora=setup.config.student.lora,
-        teacher=setup.teachers[0].scoring(setup.student),
+        teacher=judges[0] if judges else None,
         mesh=setup.mesh,
+        decay=method.teacher.moving,
     )
     return jax.jit(update, donate_argnums=0, out_shardings=(everywhere, everywhere))

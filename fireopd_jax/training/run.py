@@ -153,8 +153,8 @@ def _prepare(session: Session) -> tuple[list[Params], StudentStart, Summary]:
     if not setup.config.eval.problems:
         return teachers, start, {}
     figures = session.graded_teachers([functools.partial(_same, params) for params in teachers])
-    summary = {
-        "teacher": by_teacher(session, figures),
+    of_teachers = {"teacher": by_teacher(session, figures)} if figures else {}
+    summary = of_teachers | {
         "student_before": session.graded(setup.student, start.read, "student_before"),
     }
     return teachers, start, summary

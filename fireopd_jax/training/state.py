@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Int32
@@ -24,18 +25,23 @@ class TrainState:
     """Number of skipped updates."""
     stages: StageStates
     """States of the method's stages."""
+    average: Params | None = None
+    """Exponential moving average of `params`, where it is the teacher."""
 
 
 def init_state(
     params: Params,
     optimizer: optax.GradientTransformation,
     stages: StageStates | None = None,
+    *,
+    averaged: bool = False,
 ) -> TrainState:
-    """Return the state before the first update of `params`."""
+    """Return the state before the first update of `params`; `averaged` keeps a moving average."""
     return TrainState(
         params=params,
         opt_state=optimizer.init(params),
         updates=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
         stages=StageStates() if stages is None else stages,
+        average=jax.tree.map(jnp.copy, params) if averaged else None,
     )

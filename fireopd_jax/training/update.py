@@ -220,12 +220,13 @@ def make_update(
     lora: LoraConfig | None = None,
     teacher: LanguageModel | None = None,
     mesh: Mesh | None = None,
+    decay: float | None = None,
 ) -> Update:
     """Return one optimizer step as a pure function, to be jitted.
 
     With `lora`, the state holds adapters, and `base` the frozen parameters. `teacher` is the model
     needed for a divergence over the whole vocabulary; `mesh` holds the devices that the rows are
-    sharded over.
+    sharded over; `decay` is that of the moving average of the parameters, if the state has one.
     """
 
     def update(
@@ -254,9 +255,13 @@ def make_update(
         moved = (optax.apply_updates(state.params, steps), opt_state)
         kept = (state.params, state.opt_state)
         params, opt_state = jax.tree.map(lambda new, old: jnp.where(usable, new, old), moved, kept)
+        average = state.average
+        if decay is not None and average is not None:
+            average = optax.incremental_update(params, average, 1 - decay)
         state = dataclasses.replace(
             state,
             params=params,
+            average=average,
             opt_state=opt_state,
             updates=state.updates + 1,
             skipped=state.skipped + ~usable,

@@ -113,7 +113,7 @@ class Programs:
         """Return the batch, and loss and gradient of the student's parameters."""
         stage = dataclasses.replace(method.score, micro_batch_size=micro_batch_size)
         params = models.student, models.teacher, models.base
-        if "rollout.correct" in method.score.needs:
+        if "rollout.correct" in method.asked_of_rollout:
             rollout = dataclasses.replace(rollout, correct=graded(rollout))
         scores = self._score(stage, models.model, models.mesh, params, rollout)
         batch = self._assemble(rollout, scores, method.filter, method.reweight, method.aggregate)

@@ -62,6 +62,8 @@ class ScoreConfig:
     """Implementation of the head statistics; by default chosen by platform and shape."""
     head_chunk: PositiveInt | None = None
     """Columns of logits computed at a time; by default a function of the shape."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Temperature of the distributions that are compared; null: `rollout.temperature`."""
     base: bool = False
     """Also score the sampled tokens by the base policy: `base`, or the student at its start."""
     margin: OutcomeMargin | None = None

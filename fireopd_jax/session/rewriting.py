@@ -1,0 +1,217 @@
+"""Rewrites of responses by the teacher: trajectory-refined distillation.
+
+    response -> prompt that quotes it -> teacher samples a rewrite -> rollout of rewrites
+
+References: arXiv 2606.08432 (TRD).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from fireopd_jax.data.pipeline import padded
+from fireopd_jax.method.config import MethodConfig
+from fireopd_jax.method.refining import Rewrite
+from fireopd_jax.models.language_model import Params
+from fireopd_jax.rollout.mixing import given_rows
+from fireopd_jax.rollout.sampling import Sampling, seed_for
+from fireopd_jax.session.contexts import (
+    Quoting,
+    Voice,
+    check_context,
+    pad_of,
+    quoting_width,
+    teacher_specs,
+    voice_of,
+)
+from fireopd_jax.session.host import Policies, each_response, is_right
+from fireopd_jax.session.session import Session
+from fireopd_jax.session.specs import ModelSpec
+from fireopd_jax.sharding.mesh import shard_rows
+from fireopd_jax.types import Original, Prompts, Rewritten, Rollout, Writer
+
+Asked = Mapping[int, Int32[np.ndarray, " _"] | None]
+"""Row -> token ids of a prompt that quotes its response; None where it does not fit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewritings:
+    """The rewriter's samples for a batch, on the host."""
+
+    prompts: Prompts
+    """With the prompts that asked for them as `tokens`; length 0 where nothing was asked."""
+    tokens: Int32[np.ndarray, "B T"]
+    mask: Bool[np.ndarray, "B T"]
+    finished: Bool[np.ndarray, " B"]
+
+
+class Rewriter:
+    """Replaces responses by the teacher's rewrites: `original`, and all fields of a response."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"rollout.original"})
+
+    def __init__(self, session: Session, method: MethodConfig):
+        setup, refine = session.setup, method.refine
+        assert isinstance(refine, Rewrite)
+        self.session, self.setup, self.refine = session, setup, refine
+        self.specs = teacher_specs(setup, method)
+        self.room = setup.config.rollout.max_tokens
+        text = refine.prompt
+        self.width = quoting_width(setup, method, text, refine.max_prompt_tokens)
+        for spec in self.specs:
+            check_context(spec, self.width, self.room, "method.refine")
+        student = setup.student.tokenizer
+
+        def quoting(voice: Voice) -> Quoting:
+            return Quoting(voice, text, self.width, student)
+
+        voices = [voice_of(spec) for spec in self.specs]
+        self.asking = [quoting(voice) for voice in voices]
+        self.scoring = self.asking
+        if extra := refine.score_template_kwargs:
+            self.scoring = [
+                quoting(Voice(voice.tokenizer, {**voice.template_kwargs, **extra}))
+                for voice in voices
+            ]
+
+    def __call__(self, rollout: Rollout, policies: Policies) -> Rollout:
+        """Return the rollout of the rewrites; rows that cannot be trained on have no token."""
+        own = jax.device_get(rollout)
+        real = own.mask.any(axis=1)
+        kept = given_rows(own.prompts, self.refine.fraction, self._seed("which"))
+        chosen = np.flatnonzero(real & ~kept).tolist()
+        asked = {i: self._quoted(own, i, self.asking) for i in chosen}
+        after = asked
+        if self.scoring is not self.asking:
+            after = {i: self._quoted(own, i, self.scoring) for i in asked}
+            asked = {i: ids if after[i] is not None else None for i, ids in asked.items()}
+        found = self._sample(own.prompts, asked, policies)
+        outcome = self._outcomes(own, found, kept | ~real)
+        return self._placed(own, found, outcome, after)
+
+    def _seed(self, purpose: str) -> int:
+        return seed_for(self.setup.config.run.seed, f"rewrite {purpose}")
+
+    def _quoted(
+        self, own: Rollout, i: int, ways: Sequence[Quoting]
+    ) -> Int32[np.ndarray, " _"] | None:
+        """Return the prompt that quotes response i, None if it does not fit."""
+        attempt = own.tokens[i][own.mask[i]].tolist()
+        row = self.setup.rows[int(own.prompts.row[i])]
+        return ways[int(own.prompts.teacher[i])](row, attempt)
+
+    def _sample(
+        self,
+        prompts: Prompts,
+        asked: Asked,
+        policies: Policies,
+    ) -> Rewritings:
+        """Sample a rewrite of each row that was asked for, from the teacher of its route."""
+        rows = len(prompts.row)
+        tokens, mask = np.zeros((rows, self.room), np.int32), np.zeros((rows, self.room), bool)
+        finished = np.zeros(rows, bool)
+        pads = [pad_of(self.specs[int(route)]) for route in prompts.teacher]
+        ids, length = padded([asked.get(i) for i in range(rows)], self.width, pads)
+        whole = dataclasses.replace(prompts, tokens=ids, length=length)
+        for index, (spec, params) in enumerate(zip(self.specs, policies.teachers, strict=True)):
+            mine = np.asarray(prompts.teacher) == index
+            part = dataclasses.replace(whole, length=np.where(mine, length, 0).astype(np.int32))
+            drawn = self._draw(spec, params, part, policies)
+            tokens, mask = (
+                np.where(mine[:, None], new, old)
+                for new, old in ((drawn.tokens, tokens), (drawn.mask, mask))
+            )
+            finished = np.where(mine, drawn.finished, finished)
+        return Rewritings(whole, tokens, mask, finished)
+
+    def _draw(
+        self, spec: ModelSpec, params: Params, prompts: Prompts, policies: Policies
+    ) -> Rollout:
+        """Return a teacher's samples in the student's vocabulary: they end with its EOS."""
+        student = self.setup.student
+        drawn = jax.device_get(
+            self.session.generate(spec, params, prompts, self._sampling(spec), policies.updates)
+        )
+        last = np.maximum(drawn.mask.sum(axis=1) - 1, 0)
+        rows = np.arange(len(last))
+        foreign = drawn.finished & ~np.isin(drawn.tokens[rows, last], student.stop)
+        tokens = drawn.tokens.copy()
+        tokens[rows[foreign], last[foreign]] = student.stop[0]
+        # A token id that the student lacks cannot be learned: as if the rewrite had been cut.
+        known = (np.where(drawn.mask, tokens, 0) < student.model.size).all(axis=1)
+        return dataclasses.replace(drawn, tokens=tokens, finished=drawn.finished & known)
+
+    def _sampling(self, spec: ModelSpec) -> Sampling:
+        refine = self.refine
+        return self.setup.sampling(
+            "rewrite",
+            temperature=refine.temperature,
+            top_p=refine.top_p,
+            top_k=refine.top_k,
+            spec=spec,
+            max_tokens=min(refine.max_tokens or self.room, self.room),
+        )
+
+    def _outcomes(
+        self, own: Rollout, found: Rewritings, kept: Bool[np.ndarray, " B"]
+    ) -> Int32[np.ndarray, " B"]:
+        """Return a `Rewritten` for each row."""
+        ratio = found.mask.sum(axis=1) / np.maximum(own.mask.sum(axis=1), 1)
+        outcome = np.full(len(kept), Rewritten.DONE, np.int32)
+        if self.refine.drop_worse:
+            assert own.correct is not None
+            rewritten = dataclasses.replace(own, tokens=found.tokens, mask=found.mask)
+            right = each_response(self.setup, rewritten, is_right) > 0
+            outcome[(own.correct > 0) & ~right] = Rewritten.WORSE
+        outcome[ratio < self.refine.min_length_ratio] = Rewritten.SHORT
+        outcome[~found.finished] = Rewritten.CUT
+        outcome[np.asarray(found.prompts.length) == 0] = Rewritten.OVERLONG
+        outcome[kept] = Rewritten.KEPT
+        return outcome
+
+    def _placed(
+        self, own: Rollout, found: Rewritings, outcome: Int32[np.ndarray, " B"], after: Asked
+    ) -> Rollout:
+        """Return the rollout with rewrites in the place of responses, on the devices."""
+        kept, done = outcome == Rewritten.KEPT, outcome == Rewritten.DONE
+        mine = kept[:, None]
+        zero = np.zeros_like(own.logprob)
+        refined = dataclasses.replace(
+            own,
+            prompts=self._scored_after(own.prompts, after, done),
+            tokens=np.where(mine, own.tokens, found.tokens),
+            mask=np.where(mine, own.mask, found.mask & done[:, None]),
+            logprob=np.where(mine, own.logprob, zero),
+            model_logprob=np.where(mine, own.model_logprob, zero),
+            finished=np.where(kept, own.finished, found.finished),
+            writer=np.where(mine, own.writer, np.int32(Writer.REWRITER)),
+            original=Original(own.tokens, own.mask, own.model_logprob, outcome),
+        )
+        if own.correct is not None:
+            again = each_response(self.setup, refined, is_right)
+            refined = dataclasses.replace(refined, correct=again)
+        return shard_rows(self.setup.mesh, refined)
+
+    def _scored_after(
+        self, prompts: Prompts, after: Asked, done: Bool[np.ndarray, " B"]
+    ) -> Prompts:
+        """Return the prompts with those after which the teacher scores each row."""
+        if self.refine.score_after == "prompt":
+            return prompts
+        rows = [after.get(i) if done[i] else None for i in range(len(done))]
+        ids, length = padded(rows, self.width, [0] * len(rows))
+        wide = max(self.width, prompts.teacher_tokens.shape[1])
+
+        def widened(tokens: np.ndarray) -> np.ndarray:
+            return np.pad(tokens, ((0, 0), (0, wide - tokens.shape[1])))
+
+        at = done[:, None]
+        return dataclasses.replace(
+            prompts,
+            teacher_tokens=np.where(at, widened(ids), widened(np.asarray(prompts.teacher_tokens))),
+            teacher_length=np.where(done, length, prompts.teacher_length),
+        )
