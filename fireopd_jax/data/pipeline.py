@@ -227,6 +227,10 @@ class PromptLoader:
             references=self.references,
         )
 
+    def seek(self, batch: int) -> None:
+        """Set the position to the first prompt of a batch, counted from 0."""
+        self.position = batch * self.prompts_per_step
+
     def get_state(self) -> dict[str, Any]:
         """Return the position and the stream's identity (data hash and seed), as JSON values."""
         return {"position": self.position, **self.identity}

@@ -87,6 +87,12 @@ def _method_conflicts(
             "every response is sampled from the student; expected 1, or a divergence on a support "
             "or over the vocabulary"
         )
+    if rollout.window > 1 and loss.on_policy and not loss.corrects:
+        yield (
+            f"rollout.window={rollout.window}: {loss.kind} assumes that responses are sampled from "
+            "the student as it is; expected 1"
+            + (f", or method.loss.{loss.corrected_by}" if loss.corrected_by else "")
+        )
     if score.margin is not None and rollout.group_size == 1:
         yield (
             "method.score.margin compares the responses to one prompt: expected rollout.group_size "

@@ -22,6 +22,9 @@ class RolloutConfig:
     """Responses per prompt; must divide the batch size."""
     max_tokens: PositiveInt = 512
     """Maximum response length in tokens, the end-of-sequence token included."""
+    window: PositiveInt = 1
+    """Number of batches that are sampled, and refined, with the same parameters before the first
+    update on any of them: 1 is on-policy, `run.steps` is offline."""
     on_policy_fraction: UnitInterval = 1.0
     """Probability that a row is trained on the student's own response; other rows are trained on
     their references. Only for losses that do not assume on-policy responses."""

@@ -8,9 +8,9 @@ the metric `perf/compilations` counts each step's compilations.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -43,7 +43,8 @@ from fireopd_jax.training.prepare import StudentStart
 from fireopd_jax.training.programs import make_programs
 from fireopd_jax.training.state import TrainState
 from fireopd_jax.training.update import Metrics, skip_reason
-from fireopd_jax.types import Prompts, Rollout
+from fireopd_jax.training.windows import Windows
+from fireopd_jax.types import Rollout
 
 STAGES = ("rollout", "refine", "score", "update")
 """The stages of a step; the time of evaluation, saving and compilation is counted separately."""
@@ -116,6 +117,13 @@ class Distillation:
         if method.score.base:
             self.base = start.hold() if base is None else base
         self.began = start.hold() if method.teacher.at_start else None
+        self.windows = Windows(
+            home / "rollouts",
+            knobs.window,
+            config.run.steps,
+            mesh=setup.mesh,
+            stop=session.stop,
+        )
         self.counter = CompileCounter()
         self.alarms = Alarms()
 
@@ -142,14 +150,14 @@ class Distillation:
             )
             for step in loop:
                 compiled = self.counter.count
-                prompts = next(self.loader)
-                params = self.programs.merged_params(self.adapted, state.params)
-                teachers = self.teachers_of(params, state)
-                rollout = self.rollout(params, prompts, state)
-                rollout = self.refine(rollout, Policies(params, teachers, state.updates))
-                scored = self.score(params, teachers, rollout, state)
-                del params  # frees a merged copy of the adapters before the update
-                state, metrics = self.update(state, scored, teachers)
+                policies = self.policies(state)
+                rollout = self.windows.rollout(
+                    step, partial(self.rollout, policies), partial(self.refine, policies)
+                )
+                scored = self.score(policies, rollout, state)
+                teachers = policies.teachers
+                del policies  # frees a merged copy of the adapters before the update
+                state, metrics = self.update(teachers, state, scored)
                 left = Step(metrics, scored, self.counter.count - compiled)
                 loop.dispatched(step + 1, left, flush=self._saves(step + 1))
                 self.after(step + 1, state, loop.stopping)
@@ -174,38 +182,40 @@ class Distillation:
         self.session.log(f"{self.name}: resuming from step {done} of {run.steps}")
         return done, state
 
-    def teachers_of(self, params: Params, state: TrainState) -> Sequence[Params]:
-        """Return the parameters of the method's teachers in this step, by route."""
-        if not self.method.teacher.own:
-            return self.teachers
+    def policies(self, state: TrainState) -> Policies:
+        """Return the parameters of the student and of the method's teachers in this step."""
+        student = self.programs.merged_params(self.adapted, state.params)
+        teachers = self.teachers
         if self.began is not None:
-            return (self.began,)
-        if state.average is None:
-            return (params,)
-        return (self.programs.merged_params(self.adapted, state.average),)
+            teachers = (self.began,)
+        elif state.average is not None:
+            teachers = (self.programs.merged_params(self.adapted, state.average),)
+        elif self.method.teacher.own:
+            teachers = (student,)
+        return Policies(student, teachers, state.updates)
 
     def undonated(self, teacher: Params) -> Params:
         """Return the student's own parameters as a teacher that the update does not donate."""
         alone = self.began is not None or self.adapted is not None
         return teacher if alone else jax.tree.map(jnp.copy, teacher)
 
-    def rollout(self, params: Params, prompts: Prompts, state: TrainState) -> Rollout:
-        """Sample responses; rows to be trained on references get those instead."""
+    def rollout(self, policies: Policies, step: int) -> Rollout:
+        """Sample the responses of a step; rows to be trained on references get those instead."""
+        self.loader.seek(step)
+        prompts, params, updates = next(self.loader), policies.student, policies.updates
         student, fraction = self.session.setup.student, self.config.rollout.on_policy_fraction
         with self.clock.stage("rollout") as ready:
             if fraction == 1:
-                drawn = self.session.generate(
-                    student, params, prompts, self.sampling, state.updates
-                )
+                drawn = self.session.generate(student, params, prompts, self.sampling, updates)
             else:
                 given = given_rows(prompts, fraction, seed_for(self.config.run.seed, "on-policy"))
                 own = without(prompts, given)
-                drawn = self.session.generate(student, params, own, self.sampling, state.updates)
+                drawn = self.session.generate(student, params, own, self.sampling, updates)
                 drawn = self.mix(drawn, shard_rows(self.session.setup.mesh, prompts), given)
             ready(drawn.finished)
         return drawn
 
-    def refine(self, rollout: Rollout, policies: Policies) -> Rollout:
+    def refine(self, policies: Policies, rollout: Rollout) -> Rollout:
         """Run the method's host stages, which block on the rollout; most methods have none."""
         if self.host_stages:
             jax.block_until_ready(rollout.finished)  # which is the rollout's time, not theirs
@@ -214,14 +224,12 @@ class Distillation:
                 rollout = stage(rollout, policies)
         return rollout
 
-    def score(
-        self, params: Params, teachers: Sequence[Params], rollout: Rollout, state: TrainState
-    ) -> Assembled:
+    def score(self, policies: Policies, rollout: Rollout, state: TrainState) -> Assembled:
         """Score the rollout by student and teachers, then filter and reweight it."""
         with self.clock.stage("score") as ready:
             scored = self.programs.score(
-                params,
-                self.scorers or list(teachers),
+                policies.student,
+                self.scorers or list(policies.teachers),
                 rollout,
                 self.temperature,
                 state.updates,
@@ -232,7 +240,7 @@ class Distillation:
         return scored
 
     def update(
-        self, state: TrainState, scored: Assembled, teachers: Sequence[Params]
+        self, teachers: Sequence[Params], state: TrainState, scored: Assembled
     ) -> tuple[TrainState, Metrics]:
         """Run `updates_per_rollout` optimizer steps on one batch."""
         judge = None
@@ -270,7 +278,7 @@ class Distillation:
                 step.scored.keep,
                 rows=setup.rows,
                 teachers=[spec.name.removeprefix("teacher ") for spec in self.specs] or [""],
-                decode=functools.partial(decode, setup.student.tokenizer),
+                decode=partial(decode, setup.student.tokenizer),
             )
         shown: dict[str, object] = {}
         if "distill/reverse_kl" in values:
@@ -308,6 +316,7 @@ class Distillation:
             metrics = None if score is None else {"score": score}
             with self.clock.host("save"):
                 self.checkpoints.save(done, state, self.loader.get_state(), metrics)
+            self.windows.forget(before=min(self.checkpoints.steps()))
         if stopping:
             self.checkpoints.close()
 

@@ -23,6 +23,11 @@ class TokenLoss(Stage, abc.ABC):
     """Smallest support size for which the loss is not identically zero."""
 
     @property
+    def corrects(self) -> bool:
+        """Whether the loss corrects for a sampler that differs from the scored policy."""
+        return self.corrected_by is not None and getattr(self, self.corrected_by) is not None
+
+    @property
     def divergence_from_teacher(self) -> Divergence | None:
         """The divergence over the vocabulary that the update computes for this loss, if any."""
         return None
