@@ -136,7 +136,7 @@ def pulls(tokens, refining):
     """Return -dL/dz at each token, times the number of tokens, and q - p there: [B, T, V]."""
     batch, of_teacher = batch_of(tokens, refining)
     z = start()[np.arange(STEPS), wrong_before(tokens)]
-    gradient = jax.grad(objective)(z, batch, of_teacher, LOSS)
+    gradient = jax.jit(jax.grad(objective), static_argnums=3)(z, batch, of_teacher, LOSS)
     exact = jax.nn.softmax(of_teacher, axis=-1) - jax.nn.softmax(z, axis=-1)
     return -np.asarray(gradient) * tokens.size, np.asarray(exact)
 
