@@ -11,7 +11,8 @@ from fireopd_jax.config import config
 from fireopd_jax.method.batch import StageStates, init_states
 from fireopd_jax.method.filtering import AllOf, Filters, TeacherQuantile
 from fireopd_jax.method.losses.base import TokenLoss
-from fireopd_jax.method.losses.sampled_token import SampledReverseKL, SampledSquare
+from fireopd_jax.method.losses.sampled_token import SampledPower, SampledReverseKL, SampledSquare
+from fireopd_jax.method.losses.self_adaptation import SelfAdaptation
 from fireopd_jax.method.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
 from fireopd_jax.method.losses.vocabulary import MiniLLM, VocabularyDivergence
 from fireopd_jax.method.refining import NoRefine, Refines
@@ -48,6 +49,8 @@ class MethodConfig:
     loss: Annotated[
         SampledReverseKL
         | SampledSquare
+        | SampledPower
+        | SelfAdaptation
         | SupportDivergence
         | SupportPolicyGradient
         | EntropyAware

@@ -4,11 +4,13 @@
 
 Every divergence is built from generalised Kullback-Leibler terms a log(a/b) - a + b. Over a whole
 vocabulary the linear parts cancel; over a part of it they keep the sum a divergence: each term is
->= 0, and 0 with slope 0 where a = b. Log-probabilities must be finite: in place of -inf pass a very
-low number.
+>= 0, and 0 with slope 0 where a = b. `PointwiseClipped` bounds the plain terms a log(a/b) instead.
+Log-probabilities must be finite: in place of -inf pass a very low number.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
 import jax
@@ -28,6 +30,15 @@ def kl_terms(log_a: Terms, log_b: Terms) -> Terms:
     return a * (log_a - log_b) - a + b
 
 
+def plain_kl_terms(log_a: Terms, log_b: Terms) -> Terms:
+    """Return a log(a/b) elementwise in nats: negative where a < b, with the same sum as above."""
+    return jnp.exp(log_a) * (log_a - log_b)
+
+
+KLTerms = Callable[[Terms, Terms], Terms]
+"""The terms of KL(a || b) from log a and log b: generalised or plain."""
+
+
 def _mixture(log_a: Terms, log_b: Terms, share: float) -> Terms:
     """Return log(share a + (1 - share) b)."""
     if share in (0.0, 1.0):
@@ -43,9 +54,11 @@ class ReverseKL:
 
     adaptive: ClassVar[bool] = False
 
-    def __call__(self, log_p: Terms, log_q: Terms, share: Array | None = None) -> Terms:
+    def __call__(
+        self, log_p: Terms, log_q: Terms, share: Array | None = None, kl: KLTerms = kl_terms
+    ) -> Terms:
         """Return the terms in nats, of the shape of `log_p`; `share` is unused."""
-        return kl_terms(log_p, log_q)
+        return kl(log_p, log_q)
 
 
 @config
@@ -56,9 +69,11 @@ class ForwardKL:
 
     adaptive: ClassVar[bool] = False
 
-    def __call__(self, log_p: Terms, log_q: Terms, share: Array | None = None) -> Terms:
+    def __call__(
+        self, log_p: Terms, log_q: Terms, share: Array | None = None, kl: KLTerms = kl_terms
+    ) -> Terms:
         """Return the terms in nats, of the shape of `log_p`; `share` is unused."""
-        return kl_terms(log_q, log_p)
+        return kl(log_q, log_p)
 
 
 @config
@@ -78,13 +93,15 @@ class JensenShannon:
 
     adaptive: ClassVar[bool] = False
 
-    def __call__(self, log_p: Terms, log_q: Terms, share: Array | None = None) -> Terms:
+    def __call__(
+        self, log_p: Terms, log_q: Terms, share: Array | None = None, kl: KLTerms = kl_terms
+    ) -> Terms:
         """Return the terms in nats, of the shape of `log_p`; `share` is unused."""
         beta = self.beta
         if beta in (0.0, 1.0):
-            return kl_terms(log_p, log_q) if beta else kl_terms(log_q, log_p)
+            return kl(log_p, log_q) if beta else kl(log_q, log_p)
         log_m = _mixture(log_q, log_p, beta)
-        return beta * kl_terms(log_q, log_m) + (1 - beta) * kl_terms(log_p, log_m)
+        return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
 
 
 Skew = Annotated[float, Field(ge=0, lt=1)]
@@ -103,9 +120,11 @@ class SkewedForwardKL:
 
     adaptive: ClassVar[bool] = False
 
-    def __call__(self, log_p: Terms, log_q: Terms, share: Array | None = None) -> Terms:
+    def __call__(
+        self, log_p: Terms, log_q: Terms, share: Array | None = None, kl: KLTerms = kl_terms
+    ) -> Terms:
         """Return the terms in nats, of the shape of `log_p`; `share` is unused."""
-        return kl_terms(log_q, _mixture(log_q, log_p, self.alpha))
+        return kl(log_q, _mixture(log_q, log_p, self.alpha))
 
 
 @config
@@ -121,9 +140,11 @@ class SkewedReverseKL:
 
     adaptive: ClassVar[bool] = False
 
-    def __call__(self, log_p: Terms, log_q: Terms, share: Array | None = None) -> Terms:
+    def __call__(
+        self, log_p: Terms, log_q: Terms, share: Array | None = None, kl: KLTerms = kl_terms
+    ) -> Terms:
         """Return the terms in nats, of the shape of `log_p`; `share` is unused."""
-        return kl_terms(log_p, _mixture(log_p, log_q, self.alpha))
+        return kl(log_p, _mixture(log_p, log_q, self.alpha))
 
 
 @config
@@ -168,4 +189,37 @@ class AdaptiveKL:
         return jnp.where(jnp.isfinite(outside), (inside + outside) / 2, inside - 1.0)
 
 
-Divergence = ReverseKL | ForwardKL | JensenShannon | SkewedForwardKL | SkewedReverseKL | AdaptiveKL
+FixedWeights = ReverseKL | ForwardKL | JensenShannon | SkewedForwardKL | SkewedReverseKL
+"""The divergences whose terms do not depend on the other token ids."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PointwiseClipped:
+    """sum_v min(f_v, tau), f_v the plain terms a log(a/b) of another divergence.
+
+    A term above tau has no gradient. Negative terms are not bounded, so the sum can be negative; at
+    p = q it is 0 and stationary, but need not be the lowest.
+
+    References: arXiv 2601.18734 (OPSD) as updated in March 2026, and its code.
+    """
+
+    divergence: FixedWeights
+    limit: float
+    """tau, in nats."""
+
+    adaptive: ClassVar[bool] = False
+
+    def __call__(self, log_p: Terms, log_q: Terms, share: Array | None = None) -> Terms:
+        """Return the bounded terms in nats, of the shape of `log_p`; `share` is unused."""
+        return bounded_above(self.divergence(log_p, log_q, share, plain_kl_terms), self.limit)
+
+
+def bounded_above(value: Array, limit: float) -> Array:
+    """Return min(value, limit), with no gradient where the limit is exceeded.
+
+    At equality the gradient is whole; that of `jnp.minimum` would be halved. NaN stays NaN.
+    """
+    return jnp.where(value > limit, limit, value)
+
+
+Divergence = FixedWeights | AdaptiveKL | PointwiseClipped

@@ -15,6 +15,7 @@ from fireopd_jax.method.filtering import (
     GapBound,
     HardTokens,
     KeepAll,
+    LeastLikely,
     LengthDrop,
     Prefix,
     RandomDrop,
@@ -24,7 +25,8 @@ from fireopd_jax.method.filtering import (
     TeacherQuantile,
     Tip,
 )
-from fireopd_jax.method.losses.sampled_token import SampledReverseKL, SampledSquare
+from fireopd_jax.method.losses.sampled_token import SampledPower, SampledReverseKL, SampledSquare
+from fireopd_jax.method.losses.self_adaptation import SelfAdaptation
 from fireopd_jax.method.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
 from fireopd_jax.method.losses.vocabulary import MiniLLM, VocabularyDivergence
 from fireopd_jax.method.reweighting import (
@@ -80,8 +82,15 @@ def loss(config: Any, seen: Seen, shift: np.ndarray | None = None) -> Values:
         return reference_losses.policy_gradient(seen, advantage, config.clip, config.importance_cap)
     if isinstance(config, SampledSquare):
         return reference_losses.squares(seen, config.importance_cap)
+    if isinstance(config, SampledPower):
+        advantage = reference_losses.powers(seen, config.alpha, config.normalise)
+        return reference_losses.policy_gradient(seen, advantage, config.clip)
+    if isinstance(config, SelfAdaptation):
+        return reference_losses.self_adaptation(
+            seen, config.advantage, config.entropy_slope, config.clip
+        )
     if isinstance(config, SupportDivergence):
-        return on_support(config, seen)
+        return bounded(config, on_support(config, seen))
     if isinstance(config, SupportPolicyGradient):
         formula = functools.partial(reference.weighted_score, weight=config.weight)
         return reference_losses.over_support(seen, formula)
@@ -90,10 +99,28 @@ def loss(config: Any, seen: Seen, shift: np.ndarray | None = None) -> Values:
             seen, config.alpha, config.tau, config.normalise, config.clip
         )
     if isinstance(config, VocabularyDivergence):
-        return reference_losses.over_vocabulary(seen, divergence(config.divergence))
+        formula = clipped(config) or divergence(config.divergence)
+        return bounded(config, reference_losses.over_vocabulary(seen, formula))
     if isinstance(config, MiniLLM):
         return reference_losses.minillm(seen, config.clip)
     raise ValueError(f"no reference of the loss {config}")
+
+
+def clipped(config: Any) -> Any:
+    """Return the reference of a loss's divergence with clipped terms; None without a clip."""
+    if config.pointwise_clip is None:
+        return None
+    divergence = config.divergence
+    share = getattr(divergence, "beta", getattr(divergence, "alpha", 0.0))
+    return functools.partial(
+        reference.clipped, kind=divergence.kind, limit=config.pointwise_clip, share=share
+    )
+
+
+def bounded(config: Any, values: Values) -> Values:
+    """Return the values and gradients with a loss's bound of the value at a token."""
+    clip = config.token_clip
+    return values if clip is None else reference_losses.at_most(values, clip)
 
 
 def on_support(config: SupportDivergence, seen: Seen) -> Values:
@@ -102,7 +129,7 @@ def on_support(config: SupportDivergence, seen: Seen) -> Values:
         return reference_losses.tail_sample(seen)
     if config.head == "renormalised":
         formula: Any = functools.partial(
-            reference.renormalised, divergence=divergence(config.divergence)
+            reference.renormalised, divergence=clipped(config) or divergence(config.divergence)
         )
     elif config.head == "tail_bucket":
         formula = functools.partial(reference.tail_bucket, divergence=divergence(config.divergence))
@@ -146,6 +173,8 @@ def keep(config: Any, stats: dict[str, np.ndarray], mask: np.ndarray, **of_batch
     if isinstance(config, Tip):
         entropy, kl = stats["student_entropy"], stats["reverse_kl"]
         return reference_stages.tip(entropy, kl, mask, config.keep_fraction)
+    if isinstance(config, LeastLikely):
+        return reference_stages.least_likely(log_p, mask, config.keep_fraction)
     if isinstance(config, HardTokens):
         pair = stats["teacher_entropy"], stats["student_entropy"]
         options = config.keep_fraction, config.alpha, config.beta

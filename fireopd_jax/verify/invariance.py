@@ -214,4 +214,6 @@ def exact_terms(
     kept = expected.keep(method.filter, stats, mask, gap=gap, sample_id=sample_id)
     weight = expected.weight(method.reweight, stats, mask, kept)
     share = reference_batch.coefficients(mask, kept, method.aggregate)
+    trained = mask & (kept if kept.ndim == 2 else kept[:, None])
+    seen = dataclasses.replace(seen, kept=trained)
     return share * weight * expected.loss(method.loss, seen, shift)[0]

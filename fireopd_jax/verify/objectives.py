@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fireopd_jax.method.batch import total_loss
-from fireopd_jax.method.losses.sampled_token import SampledReverseKL, SampledSquare
+from fireopd_jax.method.losses.sampled_token import SampledPower, SampledReverseKL, SampledSquare
+from fireopd_jax.method.losses.self_adaptation import SelfAdaptation
 from fireopd_jax.method.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
 from fireopd_jax.method.losses.vocabulary import MiniLLM, VocabularyDivergence
 from fireopd_jax.method.scoring.supports import Kind
@@ -87,6 +88,15 @@ OBJECTIVES: tuple[Objective, ...] = (
     Objective(SampledReverseKL(gamma=1.0)),
     Objective(SampledSquare()),
     Objective(SampledSquare(importance_cap=1.5), later=True),
+    # Of a vocabulary of 320 the fifth power of a sampled token's probability is nearly 0.
+    Objective(SampledPower(alpha=0.5), later=True),
+    Objective(SampledPower(alpha=1.0)),
+    Objective(SampledPower(alpha=0.1, normalise=True)),
+    Objective(SampledPower(alpha=0.0, normalise=True)),
+    # There is no teacher to agree with.
+    Objective(SelfAdaptation(), vanishes=False),
+    Objective(SelfAdaptation(advantage=-0.5, entropy_slope=0.0), later=True, vanishes=False),
+    Objective(SelfAdaptation(entropy_slope=-1.0, clip=0.05), later=True, vanishes=False),
     *(
         Objective(SupportDivergence(head=head, divergence=divergence))
         for head in ("renormalised", "score", "tail_bucket")
@@ -98,6 +108,11 @@ OBJECTIVES: tuple[Objective, ...] = (
     # Zero in the mean over sampled tokens, not for each token.
     Objective(SupportDivergence(head="tail_sample"), vanishes=False),
     Objective(SupportDivergence(head="tail_sample"), later=True, vanishes=False),
+    *(
+        Objective(SupportDivergence(divergence=divergence, pointwise_clip=0.05))
+        for divergence in FEW
+    ),
+    Objective(SupportDivergence(head="tail_bucket", token_clip=0.3)),
     Objective(SupportPolicyGradient(weight="student")),
     Objective(SupportPolicyGradient(weight="teacher")),
     Objective(SupportPolicyGradient(weight="none")),
@@ -118,6 +133,11 @@ OBJECTIVES: tuple[Objective, ...] = (
             AdaptiveKL(),
         )
     ),
+    *(
+        Objective(VocabularyDivergence(divergence=divergence, pointwise_clip=0.01))
+        for divergence in (*FEW, SkewedForwardKL(), SkewedReverseKL())
+    ),
+    Objective(VocabularyDivergence(divergence=ForwardKL(), token_clip=1.0)),
     Objective(MiniLLM()),
     Objective(MiniLLM(), later=True),
 )

@@ -5,7 +5,7 @@ returns (value, gradient to z). `log_chain` turns dL/d log p(v) into dL/dz(v). A
 of ids.
 
 References: arXiv 2603.25562, 2604.13016, 2306.13649 (GKD), 2402.03898 (DistiLLM), 2404.02657 (AKL),
-2306.08543 (MiniLLM), 2603.07079 (EOPD).
+2306.08543 (MiniLLM), 2603.07079 (EOPD), 2601.18734 (OPSD).
 """
 
 import numpy as np
@@ -81,6 +81,40 @@ def adaptive_kl(z, z_q, mu):
     w = gap[inside].sum() / gap.sum() if gap.sum() > 0 else 0.0
     (f, df), (r, dr) = forward_kl(z, z_q), reverse_kl(z, z_q)
     return w * f + (1 - w) * r, w * df + (1 - w) * dr
+
+
+def clipped(z, z_q, kind, limit, share=0.0):
+    """sum_v min(f_v, limit), f_v the plain terms a log(a/b); terms above it have no gradient.
+
+    `kind` is that of the divergence, `share` its beta or alpha.
+    """
+    p, q, log_p, log_q = _models(z, z_q)
+    if kind == "jensen_shannon" and share in (0, 1):
+        kind = "reverse_kl" if share else "forward_kl"
+    value, slope = 0.0, np.zeros(len(p))
+    for v in range(len(p)):
+        # Each term and its derivative to log p(v).
+        if kind == "forward_kl":
+            term, d_term = q[v] * (log_q[v] - log_p[v]), -q[v]
+        elif kind == "reverse_kl":
+            term = p[v] * (log_p[v] - log_q[v])
+            d_term = term + p[v]
+        elif kind == "skewed_forward_kl":
+            m = share * q[v] + (1 - share) * p[v]
+            term, d_term = q[v] * (log_q[v] - np.log(m)), -q[v] * (1 - share) * p[v] / m
+        elif kind == "skewed_reverse_kl":
+            m = (1 - share) * q[v] + share * p[v]
+            term = p[v] * (log_p[v] - np.log(m))
+            d_term = term + p[v] * (1 - share * p[v] / m)
+        elif kind == "jensen_shannon":
+            log_m = np.log(share * q[v] + (1 - share) * p[v])
+            term = share * q[v] * (log_q[v] - log_m) + (1 - share) * p[v] * (log_p[v] - log_m)
+            d_term = (1 - share) * p[v] * (log_p[v] - log_m)
+        else:
+            raise ValueError(f"no clipped terms of {kind}")
+        value += min(term, limit)
+        slope[v] = d_term if term <= limit else 0.0
+    return value, log_chain(p, slope)
 
 
 def _scatter(size, ids, values):

@@ -33,6 +33,8 @@ class Seen:
     """Token ids [B, T, S], -1 in empty slots."""
     drawn: np.ndarray
     """Log-probabilities under the sampling distribution, [B, T]."""
+    kept: np.ndarray | None = None
+    """The response tokens that are trained on; None: all."""
 
     def logprob(self, logits):
         """Return log p(y) [B, T], 0 where masked."""
@@ -116,6 +118,44 @@ def squares(seen, cap=None):
         return factor * value, factor * gradient
 
     return seen.collect(formula)
+
+
+def powers(seen, alpha, normalise):
+    """PowerOPD's advantages q^alpha - p_old^alpha of the sampled token; / alpha if `normalise`."""
+    log_p, log_q = seen.logprob(seen.z_old), seen.logprob(seen.z_q)
+    value = np.zeros(seen.mask.shape)
+    for i, t in seen.positions():
+        if alpha == 0:
+            value[i, t] = log_q[i, t] - log_p[i, t]
+        else:
+            power = np.exp(log_q[i, t]) ** alpha - np.exp(log_p[i, t]) ** alpha
+            value[i, t] = power / alpha if normalise else power
+    return value
+
+
+def self_adaptation(seen, advantage, slope, clip):
+    """OPSA: A - delta r / 4 on the kept tokens, r the student's entropy scaled to [-1, 1] per row.
+
+    r is 1 on every token of a row whose kept tokens have one entropy.
+    """
+    entropy = seen.entropy(seen.z_old)
+    kept = seen.mask if seen.kept is None else seen.kept
+    value = np.zeros(seen.mask.shape)
+    for i in range(len(kept)):
+        own = [float(entropy[i, t]) for t in np.flatnonzero(kept[i])]
+        for t in np.flatnonzero(kept[i]):
+            span = max(own) - min(own)
+            r = 2 * (entropy[i, t] - min(own)) / span - 1 if span > 1e-12 else 1.0
+            value[i, t] = advantage - slope / 4 * r
+    loss, gradient = policy_gradient(seen, value, clip)
+    return loss * kept, gradient * kept[..., None]
+
+
+def at_most(values, limit):
+    """Values and gradients with each token's value bounded by `limit`, without gradient above."""
+    value, gradient = values
+    over = value > limit
+    return np.where(over, limit, value), np.where(over[..., None], 0.0, gradient)
 
 
 def tail_sample(seen):

@@ -36,6 +36,15 @@ def largest(score, mask, fraction):
     return keep
 
 
+def least_likely(student_logprob, mask, fraction):
+    """Keep the max(1, floor(rho L)) tokens of the lowest log p in each row; ties: the earlier."""
+    keep = np.zeros(np.shape(mask), bool)
+    for i in range(len(mask)):
+        tokens = sorted(np.flatnonzero(mask[i]), key=lambda t: (student_logprob[i][t], t))
+        keep[i, tokens[: max(1, int(np.floor(fraction * len(tokens) + 1e-6)))]] = True
+    return keep
+
+
 def tip(entropy, kl, mask, fraction):
     """TIP: score h + d - h d of entropy (capped at its 98 % quantile) and KL, scaled to [0, 1]."""
     inside = [(i, t) for i, t in zip(*np.nonzero(mask), strict=True)]

@@ -11,6 +11,7 @@ from fireopd_jax.method.filtering import (
     AllOf,
     GapBound,
     HardTokens,
+    LeastLikely,
     LengthDrop,
     Prefix,
     RandomDrop,
@@ -20,7 +21,8 @@ from fireopd_jax.method.filtering import (
     TeacherQuantile,
     Tip,
 )
-from fireopd_jax.method.losses.sampled_token import SampledReverseKL, SampledSquare
+from fireopd_jax.method.losses.sampled_token import SampledPower, SampledReverseKL, SampledSquare
+from fireopd_jax.method.losses.self_adaptation import SelfAdaptation
 from fireopd_jax.method.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
 from fireopd_jax.method.losses.vocabulary import MiniLLM, VocabularyDivergence
 from fireopd_jax.method.reweighting import ConfidenceConfusion, Progressive, SoftTrajectories
@@ -125,6 +127,15 @@ CHANGES = [
     (of_loss, SampledReverseKL(), "baseline", "exact_kl"),
     (of_loss, SampledReverseKL(), "gamma", 0.5),
     (of_loss, SampledSquare(), "importance_cap", 0.3),
+    (of_loss, SampledPower(), "alpha", 0.5),
+    (of_loss, SampledPower(), "normalise", True),
+    (of_loss, SampledPower(), "clip", 0.01),
+    (of_loss, SelfAdaptation(), "advantage", -0.5),
+    (of_loss, SelfAdaptation(), "entropy_slope", 0.0),
+    (of_loss, SelfAdaptation(), "clip", 0.01),
+    (of_loss, VocabularyDivergence(), "token_clip", 0.1),
+    (of_loss, SupportDivergence(), "pointwise_clip", 0.01),
+    (of_loss, SupportDivergence(), "token_clip", 0.01),
     (of_loss, SupportDivergence(), "head", "score"),
     (of_loss, SupportDivergence(), "divergence", ForwardKL()),
     (of_loss, SupportPolicyGradient(), "weight", "none"),
@@ -152,6 +163,7 @@ CHANGES = [
     (of_filter(0.0), HardTokens(), "keep_fraction", 0.2),
     (of_filter(0.0), HardTokens(), "alpha", 9.0),
     (of_filter(0.0), HardTokens(), "beta", 9.0),
+    (of_filter(0.0), LeastLikely(), "keep_fraction", 0.7),
     (of_filter(0.0), RepetitionGuard(ngram=1, limit=0.1), "ngram", 6),
     (of_filter(0.0), RepetitionGuard(ngram=1, limit=0.1), "limit", 0.9),
     (of_filter(0.0), Prefix(least=-0.5), "window", 1),
@@ -186,7 +198,7 @@ def test_every_option_changes_something():
 def test_every_option_of_the_stages_is_tried():
     tried = {(type(stage), name) for _, stage, name, _ in CHANGES}
     # What the update computes for it: the divergences are compared in tests/ops/test_divergence.py.
-    tried |= {(VocabularyDivergence, "divergence")}
+    tried |= {(VocabularyDivergence, "divergence"), (VocabularyDivergence, "pointwise_clip")}
     # Named texts are turned into ids by the build: tests/method/filtering/test_tokens.py.
     tried |= {(SpecialTokens, "strings")}
     for section in ("loss", "filter", "reweight"):

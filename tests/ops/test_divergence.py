@@ -1,5 +1,6 @@
 """Full-vocabulary divergences of two heads: the oracle's values and gradients, without logits."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fireopd_jax.ops.formulas import (
     AdaptiveKL,
     ForwardKL,
     JensenShannon,
+    PointwiseClipped,
     ReverseKL,
     SkewedForwardKL,
     SkewedReverseKL,
@@ -44,6 +46,24 @@ FAMILY = {
     "adaptive": (AdaptiveKL(), lambda z, q: objectives.adaptive_kl(z, q, 0.5)),
     "adaptive of one": (AdaptiveKL(mu=0.0), lambda z, q: objectives.adaptive_kl(z, q, 0.0)),
     "adaptive of all": (AdaptiveKL(mu=1.0), lambda z, q: objectives.adaptive_kl(z, q, 1.0)),
+}
+CLIPPED = (
+    (ReverseKL(), 0.0),
+    (ForwardKL(), 0.0),
+    (JensenShannon(beta=0.3), 0.3),
+    (JensenShannon(beta=0), 0.0),
+    (JensenShannon(beta=1), 1.0),
+    (SkewedForwardKL(), 0.1),
+    (SkewedReverseKL(), 0.1),
+)
+LIMIT = 0.05
+"""Of OPSD. Of each position's 37 terms two to five are above it in these tests."""
+FAMILY |= {
+    f"clipped {divergence.kind} {share:g}": (
+        PointwiseClipped(divergence, LIMIT),
+        functools.partial(objectives.clipped, kind=divergence.kind, limit=LIMIT, share=share),
+    )
+    for divergence, share in CLIPPED
 }
 
 
@@ -157,7 +177,45 @@ def test_bfloat16_equals_oracle():
     check("gkd_jsd_0.5", inputs, cotangent, gradient_tolerance=2**-6, chunk=8)
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "gkd_jsd_0.1", "skewed_reverse_kl_0.1", "adaptive"])
+def test_clipped_terms_in_bfloat16_equal_oracle():
+    inputs, cotangent = make_inputs(4, 21, jnp.bfloat16)
+    check("clipped forward_kl 0", inputs, cotangent, gradient_tolerance=2**-6, chunk=8)
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), JensenShannon(beta=0.3)])
+def test_a_limit_above_every_term_changes_the_rounding_only(divergence):
+    inputs, cotangent = make_inputs(5, 37)
+    plain, expected = ours(divergence, inputs, cotangent, chunk=8)
+    value, gradients = ours(PointwiseClipped(divergence, 1e9), inputs, cotangent, chunk=8)
+    np.testing.assert_allclose(value, plain, rtol=1e-5)
+    for ours_, theirs in zip(gradients[:2], expected[:2], strict=True):
+        np.testing.assert_allclose(ours_, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_terms_above_the_limit_have_no_gradient_and_the_sum_can_be_negative():
+    """q is sharp where p is not: its one large term is clipped, the negative ones are not."""
+    q, p = np.array([0.94, 0.02, 0.02, 0.02]), np.array([0.1, 0.3, 0.3, 0.3])
+    inputs = (jnp.log(p)[None], jnp.eye(4), jnp.log(q)[None], jnp.eye(4))
+    value, (gradient, *_) = ours(PointwiseClipped(ForwardKL(), 0.05), inputs, jnp.ones(1))
+    negative = 3 * 0.02 * np.log(0.02 / 0.3)
+    assert value[0] == pytest.approx(0.05 + negative, abs=1e-6) and value[0] < 0
+    # Without the clip this is p - q, which raises the first token's probability.
+    slope = np.array([0.0, -0.02, -0.02, -0.02])
+    np.testing.assert_allclose(gradient[0], slope - p * slope.sum(), atol=1e-6)
+    assert gradient[0, 0] > 0 > p[0] - q[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reverse_kl",
+        "gkd_jsd_0.1",
+        "skewed_reverse_kl_0.1",
+        "adaptive",
+        "clipped forward_kl 0",
+        "clipped reverse_kl 0",
+    ],
+)
 def test_equal_models_have_zero_divergence_and_gradient(name):
     (hidden, head, *_), cotangent = make_inputs(4, 21, spread=2.0)
     value, gradients = ours(FAMILY[name][0], (hidden, head) * 2, cotangent, chunk=8)
@@ -172,7 +230,7 @@ def test_sharp_models_stay_finite(name):
     check(name, inputs, cotangent, tolerance=1e-4, gradient_tolerance=1e-2, chunk=8)
 
 
-@pytest.mark.parametrize("name", ["adaptive"])
+@pytest.mark.parametrize("name", ["adaptive", "clipped reverse_kl 0"])
 def test_a_broken_state_spoils_its_own_position(name):
     inputs, cotangent = make_inputs(4, 21)
     broken = (inputs[0].at[1].set(jnp.nan), *inputs[1:])
@@ -186,7 +244,13 @@ def test_a_broken_state_spoils_its_own_position(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("adaptive", (8, 1)), ("gkd_jsd_0.1", (4, 2)), ("reverse_kl", (1, 8))]
+    ("name", "shape"),
+    [
+        ("adaptive", (8, 1)),
+        ("gkd_jsd_0.1", (4, 2)),
+        ("reverse_kl", (1, 8)),
+        ("clipped forward_kl 0", (2, 4)),
+    ],
 )
 def test_shards_equal_one_device(name, shape):
     mesh = jax.make_mesh(shape, ("data", "tensor"), (AxisType.Auto,) * 2)
@@ -227,7 +291,10 @@ def scratch(function, tokens, width, vocabulary):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "gkd_jsd_0.5", "skewed_reverse_kl_0.1", "adaptive"])
+@pytest.mark.parametrize(
+    "name",
+    ["reverse_kl", "gkd_jsd_0.5", "skewed_reverse_kl_0.1", "adaptive", "clipped forward_kl 0"],
+)
 def test_at_most_twice_the_scratch_of_the_head_statistics(name):
     def statistics(hidden, head, of_teacher, teacher_head):
         stats = head_stats(hidden, head, jnp.zeros(hidden.shape[:1], jnp.int32))

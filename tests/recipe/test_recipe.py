@@ -318,7 +318,7 @@ def test_every_stage_says_what_it_needs():
         for name, field in MethodConfig.__dataclass_fields__.items()
         if name != "aggregate"
     }
-    assert [len(stages[name]) for name in ("score", "filter", "reweight", "loss")] == [3, 12, 4, 7]
+    assert [len(stages[name]) for name in ("score", "filter", "reweight", "loss")] == [3, 13, 4, 9]
     assert KeepAll() in stages["filter"]
     scores = [*stages["score"], WholeVocabulary(reverse_kl=True, margin=OutcomeMargin())]
     given = frozenset().union(*(score.gives for score in scores))

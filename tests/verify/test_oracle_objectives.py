@@ -1,5 +1,6 @@
 """The oracle itself: sixteen golden vectors, finite differences, expectations, identities."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -51,6 +52,16 @@ def test_golden_vectors(name):
 
 
 SLOPES = {
+    **{
+        f"clipped {kind}": functools.partial(oracle.clipped, kind=kind, limit=0.05, share=0.2)
+        for kind in (
+            "reverse_kl",
+            "forward_kl",
+            "jensen_shannon",
+            "skewed_forward_kl",
+            "skewed_reverse_kl",
+        )
+    },
     "reverse": oracle.reverse_kl,
     "forward": oracle.forward_kl,
     "jsd": lambda z, q: oracle.jensen_shannon(z, q, 0.3),

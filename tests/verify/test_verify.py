@@ -80,11 +80,13 @@ def test_every_loss_and_choice_is_verified():
     names = [each.name for each in OBJECTIVES]
     assert len(set(names)) == len(names)
     kinds = {loss.kind for loss in losses}
-    assert len(kinds) == 7
+    assert len(kinds) == 9
     heads = {(x.head, x.divergence.kind) for x in losses if isinstance(x, SupportDivergence)}
     assert len(heads) == 10
     whole = {x.divergence.kind for x in losses if isinstance(x, VocabularyDivergence)}
     assert len(whole) == 6
+    clipped = {x.divergence.kind for x in losses if getattr(x, "pointwise_clip", None)}
+    assert len(clipped) == 5
     assert describe(MiniLLM(clip=0.1)) == "minillm clip=0.1"
 
 
@@ -94,7 +96,7 @@ def test_every_shipped_method_is_verified():
 
 def test_statistics_of_a_batch_pass():
     rows = list(statistics.of_batches())
-    assert len(rows) == 30 and all(row.passed for row in rows)
+    assert len(rows) == 31 and all(row.passed for row in rows)
 
 
 def test_one_method_under_micro_batches_padding_and_devices():

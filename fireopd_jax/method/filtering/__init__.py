@@ -7,6 +7,7 @@ from fireopd_jax.method.filtering.guards import Prefix as Prefix
 from fireopd_jax.method.filtering.guards import RepetitionGuard as RepetitionGuard
 from fireopd_jax.method.filtering.guards import SpecialTokens as SpecialTokens
 from fireopd_jax.method.filtering.tokens import HardTokens as HardTokens
+from fireopd_jax.method.filtering.tokens import LeastLikely as LeastLikely
 from fireopd_jax.method.filtering.tokens import Reopold as Reopold
 from fireopd_jax.method.filtering.tokens import Tip as Tip
 from fireopd_jax.method.filtering.trajectories import KeepAll as KeepAll

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from fireopd_jax.config import config
 from fireopd_jax.method.filtering.guards import GapBound, Prefix, RepetitionGuard, SpecialTokens
-from fireopd_jax.method.filtering.tokens import HardTokens, Reopold, Tip
+from fireopd_jax.method.filtering.tokens import HardTokens, LeastLikely, Reopold, Tip
 from fireopd_jax.method.filtering.trajectories import (
     KeepAll,
     LengthDrop,
@@ -29,6 +29,7 @@ Filters = (
     | Reopold
     | Tip
     | HardTokens
+    | LeastLikely
     | RepetitionGuard
     | Prefix
     | SpecialTokens

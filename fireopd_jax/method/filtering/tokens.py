@@ -117,6 +117,32 @@ class HardTokens(StatelessFilter):
         return keep_largest(score, mask, self.keep_fraction)
 
 
+@config
+class LeastLikely(StatelessFilter):
+    """Keep the tokens that the student itself finds least likely: OPSA's choice.
+
+    The max(1, floor(rho L_i)) tokens of each trajectory with the lowest log pi_S are kept; of equal
+    ones the earlier token.
+
+    References: arXiv 2608.31046. The released code chooses among all responses on one device.
+    """
+
+    kind: Literal["least_likely"] = "least_likely"
+    """Name of this filter."""
+    keep_fraction: Share = 0.2
+    """Share rho of a trajectory's tokens that are kept."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"student.logprob"})
+
+    def keep(self, scores: Scores, context: StageContext) -> Bool[Array, "B T"]:
+        """Return the tokens that are kept."""
+        mask, logprob = jnp.asarray(context.mask), scores.student.logprob
+        logprob = jnp.where(jnp.isnan(logprob), jnp.inf, logprob)
+        length = jnp.sum(mask, axis=1, keepdims=True)
+        count = jnp.maximum(jnp.floor(self.keep_fraction * length + 1e-6), 1).astype(jnp.int32)
+        return mask & (ranks(logprob, mask) < count)
+
+
 def keep_largest(
     score: Float32[Array, "B T"], mask: Bool[Array, "B T"], fraction: float
 ) -> Bool[Array, "B T"]:

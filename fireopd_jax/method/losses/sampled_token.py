@@ -169,6 +169,60 @@ class SampledSquare(TokenLoss):
         return jnp.where(mask, loss, 0.0)
 
 
+@config
+class SampledPower(TokenLoss):
+    """The sampled reverse KL with a bounded advantage, the difference of powered probabilities.
+
+    A = pi_T^alpha - pi_old^alpha of the sampled token, between -1 and 1 and of the sign of the
+    log-ratio; l = max(-A r, -A clip(r, 1 - eps, 1 + eps)). In the mean over the tokens its gradient
+    is that of the Bregman divergence of x^(alpha + 1) / (alpha + 1) from pi_theta to pi_T.
+
+    References: arXiv 2606.17199 (PowerOPD), Eq. 4, and its code.
+    """
+
+    kind: Literal["sampled_power"] = "sampled_power"
+    """Name of this loss."""
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    """Power of both probabilities; the larger, the less tokens of low probability count."""
+    normalise: bool = False
+    """Divide by alpha: the difference of two Box-Cox transforms (x^alpha - 1) / alpha, at alpha = 0
+    the log-ratio. The paper's equation and its code do not divide."""
+    clip: Above0 = 0.2
+    """Clipping range eps of the ratio r: beyond 1 +- eps its gradient is 0."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher.logprob", "student.logprob"})
+    on_policy: ClassVar[bool] = True
+    unfiltered: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings with which every advantage is 0."""
+        if self.alpha == 0 and not self.normalise:
+            raise ValueError(
+                "alpha=0: every advantage is 0; expected alpha above 0, or normalise=true for the "
+                "limit, the log-ratio"
+            )
+
+    def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
+        """Return l on each response token, exactly 0 in value and gradient elsewhere."""
+        mask, scores = batch.rollout.mask, stop_gradient(batch.scores)
+        logprob = jnp.where(mask, live(student.logprob, batch), 0.0)
+        old = jnp.where(mask, scores.student.logprob, 0.0)
+        teacher = jnp.where(mask, scores.teacher_stats.logprob, 0.0)
+        if self.alpha == 0:
+            advantage = teacher - old
+        else:
+            advantage = power_difference(teacher, old, self.alpha)
+            advantage = advantage / self.alpha if self.normalise else advantage
+        return jnp.where(mask, clipped_surrogate(advantage, logprob, old, self.clip), 0.0)
+
+
+def power_difference(log_a: Array, log_b: Array, alpha: float) -> Array:
+    """Return a^alpha - b^alpha from log a and log b, without cancellation where they are close."""
+    gap = log_a - log_b
+    larger = jnp.exp(alpha * jnp.maximum(log_a, log_b))
+    return -jnp.sign(gap) * larger * jnp.expm1(-alpha * jnp.abs(gap))
+
+
 def sampled_reverse_kl(
     logprob: Float32[Array, "B T"],
     old_logprob: Float32[Array, "B T"],

@@ -18,7 +18,13 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from fireopd_jax.config import config
 from fireopd_jax.method.losses.base import TokenLoss
 from fireopd_jax.method.losses.sampled_token import bounded_exp, live, sampled_reverse_kl
-from fireopd_jax.ops.formulas import ForwardKL, JensenShannon, ReverseKL
+from fireopd_jax.ops.formulas import (
+    ForwardKL,
+    JensenShannon,
+    PointwiseClipped,
+    ReverseKL,
+    bounded_above,
+)
 from fireopd_jax.types import Array, Batch, Support, TokenStats
 
 NOTHING = -1e30
@@ -51,15 +57,25 @@ class SupportDivergence(TokenLoss):
         ReverseKL()
     )
     """The divergence; `tail_sample` estimates the reverse KL only."""
+    pointwise_clip: PositiveFloat | None = None
+    """tau of sum_S min(f, tau), f the terms a log(a/b) of the renormalised distributions: OPSD's
+    clip, 0.05 there; null is none."""
+    token_clip: PositiveFloat | None = None
+    """Upper bound of the value at a token, which has no gradient above it; null is none."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"support"})
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a divergence that the head cannot estimate."""
+        """Raise ValueError for a divergence, or a clip, that the head does not have."""
         if self.head == "tail_sample" and self.divergence.kind != "reverse_kl":
             raise ValueError(
                 f"divergence={self.divergence.kind}: head=tail_sample estimates the reverse KL "
                 "only; expected reverse_kl, or head=tail_bucket"
+            )
+        if self.pointwise_clip is not None and self.head != "renormalised":
+            raise ValueError(
+                f"pointwise_clip={self.pointwise_clip:g}: head={self.head} has other terms; "
+                "expected head=renormalised, or token_clip"
             )
 
     @property
@@ -84,7 +100,10 @@ class SupportDivergence(TokenLoss):
         """
         log_p, log_q, valid = on_support(student, batch)
         if self.head == "renormalised":
-            value = renormalised(self.divergence, log_p, log_q, valid)
+            terms: Divergence = self.divergence
+            if self.pointwise_clip is not None:
+                terms = PointwiseClipped(self.divergence, self.pointwise_clip)
+            value = renormalised(terms, log_p, log_q, valid)
         elif self.head == "score":
             value = score_form(self.divergence, log_p, log_q, valid)
         elif self.head == "tail_bucket":
@@ -94,6 +113,8 @@ class SupportDivergence(TokenLoss):
             outside = ~(jnp.asarray(support.ids) == jnp.asarray(tokens)[..., None]).any(axis=-1)
             logprob, old, teacher = _sampled(student, batch)
             value = tail_sample(log_p, log_q, valid, logprob, old, teacher, outside)
+        if self.token_clip is not None:
+            value = bounded_above(value, self.token_clip)
         return jnp.where(batch.rollout.mask, value, 0.0)
 
 
@@ -163,7 +184,7 @@ class EntropyAware(TokenLoss):
         return jnp.where(mask, sampled + self.alpha * jnp.where(unsure, forward, 0.0), 0.0)
 
 
-Divergence = ReverseKL | ForwardKL | JensenShannon
+Divergence = ReverseKL | ForwardKL | JensenShannon | PointwiseClipped
 
 
 def renormalised(

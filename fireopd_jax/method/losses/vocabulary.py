@@ -18,9 +18,11 @@ from fireopd_jax.ops.formulas import (
     Divergence,
     ForwardKL,
     JensenShannon,
+    PointwiseClipped,
     ReverseKL,
     SkewedForwardKL,
     SkewedReverseKL,
+    bounded_above,
 )
 from fireopd_jax.types import Array, Batch, TokenStats
 
@@ -36,23 +38,44 @@ class VocabularyDivergence(TokenLoss):
 
     The gradient does not pass through the sampling of the rollout: there is no policy-gradient
     term.
+
+    References: for `pointwise_clip` arXiv 2601.18734, for `token_clip` the code of arXiv
+    2606.08432.
     """
 
     kind: Literal["vocabulary_divergence"] = "vocabulary_divergence"
     """Name of this loss."""
     divergence: Named = JensenShannon()
     """The divergence."""
+    pointwise_clip: PositiveFloat | None = None
+    """tau of sum_v min(f_v, tau), f_v the terms a log(a/b) of the divergence: OPSD's clip, 0.05
+    there; null is none."""
+    token_clip: PositiveFloat | None = None
+    """Upper bound of the divergence at a token, which has no gradient above it: TRD's code, whose
+    control has 0.1; null is none."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher.hidden"})
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a clip of terms that the divergence does not have."""
+        if self.pointwise_clip is not None and self.divergence.adaptive:
+            raise ValueError(
+                f"pointwise_clip={self.pointwise_clip:g}: not defined for adaptive_kl, whose "
+                "weight depends on all token ids; expected another divergence, or token_clip"
+            )
 
     @property
     def divergence_from_teacher(self) -> Divergence:
         """The divergence that the update computes."""
-        return self.divergence
+        divergence = self.divergence
+        if self.pointwise_clip is None or divergence.kind == "adaptive_kl":
+            return divergence
+        return PointwiseClipped(divergence, self.pointwise_clip)
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return the divergence at each response token, exactly 0 elsewhere."""
-        return _divergence(student, batch)
+        value = _divergence(student, batch)
+        return value if self.token_clip is None else bounded_above(value, self.token_clip)
 
 
 @config

@@ -11,6 +11,7 @@ from fireopd_jax.method.filtering import (
     GapBound,
     HardTokens,
     KeepAll,
+    LeastLikely,
     Prefix,
     RepetitionGuard,
     SpecialTokens,
@@ -68,6 +69,27 @@ def test_of_equal_tokens_the_first_stay():
     scores = cases.make_scores(-flat, -flat, flat, flat)
     got = HardTokens(keep_fraction=0.5).keep(scores, rows_of(np.ones((1, 4), bool)))
     np.testing.assert_array_equal(got, [[True, True, False, False]])
+
+
+def test_the_least_likely_fifth_stays_at_least_one_token_of_equal_ones_the_first():
+    logprob = np.full((4, 11), -9.0, np.float32)
+    logprob[0, :11] = [-1, -5, -1, -1, -7, -1, -1, -1, -1, -1, -6]
+    logprob[1, :3] = [-1, -4, -4]
+    logprob[2, :1] = np.nan
+    mask = np.arange(11)[None] < np.array([11, 3, 1, 0])[:, None]
+    scores = cases.make_scores(logprob, logprob, -logprob, -logprob)
+    got = np.asarray(LeastLikely().keep(dataclasses.replace(scores, teacher=None), rows_of(mask)))
+    # floor(2.2) = 2 of eleven; one of three, the earlier; a row's only token; none of an empty row.
+    assert [np.flatnonzero(row).tolist() for row in got] == [[4, 10], [1], [0], []]
+    every = LeastLikely(keep_fraction=1.0).keep(scores, rows_of(mask))
+    np.testing.assert_array_equal(every, mask)
+
+
+def test_a_token_without_a_number_is_not_among_the_least_likely():
+    logprob = np.array([[np.nan, -1.0, -2.0, -3.0]], np.float32)
+    scores, mask = cases.make_scores(logprob, logprob, -logprob, -logprob), np.ones((1, 4), bool)
+    got = np.asarray(LeastLikely(keep_fraction=0.75).keep(scores, rows_of(mask)))
+    np.testing.assert_array_equal(got, [[False, True, True, True]])
 
 
 def test_a_prefix_ends_where_the_teacher_is_lost():

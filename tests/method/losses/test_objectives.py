@@ -11,14 +11,17 @@ from pydantic import ValidationError
 
 from fireopd_jax.method.batch import coefficients
 from fireopd_jax.method.losses.sampled_token import (
+    SampledPower,
     SampledReverseKL,
     SampledSquare,
     mean_of_later,
+    power_difference,
     reward_to_go,
 )
+from fireopd_jax.method.losses.self_adaptation import SelfAdaptation
 from fireopd_jax.method.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
 from fireopd_jax.method.losses.vocabulary import MiniLLM, VocabularyDivergence
-from fireopd_jax.ops.formulas import ForwardKL, JensenShannon
+from fireopd_jax.ops.formulas import ForwardKL, JensenShannon, ReverseKL
 from fireopd_jax.types import Batch, Scores, Support, TokenStats
 from fireopd_jax.verify import reference as oracle
 from tests import cases
@@ -223,6 +226,93 @@ def test_advantages_are_held_within_their_bounds():
     assert np.any(plain > 0.5) and np.any(plain < -0.2)
 
 
+def bregman(z, z_q, alpha):
+    """Divergence from p to q of the generator x^(alpha + 1) / (alpha + 1), and its gradient."""
+    p, q = (np.exp(oracle.log_softmax(x)) for x in (z, z_q))
+    power = alpha + 1
+    value = (p**power / power - q**power / power - q**alpha * (p - q)).sum()
+    return value, oracle.log_chain(p, p * (p**alpha - q**alpha))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 5.0])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_powers_have_the_mean_gradient_of_a_bregman_divergence(alpha, normalise):
+    z, q, support = models()
+    everywhere = np.tile(z, (12, 1)), np.tile(q, (12, 1))
+    loss = SampledPower(alpha=alpha, normalise=normalise)
+    _, gradient = run(loss, *everywhere, support, np.arange(12))
+    p = np.exp(oracle.log_softmax(z))
+    exact = bregman(z, q, alpha)[1] / (alpha if normalise else 1)
+    size = np.abs(exact).max()
+    np.testing.assert_allclose(p @ gradient, exact, atol=1e-5 * size)
+    step = 1e-5 * np.eye(12)
+    numeric = [(bregman(z + d, q, alpha)[0] - bregman(z - d, q, alpha)[0]) / 2e-5 for d in step]
+    np.testing.assert_allclose(bregman(z, q, alpha)[1], numeric, atol=1e-5 * size)
+
+
+def test_powers_are_bounded_and_have_the_sign_of_the_log_ratio():
+    rng = np.random.default_rng(0)
+    log_q, log_p = (jnp.asarray(-rng.exponential(20.0, 500), jnp.float32) for _ in range(2))
+    log_q = log_q.at[:2].set(jnp.asarray([-jnp.inf, 0.0]))
+    for alpha in (0.1, 1.0, 5.0, 100.0):
+        value = np.asarray(power_difference(log_q, log_p, alpha), np.float64)
+        q, p = (np.exp(np.asarray(x, np.float64)) for x in (log_q, log_p))
+        np.testing.assert_allclose(value, q**alpha - p**alpha, rtol=1e-4, atol=1e-30)
+        assert np.abs(value).max() <= 1
+        seen = value != 0
+        np.testing.assert_array_equal(np.sign(value)[seen], np.sign(q - p)[seen])
+
+
+def test_the_limit_of_the_normalised_powers_is_the_log_ratio():
+    z, q, support = models()
+    everywhere = np.tile(z, (12, 1)), np.tile(q, (12, 1))
+    plain = run(SampledReverseKL(), *everywhere, support, np.arange(12))
+    limit = run(SampledPower(alpha=0.0, normalise=True), *everywhere, support, np.arange(12))
+    for ours, theirs in zip(limit, plain, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    near = run(SampledPower(alpha=1e-4, normalise=True), *everywhere, support, np.arange(12))
+    for ours, theirs in zip(near, plain, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("divergence", [ReverseKL(), ForwardKL(), JensenShannon(beta=0.3)])
+def test_clipped_terms_on_a_support_equal_oracle(divergence):
+    z, q, support = models()
+    clip = {"pointwise_clip": 0.02}
+    value, gradient = run(
+        SupportDivergence(divergence=divergence, **clip), z, q, [-1, *support, -1], 0
+    )
+    exact = oracle.renormalised(
+        z, q, support, lambda z, q: oracle.clipped(z, q, divergence.kind, 0.02, 0.3)
+    )
+    np.testing.assert_allclose(value[0], exact[0], atol=1e-6)
+    np.testing.assert_allclose(gradient[0], exact[1], atol=2e-6)
+    plain, d_plain = run(SupportDivergence(divergence=divergence), z, q, support, 0)
+    assert value[0] < plain[0] and np.abs(gradient - d_plain).max() > 1e-3
+
+
+def test_a_token_above_its_bound_has_the_bound_and_no_gradient():
+    z, q, support = models()
+    pair = np.stack([z, q]), np.stack([q, q])
+    for loss in (
+        SupportDivergence(token_clip=0.1),
+        VocabularyDivergence(divergence=ReverseKL(), token_clip=0.1),
+    ):
+        value, gradient = run(loss, *pair, support, [0, 0], divergence=of_kl)
+        np.testing.assert_allclose(value, [0.1, 0.0], atol=1e-6)
+        assert not gradient[0].any()
+        below = type(loss)(divergence=ReverseKL(), token_clip=9.0)
+        free, d_free = run(below, *pair, support, [0, 0], divergence=of_kl)
+        assert free[0] > 0.1 and np.abs(d_free[0]).max() > 1e-2
+
+
+def test_without_a_clip_the_program_is_that_of_the_divergence():
+    for divergence in (ReverseKL(), ForwardKL(), JensenShannon()):
+        assert VocabularyDivergence(divergence=divergence).divergence_from_teacher is divergence
+    clipped = VocabularyDivergence(divergence=ForwardKL(), pointwise_clip=0.05)
+    assert clipped.divergence_from_teacher.limit == 0.05
+
+
 def several(loss, seed=0, **options):
     """Return loss, oracle's reward and mask of rows of several tokens."""
     scores, mask, teacher = cases.random_case(seed)
@@ -288,6 +378,11 @@ def test_what_is_masked_or_dropped_moves_nothing():
         SupportPolicyGradient(),
         EntropyAware(),
         VocabularyDivergence(),
+        VocabularyDivergence(token_clip=0.5),
+        SupportDivergence(pointwise_clip=0.05),
+        SampledPower(),
+        SampledPower(alpha=0.5, normalise=True),
+        SelfAdaptation(),
         MiniLLM(),
     ):
         student = TokenStats(scores.student.logprob, scores.student.entropy, few, kl)
@@ -341,3 +436,9 @@ def test_bad_options_are_refused():
             SampledReverseKL(**bad)
     with pytest.raises(ValidationError):
         VocabularyDivergence(divergence={"kind": "jensen_shannon", "beta": 1.5})
+    with pytest.raises(ValidationError, match="alpha=0: every advantage is 0"):
+        SampledPower(alpha=0.0)
+    with pytest.raises(ValidationError, match="not defined for adaptive_kl"):
+        VocabularyDivergence(divergence={"kind": "adaptive_kl"}, pointwise_clip=0.05)
+    with pytest.raises(ValidationError, match="head=tail_bucket has other terms"):
+        SupportDivergence(head="tail_bucket", pointwise_clip=0.05)
