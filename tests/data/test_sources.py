@@ -39,6 +39,7 @@ def test_json_lines(tmp_path):
         reference="r",
         teacher=None,
         origin=f"{path}:1",
+        privileged="p",
     )
     assert second.prompt == (
         {"role": "system", "content": "s"},

@@ -299,8 +299,9 @@ def test_a_method_file_names_all_of_its_choices(name):
     layer = yaml.safe_load((CONFIGS / "method" / f"{name}.yaml").read_text())
     assert list(layer) == ["method"]
     method = layer["method"]
-    assert set(method) == {"score", "filter", "reweight", "loss", "aggregate"}
-    for stage in ("score", "filter", "reweight", "loss"):
+    stages = {"teacher", "refine", "score", "filter", "reweight", "loss"}
+    assert set(method) == stages | {"aggregate"}
+    for stage in stages:
         assert "kind" in method[stage]
 
 
