@@ -11,6 +11,7 @@ from fireopd_jax.config import config
 from fireopd_jax.method.batch import StageStates, init_states
 from fireopd_jax.method.filtering import AllOf, Filters, TeacherQuantile
 from fireopd_jax.method.losses.base import TokenLoss
+from fireopd_jax.method.losses.chunks import ChunkPolicyGradient
 from fireopd_jax.method.losses.sampled_token import SampledReverseKL, SampledSquare
 from fireopd_jax.method.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
 from fireopd_jax.method.losses.vocabulary import MiniLLM, VocabularyDivergence
@@ -20,7 +21,13 @@ from fireopd_jax.method.reweighting import (
     SoftTrajectories,
     Uniform,
 )
-from fireopd_jax.method.scoring import SampledToken, TopK, WholeVocabulary
+from fireopd_jax.method.scoring import (
+    ChunkAgreement,
+    SampledToken,
+    StudentOnly,
+    TopK,
+    WholeVocabulary,
+)
 from fireopd_jax.method.stage import Aggregate, Filter, Reweighting
 
 
@@ -28,9 +35,10 @@ from fireopd_jax.method.stage import Aggregate, Filter, Reweighting
 class MethodConfig:
     """Scoring, filter, reweighting, loss and aggregate of a method; FiRe-OPD by default."""
 
-    score: Annotated[SampledToken | TopK | WholeVocabulary, Field(discriminator="kind")] = (
-        SampledToken()
-    )
+    score: Annotated[
+        SampledToken | TopK | WholeVocabulary | StudentOnly | ChunkAgreement,
+        Field(discriminator="kind"),
+    ] = SampledToken()
     """What student and teachers compute for each token of a rollout."""
     filter: Annotated[Filters | AllOf, Field(discriminator="kind")] = TeacherQuantile()
     """Which trajectories, or tokens, are trained on."""
@@ -46,7 +54,8 @@ class MethodConfig:
         | SupportPolicyGradient
         | EntropyAware
         | VocabularyDivergence
-        | MiniLLM,
+        | MiniLLM
+        | ChunkPolicyGradient,
         Field(discriminator="kind"),
     ] = SampledReverseKL()
     """Per-token loss."""

@@ -102,9 +102,9 @@ class Distillation:
         self.start, self.adapted, self.base = start, None, None
         if config.student.lora is not None:
             self.adapted = start.hold()
-        if method.score.base:
+        if method.score.needs_base:
             self.base = start.hold() if base is None else base
-        self.judge = self.teachers[0] if method.loss.divergence_from_teacher is not None else None
+        self.judge = method.loss.judge(self.teachers, self.base)
         self.counter = CompileCounter()
         self.alarms = Alarms()
 
