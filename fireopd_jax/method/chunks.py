@@ -122,7 +122,7 @@ def make_chunks(
         return jnp.where(inside, value[..., None], 0.0).sum(axis=1)
 
     chunks = Chunks(
-        audited=inside.any(axis=1),
+        audited=jnp.any(inside, axis=1),
         target=spread(target),
         prior=spread(own),
         baseline=_leave_one_out(jnp.where(real, target, 0.0).sum(axis=1), real.sum(axis=1), group),

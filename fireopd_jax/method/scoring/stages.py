@@ -132,7 +132,7 @@ class ScoreConfig:
             scores = Scores(student.stats, teacher.stats, token_weight=teacher.token_weight)
         if self.needs_base:
             if inputs.base is None:
-                raise ValueError("method.score needs a base policy, but none is given")
+                raise ValueError("the score stage has no base policy, which it needs")
             base = score_student(inputs.base, rollout, temperature, self.of_base(options), size)
             scores = dataclasses.replace(
                 scores, base=base.stats if self.base else None, base_hidden=base.hidden
