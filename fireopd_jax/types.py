@@ -6,7 +6,7 @@ Index t of every `[B, T]` array refers to response token t. `mask` is true on th
 the end-of-sequence token included, and false after it.
 
 B rows, P and Q prompt tokens, T response tokens, R reference tokens, S slots of a support, E width
-of a teacher's hidden states.
+of a teacher's hidden states, M audited chunks.
 """
 
 import dataclasses
@@ -113,6 +113,23 @@ class Original:
 
 
 @pytree
+class Audit:
+    """Comparisons of chunks of a response with what the teacher writes in their place.
+
+    Chunks of a row are disjoint and within the response.
+    """
+
+    anchor: Int32[Array, "B M"]
+    """Position of each chunk's first token in the response, ascending; -1 where there is none."""
+    length: Int32[Array, "B M"]
+    """Tokens of each chunk; 0 where there is none."""
+    agreement: Float32[Array, "B M"]
+    """k_sem: similarities to the teacher's continuations, each in [0, 1], summed."""
+    samples: Float32[Array, "B M"]
+    """N, the number of continuations; a chunk without any is not audited."""
+
+
+@pytree
 class Rollout:
     """Responses, with the sampler's log-probabilities."""
 
@@ -135,6 +152,8 @@ class Rollout:
     """The student's own responses, where the method rewrites them."""
     leaked: Bool[Array, " B"] | None = None
     """Whether the response speaks of privileged information; None where that is not counted."""
+    audit: Audit | None = None
+    """Chunks that were compared with a teacher's text; None for methods without an audit."""
 
 
 @pytree
@@ -147,7 +166,7 @@ class TokenStats:
     support: Float32[Array, "B T S"] | None = None
     """In the update only: the student's log-probabilities at `scores.support.ids`."""
     divergence: Float32[Array, "B T"] | None = None
-    """In the update only: the divergence from the teacher that the loss needs."""
+    """In the update only: the exact divergence that the loss needs, from teacher or base policy."""
 
 
 @pytree
@@ -190,6 +209,20 @@ class Margin:
 
 
 @pytree
+class Chunks:
+    """Audited chunks, as values of their tokens."""
+
+    audited: Bool[Array, "B T"]
+    """True on the tokens of audited chunks."""
+    target: Float32[Array, "B T"]
+    """Posterior weight of the token's chunk, in [0, 1]; 0 outside of audited chunks."""
+    prior: Float32[Array, "B T"]
+    """Length-normalised probability of the token's chunk; 0 outside of audited chunks."""
+    baseline: Float32[Array, " B"]
+    """Mean target of the chunks of the prompt's other responses; 0 where they have none."""
+
+
+@pytree
 class Scores:
     """Scores of a rollout by student and teacher, at the rollout's temperature; no gradient."""
 
@@ -208,6 +241,9 @@ class Scores:
     token_weight: Float32[Array, "B T"] | None = None
     """FiRe-OPD's raw token weight with log V in place of both maxima, from the teacher's head
     kernel; None unless the reweighting asks for it."""
+    chunks: Chunks | None = None
+    base_hidden: Float[Array, "B T E"] | None = None
+    """The base policy's final hidden states, for losses with an anchor over the vocabulary."""
 
     @property
     def teacher_stats(self) -> TokenStats:

@@ -92,12 +92,13 @@ def row(each: Contestant, baseline: Contestant) -> Row:
 def contestant(setup: Setup, config: Config, name: str, rollout: Rollout) -> Contestant:
     """Return a method's programs, compiled for the setup.
 
-    Raises UserError for a method that grades responses, because the rollout is random.
+    Raises UserError for a method that grades or audits responses, because the rollout is random.
     """
     method = with_method(config, name).method
-    if "rollout.correct" in method.asked_of_rollout:
+    if method.asked_of_rollout:
         raise UserError(
-            f"--methods {name}: needs graded responses, and the responses here are random"
+            f"--methods {name}: needs {', '.join(sorted(method.asked_of_rollout))}, and the responses "
+            "here are random"
         )
     programs = make_programs(setup, method, config.optim)
     key = jax.random.key(0)
@@ -106,12 +107,12 @@ def contestant(setup: Setup, config: Config, name: str, rollout: Rollout) -> Con
         for i, spec in enumerate((setup.student, *setup.teachers))
     ]
     student, *teachers = whole
-    base = student if method.score.base else None
+    base = student if method.score.needs_base else None
     stages = method.init(config.rollout.batch_size)
     score_inputs = student, teachers, rollout, jnp.float32(1), jnp.int32(0), stages, base
     score = programs.score.jitted.lower(*score_inputs).compile()
     batch, *_ = score(*score_inputs)
-    judge = teachers[0] if method.loss.divergence_from_teacher is not None else None
+    judge = method.loss.judge(teachers, base)
     rest = batch, jnp.float32(1), None, judge
     # The update donates its input state and returns the next one.
     kept = [programs.init(jax.tree.map(jnp.copy, student))]

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fireopd_jax.config import Section, UnitInterval, config
-from fireopd_jax.evaluation.graders import grade
+from fireopd_jax.text.graders import grade
 from fireopd_jax.types import Prompts, Rollout
 
 

@@ -11,6 +11,7 @@ from fireopd_jax.config import config
 from fireopd_jax.method.batch import StageStates, init_states
 from fireopd_jax.method.filtering import AllOf, Filters, TeacherQuantile
 from fireopd_jax.method.losses.base import TokenLoss
+from fireopd_jax.method.losses.chunks import ChunkPolicyGradient
 from fireopd_jax.method.losses.sampled_token import SampledPower, SampledReverseKL, SampledSquare
 from fireopd_jax.method.losses.self_adaptation import SelfAdaptation
 from fireopd_jax.method.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
@@ -22,7 +23,13 @@ from fireopd_jax.method.reweighting import (
     SoftTrajectories,
     Uniform,
 )
-from fireopd_jax.method.scoring import SampledToken, TopK, WholeVocabulary
+from fireopd_jax.method.scoring import (
+    ChunkAgreement,
+    SampledToken,
+    StudentOnly,
+    TopK,
+    WholeVocabulary,
+)
 from fireopd_jax.method.stage import Aggregate, Filter, Reweighting
 from fireopd_jax.method.teachers import Frozen, Teachers
 
@@ -35,9 +42,10 @@ class MethodConfig:
     """Whose distribution the student learns, and the prompt after which it is computed."""
     refine: Refines = NoRefine()
     """What happens to a rollout before it is scored."""
-    score: Annotated[SampledToken | TopK | WholeVocabulary, Field(discriminator="kind")] = (
-        SampledToken()
-    )
+    score: Annotated[
+        SampledToken | TopK | WholeVocabulary | StudentOnly | ChunkAgreement,
+        Field(discriminator="kind"),
+    ] = SampledToken()
     """What student and teachers compute for each token of a rollout."""
     filter: Annotated[Filters | AllOf, Field(discriminator="kind")] = TeacherQuantile()
     """Which trajectories, or tokens, are trained on."""
@@ -55,7 +63,8 @@ class MethodConfig:
         | SupportPolicyGradient
         | EntropyAware
         | VocabularyDivergence
-        | MiniLLM,
+        | MiniLLM
+        | ChunkPolicyGradient,
         Field(discriminator="kind"),
     ] = SampledReverseKL()
     """Per-token loss."""

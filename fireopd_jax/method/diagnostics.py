@@ -27,6 +27,8 @@ NGRAM = 4
 BINS = 4
 """Equal parts of the longest response; some metrics are computed for each part."""
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+INTERIOR = 0.05, 0.95
+"""Between these an agreement is neither none nor all."""
 TOP = 0.99
 """Quantile from which on an advantage belongs to the top 1 %."""
 
@@ -49,7 +51,8 @@ def of_batch(
     own = mask & (jnp.asarray(rollout.writer) == Writer.STUDENT)
     drift = scores.student.logprob - rollout.logprob
     by_part = _of_support(batch) | _of_quarters(batch, room) | _of_grades(batch)
-    by_part |= _of_routes(batch, kept, valid, teachers) | _of_refinement(batch)
+    by_part |= _of_routes(batch, kept, valid, teachers)
+    by_part |= _of_refinement(batch) | _of_audit(batch, valid)
     if scores.teacher is not None:
         by_part |= _of_teacher(batch, scores.teacher, kept, valid) | _of_advantages(batch)
     return by_part | {
@@ -211,6 +214,29 @@ def _of_routes(
     return {
         f"method/keep_fraction_{name}": Mean.of(kept, valid & (route == index))
         for index, name in enumerate(teachers)
+    }
+
+
+def _of_audit(batch: Batch, valid: Array) -> dict[str, Mean | Max]:
+    """Return the metrics of audited chunks; {} where nothing was audited.
+
+    An interior fraction near 0 means that the similarity only ever finds all or nothing.
+    """
+    rollout, chunks = batch.rollout, batch.scores.chunks
+    if rollout.audit is None or chunks is None:
+        return {}
+    mask = jnp.asarray(rollout.mask)
+    samples = jnp.asarray(rollout.audit.samples)
+    real = (jnp.asarray(rollout.audit.length) > 0) & (samples > 0)
+    share = rollout.audit.agreement / jnp.maximum(samples, 1)
+    low, high = INTERIOR
+    return {
+        "audit/chunks": Mean.of(real.sum(axis=1), valid),
+        "audit/agreement": Mean.of(share, real),
+        "audit/interior_fraction": Mean.of((share > low) & (share < high), real),
+        "audit/target": Mean.of(chunks.target, chunks.audited),
+        "audit/prior": Mean.of(chunks.prior, chunks.audited),
+        "audit/audited_fraction": Mean.of(chunks.audited, mask),
     }
 
 

@@ -25,6 +25,11 @@ def conflicts(config: "Config") -> Iterator[str]:
     if not config.teachers and config.method.teacher.resident:
         yield "teachers: none is given; expected `teacher: ...` or `teachers: {NAME: ...}`"
     yield from _method_conflicts(config.method, config.rollout, len(config.teachers))
+    if config.method.loss.one_update and config.run.updates_per_rollout > 1:
+        yield (
+            f"run.updates_per_rollout={config.run.updates_per_rollout}: "
+            f"{config.method.loss.kind} is exact only for the first update on a rollout; expected 1"
+        )
     for key, size, divisor in _divisions(config):
         if size % divisor:
             yield f"{key}={divisor} does not divide the {size} rows of a batch"
@@ -93,6 +98,16 @@ def _method_conflicts(
             "the student as it is; expected 1"
             + (f", or method.loss.{loss.corrected_by}" if loss.corrected_by else "")
         )
+    if score.unit_temperature and rollout.temperature != 1:
+        yield (
+            f"rollout.temperature={rollout.temperature}: {score.kind} is defined by the student's "
+            "own distribution, at temperature 1; expected 1"
+        )
+    if rollout.group_size < loss.least_group:
+        yield (
+            f"rollout.group_size={rollout.group_size}: {loss.kind} compares the responses to one "
+            f"prompt; expected {loss.least_group} or more, or method.loss.baseline=none"
+        )
     if score.margin is not None and rollout.group_size == 1:
         yield (
             "method.score.margin compares the responses to one prompt: expected rollout.group_size "
@@ -111,8 +126,8 @@ def _method_conflicts(
         )
     if score.only_for_readers and not score.only_for_readers & method.needs:
         yield (
-            f"method.score: {score.kind} keeps the teacher's hidden states, which neither filter, "
-            "reweight nor loss uses; expected sampled_token or top_k"
+            f"method.score: {score.kind} computes {', '.join(sorted(score.only_for_readers))}, "
+            "which neither filter, reweight nor loss uses; expected sampled_token or top_k"
         )
     if score.one_teacher and num_teachers > 1:
         yield (

@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.parquet
 
 from fireopd_jax.data.sources import Row
-from fireopd_jax.evaluation.graders import grade
 from fireopd_jax.method.stage import Keep
+from fireopd_jax.text.graders import grade
 from fireopd_jax.types import Batch, Rewritten, Writer
 
 

@@ -15,13 +15,13 @@ import numpy as np
 from jaxtyping import Float32
 
 from fireopd_jax.data.sources import Row
-from fireopd_jax.evaluation.graders import grade
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.session.session import Session
 from fireopd_jax.session.setup import Setup
 from fireopd_jax.sharding.mesh import shard_rows
 from fireopd_jax.text.chat import decode
+from fireopd_jax.text.graders import grade
 from fireopd_jax.types import Array, Rollout
 
 

@@ -137,6 +137,17 @@ def _drifting(get: Get) -> str | None:
     return None
 
 
+def _unanchored(get: Get) -> str | None:
+    kl = get("audit/base_kl")
+    if kl.steps >= FIRST and kl.now > 0.05:
+        return (
+            f"KL(base || student) on unaudited tokens is {kl.now:.3f} nats: the student leaves its "
+            "start, where runs without an anchor collapse; raise method.loss.beta, or lower "
+            "optim.learning_rate"
+        )
+    return None
+
+
 RULES: dict[str, Callable[[Get], str | None]] = {
     "incompatible": _incompatible,
     "unsure late": _unsure_late,
@@ -145,4 +156,5 @@ RULES: dict[str, Callable[[Get], str | None]] = {
     "repeating": _repeating,
     "foreign": _foreign,
     "drifting": _drifting,
+    "unanchored": _unanchored,
 }

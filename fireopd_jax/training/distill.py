@@ -114,9 +114,11 @@ class Distillation:
         self.start, self.adapted, self.base = start, None, None
         if config.student.lora is not None:
             self.adapted = start.hold()
-        if method.score.base:
+        if method.score.needs_base:
             self.base = start.hold() if base is None else base
         self.began = start.hold() if method.teacher.at_start else None
+        self.moving = method.teacher.own and self.began is None and self.adapted is None
+        """Whether parameters that each update replaces are the teacher's."""
         self.windows = Windows(
             home / "rollouts",
             knobs.window,
@@ -194,11 +196,6 @@ class Distillation:
             teachers = (student,)
         return Policies(student, teachers, state.updates)
 
-    def undonated(self, teacher: Params) -> Params:
-        """Return the student's own parameters as a teacher that the update does not donate."""
-        alone = self.began is not None or self.adapted is not None
-        return teacher if alone else jax.tree.map(jnp.copy, teacher)
-
     def rollout(self, policies: Policies, step: int) -> Rollout:
         """Sample the responses of a step; rows to be trained on references get those instead."""
         self.loader.seek(step)
@@ -243,9 +240,9 @@ class Distillation:
         self, teachers: Sequence[Params], state: TrainState, scored: Assembled
     ) -> tuple[TrainState, Metrics]:
         """Run `updates_per_rollout` optimizer steps on one batch."""
-        judge = None
-        if self.method.loss.divergence_from_teacher is not None:
-            judge = self.scorers[0] if self.scorers else self.undonated(teachers[0])
+        judge = self.method.loss.judge(self.scorers or teachers, self.base)
+        if judge is not None and self.moving:  # its buffers are donated with the state
+            judge = jax.tree.map(jnp.copy, judge)
         state = dataclasses.replace(state, stages=scored.states)
         with self.clock.stage("update") as ready:
             metrics: Metrics | None = None

@@ -18,7 +18,7 @@ from fireopd_jax.method.batch import Assembled, StageStates, assemble, stage_con
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.method.scoring import Resident, ScoreInputs
 from fireopd_jax.method.stage import Keep
-from fireopd_jax.models.language_model import Params
+from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.recipe.optim import OptimConfig
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.session.contexts import teacher_specs
@@ -123,7 +123,7 @@ def _make_init(
 def _make_score(setup: Setup, method: MethodConfig) -> ScoreProgram:
     student = setup.student.model
     teachers = [spec.scoring(setup.student) for spec in teacher_specs(setup, method)]
-    base_model = student if setup.base is None else setup.base.model
+    base_model = base_policy(setup)
     updates = _updates(setup)
     special = special_ids(method.texts, setup.student.tokenizer)
     rows, everywhere = by_rows(setup.mesh), replicated(setup.mesh)
@@ -160,9 +160,14 @@ def _make_score(setup: Setup, method: MethodConfig) -> ScoreProgram:
     return ScoreProgram(jax.jit(score, out_shardings=(rows, rows, everywhere, everywhere)))
 
 
+def base_policy(setup: Setup) -> LanguageModel:
+    """Return the base policy's model: the one that the configuration names, else the student's."""
+    return setup.student.model if setup.base is None else setup.base.model
+
+
 def _make_update(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Update:
     everywhere = replicated(setup.mesh)
-    judges = [spec.scoring(setup.student) for spec in teacher_specs(setup, method)[:1]]
+    teachers = [spec.scoring(setup.student) for spec in teacher_specs(setup, method)]
     update = make_update(
         setup.student.model,
         method.loss,
@@ -172,7 +177,7 @@ def _make_update(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Upda
         head_chunk=method.score.head_chunk,
         remat=optim.remat,
         lora=setup.config.student.lora,
-        teacher=judges[0] if judges else None,
+        teacher=method.loss.judge(teachers, base_policy(setup)),
         mesh=setup.mesh,
         decay=method.teacher.moving,
     )

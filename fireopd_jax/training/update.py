@@ -49,8 +49,8 @@ class Update(Protocol):
     ) -> tuple[TrainState, Metrics]:
         """Return the next state and the metrics of the step.
 
-        `base` are the frozen parameters under adapters, if any; `teacher_params` are the teacher's,
-        needed for a divergence over the whole vocabulary.
+        `base` are the frozen parameters under adapters, if any; `teacher_params` are those of the
+        model that the loss's exact divergence is from, if it has one (`TokenLoss.judge`).
         """
         ...
 
@@ -84,8 +84,9 @@ def gradients(
     """Return the gradient of the batch's loss in float32, and metrics, summed over micro-batches.
 
     With `lora`, `params` are adapters and `base` the frozen parameters. `teacher`, model and
-    parameters, is needed for losses with a `divergence_from_teacher`. `mesh` holds the devices that
-    the rows are sharded over. `metrics["loss"].total` is the loss.
+    parameters, is needed for losses with an `exact_divergence`: the model that it is from, which
+    may be the base policy. `mesh` holds the devices that the rows are sharded over.
+    `metrics["loss"].total` is the loss.
     """
     options = model.head_options(temperature, head, head_chunk, mesh)
 
@@ -137,14 +138,14 @@ def _student_stats(
     else:
         stats = head_gather(hidden, head, tokens, support.ids, **options)
         few = stats.support_logprob
-    divergence, value = loss.divergence_from_teacher, None
-    if divergence is not None:
-        of_teacher = part.scores.teacher_hidden
-        if teacher is None or of_teacher is None:
+    exact, value = loss.exact_divergence, None
+    if exact is not None:
+        of_judge = loss.judge([part.scores.teacher_hidden], part.scores.base_hidden)
+        if teacher is None or of_judge is None:
             raise ValueError(
-                "a divergence over the whole vocabulary needs the teacher's hidden states"
+                f"a divergence over the whole vocabulary needs the {exact.judge}'s hidden states"
             )
-        value = divergence_from(teacher, of_teacher, divergence, hidden, head, options)
+        value = divergence_from(teacher, of_judge, exact.divergence, hidden, head, options)
     return TokenStats(stats.logprob, stats.entropy, few, value)
 
 
@@ -163,6 +164,7 @@ def _update_metrics(total: Array, student: TokenStats, part: Batch) -> Metrics:
         "policy/ratio_far_fraction": Mean.of(jnp.abs(jnp.expm1(gap)) > FAR, counted),
         "entropy": Mean.of(student.entropy, counted),
         **of_support(student, part, counted),
+        **of_chunks(student, part, counted),
         "nonfinite/student_logprob": bad(student.logprob),
         "nonfinite/scored_student_logprob": bad(part.scores.student.logprob),
         **of_teacher,
@@ -188,6 +190,21 @@ def of_support(student: TokenStats, part: Batch, counted: Array) -> Metrics:
         "policy/support_forward_kl": Mean.of(
             tail_bucket(ForwardKL(), log_p, log_q, valid), counted
         ),
+    }
+
+
+def of_chunks(student: TokenStats, part: Batch, counted: Array) -> Metrics:
+    """Return the loss on audited tokens, and KL(base || student) on the others; {} without audit.
+
+    The first is -pi-hat log pi per audited token, without a baseline, as in the paper's curves.
+    """
+    chunks = part.scores.chunks
+    if chunks is None or student.divergence is None:
+        return {}
+    audited = jnp.asarray(chunks.audited)
+    return {
+        "audit/loss": Mean.of(-chunks.target * student.logprob, counted & audited),
+        "audit/base_kl": Mean.of(student.divergence, counted & ~audited),
     }
 
 
@@ -225,8 +242,8 @@ def make_update(
     """Return one optimizer step as a pure function, to be jitted.
 
     With `lora`, the state holds adapters, and `base` the frozen parameters. `teacher` is the model
-    needed for a divergence over the whole vocabulary; `mesh` holds the devices that the rows are
-    sharded over; `decay` is that of the moving average of the parameters, if the state has one.
+    that the loss's exact divergence is from, if it has one; `mesh` holds the devices that the rows
+    are sharded over; `decay` is that of the moving average of the parameters, if the state has one.
     """
 
     def update(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
+from fireopd_jax.method.chunks import make_chunks
 from fireopd_jax.method.scoring.supports import Kind, make_support, overlap
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.language_model import (
@@ -21,12 +22,17 @@ from fireopd_jax.models.language_model import (
     states_before_response_tokens,
 )
 from fireopd_jax.ops.head import HeadOptions, head_gather, head_stats, head_topk
-from fireopd_jax.types import Array, Prompts, Rollout, Scores, Support, TokenStats, pytree
+from fireopd_jax.types import Array, Audit, Prompts, Rollout, Scores, Support, TokenStats, pytree
+from fireopd_jax.verify import reference_stages
 from fireopd_jax.verify.reference_losses import Seen
 
 VOCABULARY, WIDTH, TEACHER_WIDTH = 320, 16, 24
 LENGTHS, ROOM = (6, 4, 0, 1, 5), 6
 """Response lengths, and the padded length T: one row is empty, most are padded."""
+GROUPS = (0, 0, 1, 1, 0)
+"""The prompt of each row."""
+ALPHA = 1.5
+"""Strength of the prior of audited chunks."""
 SCALE = 1.25
 """Inverse temperature of both models."""
 HEAD: HeadOptions = {"logit_scale": SCALE, "chunk": 128}
@@ -86,10 +92,11 @@ def dummy_rollout(seed: int = 1) -> Rollout:
     rng = np.random.default_rng(seed)
     mask = make_mask()
     rows = np.arange(len(mask), dtype=np.int32)
+    group = np.array(GROUPS, np.int32)
     ones = np.ones((len(mask), 1), np.int32)
     drawn = jnp.asarray(-rng.exponential(4.0, mask.shape), jnp.float32)
     return Rollout(
-        prompts=Prompts(ones, ones[:, 0], ones, ones[:, 0], np.zeros_like(rows), rows, rows, rows),
+        prompts=Prompts(ones, ones[:, 0], ones, ones[:, 0], np.zeros_like(rows), rows, rows, group),
         tokens=rng.integers(0, VOCABULARY, mask.shape).astype(np.int32),
         mask=jnp.asarray(mask),
         logprob=drawn,
@@ -97,13 +104,34 @@ def dummy_rollout(seed: int = 1) -> Rollout:
         finished=np.ones(len(mask), bool),
         version=np.zeros(mask.shape, np.int32),
         writer=np.zeros(mask.shape, np.int32),
+        audit=make_audit(mask.sum(axis=1)),
     )
+
+
+def make_audit(length: Int32[np.ndarray, " B"] | np.ndarray) -> Audit:
+    """Return audits of responses: chunks of 1 to 3 tokens; one got no continuation, some none."""
+    rng = np.random.default_rng(7)
+    anchor, size = np.full((len(length), 3), -1, np.int32), np.zeros((len(length), 3), np.int32)
+    for i, most in enumerate(length):
+        for m, (at, tokens) in enumerate(((0, 2), (3, 1), (4, 2))):
+            if at + tokens <= most:
+                anchor[i, m], size[i, m] = at, tokens
+    samples = np.where(size > 0, 4.0, 0.0).astype(np.float32)
+    samples[:: len(length) - 1, 1] = 0
+    agreement = (samples * rng.uniform(0, 1, samples.shape)).astype(np.float32)
+    return Audit(anchor, size, agreement, samples)
+
+
+def audit_arrays(audit: Audit) -> tuple[np.ndarray, ...]:
+    """Return the arrays of an audit as the reference takes them."""
+    return tuple(map(np.asarray, (audit.anchor, audit.length, audit.agreement, audit.samples)))
 
 
 def score(
     states: States, rollout: Rollout, kind: Kind = "teacher", sampled: bool = False
 ) -> Scores:
     """Return what the package's scoring stages return, computed from the models' states."""
+    assert rollout.audit is not None
     tokens, options = jnp.asarray(rollout.tokens), HEAD
     own = head_topk(states.old, states.head, tokens, k=K, **options)
     theirs = head_topk(states.teacher_hidden, states.teacher_head, tokens, k=K, **options)
@@ -131,6 +159,8 @@ def score(
         base=TokenStats(base.logprob, base.entropy),
         support=support,
         overlap=overlap(*lists),
+        chunks=make_chunks(rollout.audit, own.logprob, rollout.prompts.group, ALPHA),
+        base_hidden=states.base,
     )
 
 
@@ -141,8 +171,8 @@ def logits(hidden: Array, head: Array, scale: float = 1.0) -> np.ndarray:
 
 def see(states: States, rollout: Rollout, scores: Scores) -> Seen:
     """Return the case as the input of the references."""
-    assert scores.support is not None
-    return Seen(
+    assert scores.support is not None and rollout.audit is not None
+    seen = Seen(
         z=logits(states.hidden, states.head, SCALE),
         z_q=logits(states.teacher_hidden, states.teacher_head, SCALE),
         z_old=logits(states.old, states.head, SCALE),
@@ -152,6 +182,16 @@ def see(states: States, rollout: Rollout, scores: Scores) -> Seen:
         support=np.asarray(scores.support.ids),
         drawn=np.asarray(rollout.logprob, np.float64),
     )
+    return audited(seen, rollout, ALPHA)
+
+
+def audited(seen: Seen, rollout: Rollout, alpha: float) -> Seen:
+    """Return the case with the reference's weights of the audited chunks."""
+    assert rollout.audit is not None
+    arrays, group = audit_arrays(rollout.audit), np.asarray(rollout.prompts.group)
+    chunks = reference_stages.chunk_targets(seen.logprob(seen.z_old), arrays, group, alpha)
+    inside, target, _, baseline = chunks
+    return dataclasses.replace(seen, audited=inside, target=target, baseline=baseline)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,4 +294,5 @@ def small_rollout(rows: int, more: int = 0) -> Rollout:
         finished=np.ones(rows, bool),
         version=np.zeros(tokens.shape, np.int32),
         writer=np.zeros(tokens.shape, np.int32),
+        audit=make_audit(length),
     )

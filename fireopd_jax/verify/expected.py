@@ -25,6 +25,7 @@ from fireopd_jax.method.filtering import (
     TeacherQuantile,
     Tip,
 )
+from fireopd_jax.method.losses.chunks import ChunkPolicyGradient
 from fireopd_jax.method.losses.sampled_token import SampledPower, SampledReverseKL, SampledSquare
 from fireopd_jax.method.losses.self_adaptation import SelfAdaptation
 from fireopd_jax.method.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
@@ -103,6 +104,9 @@ def loss(config: Any, seen: Seen, shift: np.ndarray | None = None) -> Values:
         return bounded(config, reference_losses.over_vocabulary(seen, formula))
     if isinstance(config, MiniLLM):
         return reference_losses.minillm(seen, config.clip)
+    if isinstance(config, ChunkPolicyGradient):
+        baseline = config.baseline == "leave_one_out"
+        return reference_losses.chunk_policy_gradient(seen, config.beta, baseline)
     raise ValueError(f"no reference of the loss {config}")
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from fireopd_jax.method.batch import assemble
 from fireopd_jax.method.config import MethodConfig
-from fireopd_jax.method.scoring import Resident, ScoreInputs
+from fireopd_jax.method.scoring import ChunkAgreement, Resident, ScoreInputs
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.recipe.layers import SHIPPED
 from fireopd_jax.recipe.schema import load_config
@@ -118,7 +118,7 @@ class Programs:
         scores = self._score(stage, models.model, models.mesh, params, rollout)
         batch = self._assemble(rollout, scores, method.filter, method.reweight, method.aggregate)
         return batch, self._gradients(
-            method.loss, models.model, models.mesh, micro_batch_size, *params[:2], batch
+            method.loss, models.model, models.mesh, micro_batch_size, *params, batch
         )
 
 
@@ -153,6 +153,7 @@ def gradient(
     micro_batch_size: int | None,
     student: Params,
     teacher: Params,
+    base: Params,
     batch: Batch,
 ) -> dict[str, Any]:
     """Return the loss and its gradient to the student's parameters."""
@@ -162,7 +163,7 @@ def gradient(
         student,
         batch,
         micro_batch_size=micro_batch_size,
-        teacher=(model, teacher),
+        teacher=(model, loss.judge([teacher], base)),
         mesh=mesh,
     )
     return {"loss": metrics["loss"].total, "gradient": grads}
@@ -194,6 +195,8 @@ def exact_terms(
         support=np.zeros((*mask.shape, 0), int) if support is None else np.asarray(support.ids),
         drawn=np.asarray(rollout.logprob, np.float64),
     )
+    if isinstance(method.score, ChunkAgreement):
+        seen = cases.audited(seen, rollout, method.score.alpha)
     stats = {
         f"{name}_{what}": value
         for name, of_model in (("student", z), ("teacher", z_q))

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fireopd_jax.method.batch import total_loss
+from fireopd_jax.method.losses.base import ExactDivergence
+from fireopd_jax.method.losses.chunks import ChunkPolicyGradient
 from fireopd_jax.method.losses.sampled_token import SampledPower, SampledReverseKL, SampledSquare
 from fireopd_jax.method.losses.self_adaptation import SelfAdaptation
 from fireopd_jax.method.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
@@ -21,7 +23,6 @@ from fireopd_jax.method.scoring.supports import Kind
 from fireopd_jax.ops.divergence import head_divergence
 from fireopd_jax.ops.formulas import (
     AdaptiveKL,
-    Divergence,
     ForwardKL,
     JensenShannon,
     ReverseKL,
@@ -140,6 +141,9 @@ OBJECTIVES: tuple[Objective, ...] = (
     Objective(VocabularyDivergence(divergence=ForwardKL(), token_clip=1.0)),
     Objective(MiniLLM()),
     Objective(MiniLLM(), later=True),
+    # Its teacher is text; the optimum is what that teacher writes.
+    Objective(ChunkPolicyGradient(), vanishes=False),
+    Objective(ChunkPolicyGradient(beta=2.0, baseline="leave_one_out"), later=True, vanishes=False),
 )
 
 
@@ -154,15 +158,14 @@ class Programs:
 
     def run(self, loss: Any, states: States, batch: Batch) -> tuple[Array, tuple[Array, Array]]:
         """Return the loss [B, T], and its weighted sum's gradients to states and head."""
-        divergence = getattr(loss, "divergence_from_teacher", None)
-        own = states.hidden, states.head
-        student = self._read(divergence, own, states, batch)
+        exact, own = loss.exact_divergence, (states.hidden, states.head)
+        student = self._read(exact, own, states, batch)
         to_student, value = self._differentiate(loss, student, batch)
-        return value, self._pull(divergence, own, states, batch, to_student)
+        return value, self._pull(exact, own, states, batch, to_student)
 
 
 def read_heads(
-    divergence: Divergence | None, own: tuple[Array, Array], states: States, batch: Batch
+    exact: ExactDivergence | None, own: tuple[Array, Array], states: States, batch: Batch
 ) -> TokenStats:
     """Compute the student's token statistics from states and head, as the update does."""
     support = batch.scores.support
@@ -170,23 +173,30 @@ def read_heads(
     tokens = jnp.asarray(batch.rollout.tokens)
     stats = head_gather(*own, tokens, jnp.asarray(support.ids), **HEAD)
     whole = None
-    if divergence is not None:
-        teacher = states.teacher_hidden, states.teacher_head
+    if exact is not None:
+        judges = {
+            "teacher": (states.teacher_hidden, states.teacher_head),
+            "base": (states.base, states.head),
+        }
         whole = head_divergence(
-            divergence, *own, *teacher, logit_scale=SCALE, chunk=HEAD.get("chunk")
+            exact.divergence,
+            *own,
+            *judges[exact.judge],
+            logit_scale=SCALE,
+            chunk=HEAD.get("chunk"),
         )
     return TokenStats(stats.logprob, stats.entropy, stats.support_logprob, whole)
 
 
 def pull_back(
-    divergence: Divergence | None,
+    exact: ExactDivergence | None,
     own: tuple[Array, Array],
     states: States,
     batch: Batch,
     cotangent: TokenStats,
 ) -> tuple[Array, Array]:
     """Backpropagate a gradient from the token statistics to states and head."""
-    return jax.vjp(lambda own: read_heads(divergence, own, states, batch), own)[1](cotangent)[0]
+    return jax.vjp(lambda own: read_heads(exact, own, states, batch), own)[1](cotangent)[0]
 
 
 def differentiate(loss: Any, student: TokenStats, batch: Batch) -> tuple[TokenStats, Array]:

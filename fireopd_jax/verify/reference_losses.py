@@ -35,6 +35,12 @@ class Seen:
     """Log-probabilities under the sampling distribution, [B, T]."""
     kept: np.ndarray | None = None
     """The response tokens that are trained on; None: all."""
+    audited: np.ndarray | None = None
+    """Tokens of audited chunks, [B, T]; None where nothing is audited."""
+    target: np.ndarray | None = None
+    """Posterior weight of each token's chunk, [B, T]."""
+    baseline: np.ndarray | None = None
+    """Mean weight of the chunks of the prompt's other rows, [B]."""
 
     def logprob(self, logits):
         """Return log p(y) [B, T], 0 where masked."""
@@ -198,3 +204,18 @@ def minillm(seen, clip):
     exact = over_vocabulary(seen, reference.reverse_kl)
     long = policy_gradient(seen, later, clip)
     return exact[0] + long[0], exact[1] + long[1]
+
+
+def chunk_policy_gradient(seen, beta, leave_one_out):
+    """OmniOPD: -(target - baseline) log p(y) where audited, beta KL(base || p) elsewhere."""
+    logprob = seen.logprob(seen.z)
+
+    def formula(i, t):
+        if not seen.audited[i, t]:
+            value, gradient = reference.forward_kl(seen.z[i, t], seen.z_base[i, t])
+            return beta * value, beta * gradient
+        reward = seen.target[i, t] - (seen.baseline[i] if leave_one_out else 0.0)
+        gradient = reference.score_of(seen.z[i, t], seen.tokens[i, t], -reward)
+        return -reward * logprob[i, t], gradient
+
+    return seen.collect(formula)

@@ -144,3 +144,48 @@ def soft_trajectories(teacher_logprob, mask, temperature):
     for i, each in zip(rows, share, strict=True):
         result[i, np.flatnonzero(mask[i])] = each
     return result
+
+
+def anchors(entropy, mask, count, size):
+    """OmniOPD's scheduler: chunks of `size` tokens at the highest entropies that do not overlap.
+
+    Greedily by descending entropy, of equal ones the later first; a list of positions per row,
+    ascending.
+    """
+    rows = []
+    for h, valid in zip(entropy, mask, strict=True):
+        length, chosen = int(np.sum(valid)), []
+        for t in sorted(range(length), key=lambda t: (float(h[t]), t), reverse=True):
+            if len(chosen) == count:
+                break
+            if t + size <= length and all(abs(t - a) >= size for a in chosen):
+                chosen.append(t)
+        rows.append(sorted(chosen))
+    return rows
+
+
+def chunk_targets(logprob, audit, group, alpha):
+    """OmniOPD's posterior weights: audited [B, T], target [B, T], prior [B, T], baseline [B].
+
+    prior = (product of the chunk's probabilities)^(1/C), target = (k + alpha prior) / (N + alpha);
+    baseline: the mean target of the chunks of the group's other rows. `audit` has the arrays
+    anchor, length, agreement and samples, [B, M] each.
+    """
+    audited = np.zeros(np.shape(logprob), bool)
+    target, prior = np.zeros(audited.shape), np.zeros(audited.shape)
+    of_rows = [[] for _ in audited]
+    for i, row in enumerate(zip(*audit, strict=True)):
+        for a, c, k, n in zip(*row, strict=True):
+            if a < 0 or c == 0 or n == 0:
+                continue
+            own = 1.0
+            for t in range(a, a + c):
+                own *= np.exp(float(logprob[i][t])) ** (1 / c)
+            weight = (float(k) + alpha * own) / (float(n) + alpha)
+            of_rows[i].append(weight)
+            audited[i, a : a + c], target[i, a : a + c], prior[i, a : a + c] = True, weight, own
+    baseline = np.zeros(len(audited))
+    for i in range(len(audited)):
+        others = [w for j, ws in enumerate(of_rows) if j != i and group[j] == group[i] for w in ws]
+        baseline[i] = np.mean(others) if others else 0.0
+    return audited, target, prior, baseline

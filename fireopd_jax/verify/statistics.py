@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fireopd_jax.method.batch import coefficients
+from fireopd_jax.method.chunks import make_chunks, select
 from fireopd_jax.method.filtering import (
     AllOf,
     GapBound,
@@ -31,8 +32,8 @@ from fireopd_jax.method.reweighting import (
 )
 from fireopd_jax.method.scoring.supports import Kind
 from fireopd_jax.ops.head import HeadOptions, head_gather, head_topk
-from fireopd_jax.types import Array, Margin, Scores, StageContext, TokenStats
-from fireopd_jax.verify import cases, expected, reference_batch
+from fireopd_jax.types import Array, Audit, Margin, Scores, StageContext, TokenStats
+from fireopd_jax.verify import cases, expected, reference_batch, reference_stages
 from fireopd_jax.verify.cases import HEAD, SCALE, K, States
 from fireopd_jax.verify.objectives import describe
 from fireopd_jax.verify.pool import compiled, in_parallel
@@ -91,6 +92,7 @@ def rows() -> Iterator[Row]:
         lambda: of_head("head softcap=3 valid=300", states, capped, 3.0, 300),
         lambda: of_lists(states),
         of_batches,
+        of_chunks,
     )
     yield from in_parallel(lambda part: part(), parts)
 
@@ -242,3 +244,28 @@ def of_batches() -> Iterator[Row]:
             ours = compiled(coefficients, 2)(on_device[0], jnp.asarray(kept[dimensions]), aggregate)
             exact = reference_batch.coefficients(mask, kept[dimensions], aggregate)
             yield relative(f"coefficient {aggregate}, {unit} kept", [(ours, exact)], BOUND)
+
+
+def of_chunks() -> Iterator[Row]:
+    """Verify anchors with ties and short rows, and the weights of the audited chunks."""
+    rng = np.random.default_rng(8)
+    count, room, alpha = 12, 40, 0.7
+    mask = np.arange(room)[None] < rng.integers(0, room + 1, count)[:, None]
+    entropy = np.where(mask, rng.integers(0, 6, mask.shape), np.nan).astype(np.float32)
+    logprob = np.where(mask, -rng.exponential(1.0, mask.shape), np.nan).astype(np.float32)
+    group = np.repeat(np.arange(count // 3, dtype=np.int32), 3)
+    for chunks, size in ((4, 5), (9, 1), (2, 20)):
+        ours = compiled(select, 2, 3)(entropy, mask, chunks, size)
+        rows = reference_stages.anchors(entropy, mask, chunks, size)
+        exact = np.array([row + [-1] * (chunks - len(row)) for row in rows], np.int32)
+        yield differing(f"anchors: {chunks} of {size} tokens", ours, exact)
+        real = exact >= 0
+        samples = (10 * real).astype(np.float32)
+        agreement = (samples * rng.uniform(0, 1, real.shape)).astype(np.float32)
+        audit = Audit(exact, (size * real).astype(np.int32), agreement, samples)
+        found = compiled(lambda *x: make_chunks(*x, alpha=alpha))(audit, logprob, group)
+        names = found.audited, found.target, found.prior, found.baseline
+        arrays = cases.audit_arrays(audit)
+        truth = reference_stages.chunk_targets(logprob, arrays, group, alpha)
+        pairs = [(np.float32(a), np.float64(b)) for a, b in zip(names, truth, strict=True)]
+        yield relative(f"chunks: {chunks} of {size} tokens, weights", pairs, BOUND)

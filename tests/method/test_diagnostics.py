@@ -5,12 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
+from fireopd_jax.method.chunks import make_chunks
 from fireopd_jax.method.diagnostics import of_batch
 from fireopd_jax.method.filtering import AllOf, KeepAll, LengthDrop, Prefix, TeacherQuantile
 from fireopd_jax.method.reweighting import ConfidenceConfusion, Uniform
 from fireopd_jax.metrics import results
 from fireopd_jax.training.update import of_support
 from fireopd_jax.types import Overlap, StageContext, Support
+from fireopd_jax.verify import reference_stages as oracle
+from fireopd_jax.verify.cases import audit_arrays, make_audit
 from tests import cases
 
 
@@ -179,3 +182,28 @@ def test_divergences_on_the_support_have_one_bucket_of_the_rest_and_stay_below_t
     assert found["policy/support_forward_kl"] == pytest.approx(divergence(q, p), rel=1e-5)
     assert found["policy/support_mass"] == pytest.approx(p[:, :-1].sum(axis=-1).mean(), rel=1e-5)
     assert found["policy/support_reverse_kl"] < whole
+
+
+def test_audits_are_described_by_chunk_and_by_token():
+    scores, mask, teacher = cases.random_case(1)
+    rollout = dataclasses.replace(cases.make_rollout(mask, teacher), audit=make_audit(mask.sum(1)))
+    own = np.where(mask, scores.student.logprob, 0)
+    chunks = make_chunks(rollout.audit, own, np.zeros(len(mask), np.int32), 1.0)
+    scores = dataclasses.replace(scores, teacher=None, chunks=chunks)
+    batch, keep = cases.assembled(rollout, scores, KeepAll(), Uniform(), "token", 2)
+    values = results(of_batch(batch, keep, 10))
+    audit = audit_arrays(rollout.audit)
+    shares = [k / n for a, c, k, n in zip(*(x.ravel() for x in audit), strict=True) if n]
+    audited, target, prior, _ = oracle.chunk_targets(own, audit, np.zeros(len(mask)), 1.0)
+    expected = {
+        "audit/chunks": len(shares) / mask.any(axis=1).sum(),
+        "audit/agreement": np.mean(shares),
+        "audit/interior_fraction": np.mean([0.05 < share < 0.95 for share in shares]),
+        "audit/target": target[audited].mean(),
+        "audit/prior": prior[audited].mean(),
+        "audit/audited_fraction": audited.sum() / mask.sum(),
+    }
+    assert {k: values[k] for k in values if k.startswith("audit/")} == pytest.approx(expected)
+    assert 0 < expected["audit/audited_fraction"] < 1 and len(shares) > 3
+    without = dataclasses.replace(batch, rollout=dataclasses.replace(rollout, audit=None))
+    assert not any(name.startswith("audit/") for name in of_batch(without, keep, 10))

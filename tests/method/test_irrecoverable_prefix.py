@@ -92,7 +92,7 @@ def batch_of(tokens, refining):
 
 def objective(z, batch, of_teacher, loss):
     """Return the batch's loss for the student's logits `z`, [B, T, V]."""
-    value = head_divergence(loss.divergence_from_teacher, z, EYE, of_teacher, EYE)
+    value = head_divergence(loss.exact_divergence.divergence, z, EYE, of_teacher, EYE)
     none = jnp.zeros(value.shape)
     return total_loss(loss(TokenStats(none, none, divergence=value), batch), batch)
 

@@ -21,6 +21,7 @@ from fireopd_jax.method.filtering import (
     TeacherQuantile,
     Tip,
 )
+from fireopd_jax.method.losses.chunks import ChunkPolicyGradient
 from fireopd_jax.method.losses.sampled_token import SampledPower, SampledReverseKL, SampledSquare
 from fireopd_jax.method.losses.self_adaptation import SelfAdaptation
 from fireopd_jax.method.losses.support import EntropyAware, SupportDivergence, SupportPolicyGradient
@@ -35,7 +36,7 @@ from fireopd_jax.ops.formulas import (
     SkewedReverseKL,
 )
 from fireopd_jax.recipe.schema import MethodConfig
-from fireopd_jax.types import Batch, Margin, Scores, StageContext, Support, TokenStats
+from fireopd_jax.types import Batch, Chunks, Margin, Scores, StageContext, Support, TokenStats
 from tests import cases
 from tests.recipe.annotations import members
 
@@ -52,7 +53,10 @@ def of_loss(loss):
     stats = [TokenStats(draw(*shape), -draw(*shape)) for _ in range(3)]
     ids = jnp.asarray(np.tile([[[0, 1, 2]]], (*shape, 1)), jnp.int32)
     margin = Margin(-draw(3), jnp.zeros(3))
-    scores = Scores(*stats, support=Support(ids, draw(*shape, 3) - 1.0), margin=margin)
+    chunks = Chunks(np.arange(5)[None] < np.array([2, 3, 0])[:, None], -draw(*shape), -draw(*shape),
+                    -draw(3))  # fmt: skip
+    support = Support(ids, draw(*shape, 3) - 1.0)
+    scores = Scores(*stats, support=support, margin=margin, chunks=chunks)
     rollout = cases.make_rollout(mask, logprob=stats[0].logprob + 0.7)
     object.__setattr__(rollout, "tokens", rng.integers(0, 6, shape).astype(np.int32))
     keep = mask.any(axis=1)
@@ -144,6 +148,8 @@ CHANGES = [
     (of_loss, EntropyAware(), "normalise", True),
     (of_loss, EntropyAware(), "clip", 0.01),
     (of_loss, MiniLLM(), "clip", 0.01),
+    (of_loss, ChunkPolicyGradient(), "beta", 0.2),
+    (of_loss, ChunkPolicyGradient(), "baseline", "leave_one_out"),
     (of_divergence, JensenShannon(), "beta", 0.2),
     (of_divergence, SkewedForwardKL(), "alpha", 0.3),
     (of_divergence, SkewedReverseKL(), "alpha", 0.3),

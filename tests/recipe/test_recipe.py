@@ -35,6 +35,11 @@ FOLDERS = sorted(
 )
 TEACHER = "teacher.tokenizer=builtin:bytes"
 TWO = ["teachers.a.tokenizer=builtin:bytes", "teachers.b.tokenizer=builtin:bytes"]
+CHUNKS = [
+    TEACHER,
+    "method={score: {kind: chunk_agreement}, loss: {kind: chunk_policy_gradient}, "
+    "filter: {kind: keep_all}, reweight: {kind: uniform}, aggregate: token}",
+]
 
 
 def refusal(arguments):
@@ -201,6 +206,18 @@ def test_the_paper_is_the_default():
         ),
         ([TEACHER, "run.compare=[student]"], "reserved for a model of the run"),
         (["teachers={'': {}}"], "a name is empty"),
+        ([*CHUNKS, "rollout.temperature=0.7"], "rollout.temperature=0.7: chunk_agreement"),
+        ([*CHUNKS, "rollout.top_p=0.9"], "student's whole distribution"),
+        ([*CHUNKS, "run.updates_per_rollout=2"], "run.updates_per_rollout=2: chunk_policy"),
+        ([*CHUNKS, "method.loss.baseline=leave_one_out"], "rollout.group_size=1: chunk_policy"),
+        ([*CHUNKS, "method.loss.beta=.inf"], "method.loss.beta"),
+        ([*CHUNKS, "method.loss.kind=sampled_reverse_kl"], "needs teacher.logprob"),
+        ([*CHUNKS, "rollout.on_policy_fraction=0.5"], "every response is sampled"),
+        ([TEACHER, "method/opd", "method.score.kind=student"], "needs teacher.logprob"),
+        (
+            [TEACHER, "method/uni_opd", "method.score={kind: student, margin: {}}"],
+            "gap_bound needs margin, which method.score (student)",
+        ),
     ],
 )
 def test_sections_that_do_not_fit_together(arguments, named):
@@ -319,7 +336,7 @@ def test_every_stage_says_what_it_needs():
         for name, field in MethodConfig.__dataclass_fields__.items()
         if name != "aggregate"
     }
-    assert [len(stages[name]) for name in ("score", "filter", "reweight", "loss")] == [3, 13, 4, 9]
+    assert [len(stages[name]) for name in ("score", "filter", "reweight", "loss")] == [5, 13, 4, 10]
     assert KeepAll() in stages["filter"]
     scores = [*stages["score"], WholeVocabulary(reverse_kl=True, margin=OutcomeMargin())]
     given = frozenset().union(*(score.gives for score in scores))

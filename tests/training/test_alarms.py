@@ -14,6 +14,7 @@ CALM = {
     "completions/repetition_rate": 0.02,
     "distill/foreign_fraction": 0.0,
     "sampler/logprob_gap": 0.01,
+    "audit/base_kl": 0.01,
 }
 COURSES = {
     "incompatible": ({"distill/overlap_ratio": (0.5, 0.5)}, "template"),
@@ -26,6 +27,7 @@ COURSES = {
     "repeating": ({"completions/repetition_rate": (0.02, 0.7)}, "repetition_guard"),
     "foreign": ({"distill/foreign_fraction": (0.05, 0.05)}, "special_tokens"),
     "drifting": ({"sampler/logprob_gap": (0.4, 0.4)}, "importance_cap"),
+    "unanchored": ({"audit/base_kl": (0.0, 0.2)}, "method.loss.beta"),
 }
 
 

@@ -80,7 +80,7 @@ def test_every_loss_and_choice_is_verified():
     names = [each.name for each in OBJECTIVES]
     assert len(set(names)) == len(names)
     kinds = {loss.kind for loss in losses}
-    assert len(kinds) == 9
+    assert len(kinds) == 10
     heads = {(x.head, x.divergence.kind) for x in losses if isinstance(x, SupportDivergence)}
     assert len(heads) == 10
     whole = {x.divergence.kind for x in losses if isinstance(x, VocabularyDivergence)}
@@ -97,6 +97,11 @@ def test_every_shipped_method_is_verified():
 def test_statistics_of_a_batch_pass():
     rows = list(statistics.of_batches())
     assert len(rows) == 31 and all(row.passed for row in rows)
+
+
+def test_anchors_and_weights_of_chunks_pass():
+    rows = list(statistics.of_chunks())
+    assert len(rows) == 6 and all(row.passed for row in rows)
 
 
 def test_one_method_under_micro_batches_padding_and_devices():
@@ -120,7 +125,9 @@ def test_errors_of_the_comparisons():
     assert not table.relative("", [([1.0], [[1.0]])], 1.0).passed
 
 
-@pytest.mark.parametrize("name", ["reference", "reference_batch", "reference_losses"])
+@pytest.mark.parametrize(
+    "name", ["reference", "reference_batch", "reference_losses", "reference_stages"]
+)
 def test_the_reference_imports_only_numpy_and_itself(name):
     tree = ast.parse((HERE / f"{name}.py").read_text())
     allowed = ("numpy", "dataclasses", "fireopd_jax.verify.reference")

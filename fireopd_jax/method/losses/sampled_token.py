@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float32
 from pydantic import Field
 
 from fireopd_jax.config import Section, UnitInterval, config
-from fireopd_jax.method.losses.base import TokenLoss
-from fireopd_jax.ops.formulas import Divergence, ReverseKL
+from fireopd_jax.method.losses.base import ExactDivergence, TokenLoss
+from fireopd_jax.ops.formulas import ReverseKL
 from fireopd_jax.types import Array, Batch, TokenStats
 
 LOG_RATIO = 20.0
@@ -84,12 +84,12 @@ class SampledReverseKL(Section, TokenLoss):
             needs |= {"base.logprob"}
         if self.margin:
             needs |= {"margin"}
-        return frozenset(needs | ({"teacher.hidden"} if self.divergence_from_teacher else set()))
+        return frozenset(needs | ({"teacher.hidden"} if self.exact_divergence else set()))
 
     @property
-    def divergence_from_teacher(self) -> Divergence | None:
+    def exact_divergence(self) -> ExactDivergence | None:
         """The reverse KL, where it is the baseline."""
-        return ReverseKL() if self.baseline == "exact_kl" else None
+        return ExactDivergence(ReverseKL()) if self.baseline == "exact_kl" else None
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l on each response token, exactly 0 in value and gradient elsewhere.

@@ -11,11 +11,10 @@ from jaxtyping import Float32
 from pydantic import Field, PositiveFloat
 
 from fireopd_jax.config import config
-from fireopd_jax.method.losses.base import TokenLoss
+from fireopd_jax.method.losses.base import ExactDivergence, TokenLoss
 from fireopd_jax.method.losses.sampled_token import clipped_surrogate, live, mean_of_later
 from fireopd_jax.ops.formulas import (
     AdaptiveKL,
-    Divergence,
     ForwardKL,
     JensenShannon,
     PointwiseClipped,
@@ -65,16 +64,16 @@ class VocabularyDivergence(TokenLoss):
             )
 
     @property
-    def divergence_from_teacher(self) -> Divergence:
+    def exact_divergence(self) -> ExactDivergence:
         """The divergence that the update computes."""
         divergence = self.divergence
         if self.pointwise_clip is None or divergence.kind == "adaptive_kl":
-            return divergence
-        return PointwiseClipped(divergence, self.pointwise_clip)
+            return ExactDivergence(divergence)
+        return ExactDivergence(PointwiseClipped(divergence, self.pointwise_clip))
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return the divergence at each response token, exactly 0 elsewhere."""
-        value = _divergence(student, batch)
+        value = divergence_of(student, batch)
         return value if self.token_clip is None else bounded_above(value, self.token_clip)
 
 
@@ -101,9 +100,9 @@ class MiniLLM(TokenLoss):
     unfiltered: ClassVar[bool] = True
 
     @property
-    def divergence_from_teacher(self) -> Divergence:
+    def exact_divergence(self) -> ExactDivergence:
         """The reverse KL, which the update computes."""
-        return ReverseKL()
+        return ExactDivergence(ReverseKL())
 
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l at each response token, exactly 0 elsewhere."""
@@ -113,10 +112,14 @@ class MiniLLM(TokenLoss):
         logprob = jnp.where(mask, live(student.logprob, batch), 0.0)
         old = jnp.where(mask, scores.student.logprob, 0.0)
         long = clipped_surrogate(later, logprob, old, self.clip)
-        return jnp.where(mask, _divergence(student, batch) + long, 0.0)
+        return jnp.where(mask, divergence_of(student, batch) + long, 0.0)
 
 
-def _divergence(student: TokenStats, batch: Batch) -> Array:
+def divergence_of(student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
+    """Return the divergence that the update computed, exactly 0 where masked.
+
+    Raises ValueError where the update computed none.
+    """
     if student.divergence is None:
-        raise ValueError("student statistics lack the divergence from the teacher")
+        raise ValueError("student statistics lack the divergence: TokenStats.divergence")
     return jnp.where(batch.rollout.mask, live(student.divergence, batch), 0.0)

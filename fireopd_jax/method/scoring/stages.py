@@ -3,6 +3,8 @@
 rollout -> SampledToken: log-probability of each sampled token, entropy at each position
 -> TopK: also a support of K or more token ids
 -> WholeVocabulary: also the teacher's hidden states, from which its head gives all logits
+-> StudentOnly: nothing of a teacher
+-> ChunkAgreement: audited chunks, and the base policy's hidden states; nothing of a teacher
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ from jaxtyping import Float
 from pydantic import Field, PositiveInt
 
 from fireopd_jax.config import config
+from fireopd_jax.method.chunks import make_chunks
 from fireopd_jax.method.scoring.outcomes import OutcomeMargin
 from fireopd_jax.method.scoring.supports import Kind, make_support, overlap
 from fireopd_jax.method.scoring.teachers import (
@@ -30,7 +33,8 @@ from fireopd_jax.ops.formulas import ReverseKL
 from fireopd_jax.ops.head import LARGEST_K
 from fireopd_jax.types import Array, Rollout, Scores
 
-SAMPLED = frozenset({"student.logprob", "student.entropy", "teacher.logprob", "teacher.entropy"})
+OF_STUDENT = frozenset({"student.logprob", "student.entropy"})
+OF_TEACHER = frozenset({"teacher.logprob", "teacher.entropy"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,7 @@ class ScoreInputs:
     mesh: Mesh | None = None
     """Devices that the rows are sharded over."""
     base: Resident | None = None
-    """Base policy of a loss with extrapolation."""
+    """Base policy of a loss with extrapolation or an anchor."""
     kernel_strengths: tuple[float, float] | None = None
     """(alpha, beta) of a reweighting whose token weights the teacher's head kernel computes."""
 
@@ -69,8 +73,12 @@ class ScoreConfig:
     margin: OutcomeMargin | None = None
     """Grade each response against its row's answer, and compute the margin; null: no grading."""
 
+    scores_teacher: ClassVar[bool] = True
+    """Whether teachers are scored; without, `Scores.teacher` is None."""
     one_teacher: ClassVar[bool] = False
     """Whether the stage supports only a single teacher."""
+    unit_temperature: ClassVar[bool] = False
+    """Whether the scores are defined only for rollouts at temperature 1."""
     only_for_readers: ClassVar[frozenset[str]] = frozenset()
     """Costly fields that no metric uses: it is an error if no other stage needs any of them."""
 
@@ -83,7 +91,14 @@ class ScoreConfig:
     def gives(self) -> frozenset[str]:
         """Fields of `Scores` that the other stages may need."""
         given = {"base.logprob"} if self.base else set()
-        return SAMPLED | given | ({"margin"} if self.margin is not None else set())
+        if self.scores_teacher:
+            given |= OF_TEACHER | ({"margin"} if self.margin is not None else set())
+        return OF_STUDENT | given
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the base policy's parameters are needed."""
+        return self.base
 
     @property
     def support_size(self) -> int | None:
@@ -102,27 +117,31 @@ class ScoreConfig:
         student = score_student(
             inputs.student, rollout, temperature, self.of_student(options), size
         )
-        of_teacher = dataclasses.replace(
-            self.of_teacher(options), strengths=inputs.kernel_strengths
-        )
-        teacher = score_teachers(
-            inputs.teachers,
-            rollout,
-            temperature,
-            of_teacher,
-            size,
-            ids=self.ids_for_teacher(student),
-            student_entropy=student.stats.entropy,
-        )
-        scores = Scores(student.stats, teacher.stats, token_weight=teacher.token_weight)
-        if self.base:
+        scores, teacher = Scores(student.stats, None), None
+        if self.scores_teacher:
+            of_teacher = dataclasses.replace(
+                self.of_teacher(options), strengths=inputs.kernel_strengths
+            )
+            teacher = score_teachers(
+                inputs.teachers,
+                rollout,
+                temperature,
+                of_teacher,
+                size,
+                ids=self.ids_for_teacher(student),
+                student_entropy=student.stats.entropy,
+            )
+            scores = Scores(student.stats, teacher.stats, token_weight=teacher.token_weight)
+        if self.needs_base:
             if inputs.base is None:
-                raise ValueError("method.score.base is set, but no base policy is given")
-            base = score_student(inputs.base, rollout, temperature, options, size)
-            scores = dataclasses.replace(scores, base=base.stats)
-        scores = self.compare(scores, student, teacher, inputs, options)
-        if self.margin is not None:
-            scores = self.margin(scores, rollout)
+                raise ValueError("the score stage has no base policy, which it needs")
+            base = score_student(inputs.base, rollout, temperature, self.of_base(options), size)
+            scores = dataclasses.replace(
+                scores, base=base.stats if self.base else None, base_hidden=base.hidden
+            )
+        if teacher is not None:
+            scores = self.compare(scores, student, teacher, inputs, options)
+        scores = self.of_rollout(scores, rollout)
         return jax.lax.stop_gradient(scores)
 
     def of_student(self, options: ScoreOptions) -> ScoreOptions:
@@ -131,6 +150,10 @@ class ScoreConfig:
 
     def of_teacher(self, options: ScoreOptions) -> ScoreOptions:
         """Return the options of a teacher's forward pass."""
+        return options
+
+    def of_base(self, options: ScoreOptions) -> ScoreOptions:
+        """Return the options of the base policy's forward pass."""
         return options
 
     def ids_for_teacher(self, student: ModelScores) -> Array | None:
@@ -147,6 +170,10 @@ class ScoreConfig:
     ) -> Scores:
         """Return the scores with the fields that need both models, such as the support."""
         return scores
+
+    def of_rollout(self, scores: Scores, rollout: Rollout) -> Scores:
+        """Return the scores with the fields that need what host stages set: here, the margin."""
+        return scores if self.margin is None else self.margin(scores, rollout)
 
 
 @config
@@ -273,3 +300,63 @@ class WholeVocabulary(ScoreConfig):
             inputs.student.head_options(inputs.temperature, options),
         )
         return dataclasses.replace(scores, reverse_kl=exact)
+
+
+@config
+class StudentOnly(ScoreConfig):
+    """Log-probability and entropy of each sampled token, by the student alone."""
+
+    kind: Literal["student"] = "student"
+
+    scores_teacher: ClassVar[bool] = False
+
+
+@config
+class ChunkAgreement(ScoreConfig):
+    """Weights of audited chunks by their agreement with a teacher's text, and an anchor.
+
+    The teacher is not scored. A chunk's weight is pi-hat = (k + alpha pi-bar) / (N + alpha): k the
+    sum of its similarities to N continuations, pi-bar its length-normalised probability by the
+    student. Also the final hidden states of the base policy, for the KL on the other tokens.
+
+    References: arXiv 2606.01476 (OmniOPD).
+    """
+
+    kind: Literal["chunk_agreement"] = "chunk_agreement"
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Strength alpha of the prior, in continuations; 0 takes the mean similarity."""
+
+    scores_teacher: ClassVar[bool] = False
+    unit_temperature: ClassVar[bool] = True
+    only_for_readers: ClassVar[frozenset[str]] = frozenset({"chunks"})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of the rollout that a host stage must set."""
+        return super().needs | {"rollout.audit"}
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """Fields of `Scores` that the other stages may need."""
+        return super().gives | {"chunks", "base.hidden"}
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the base policy's parameters are needed: always."""
+        return True
+
+    def of_base(self, options: ScoreOptions) -> ScoreOptions:
+        """Return the options with hidden states."""
+        return dataclasses.replace(options, hidden=True)
+
+    def of_rollout(self, scores: Scores, rollout: Rollout) -> Scores:
+        """Return the scores with the audited chunks.
+
+        Raises ValueError where the rollout was not audited.
+        """
+        if rollout.audit is None:
+            raise ValueError("chunk_agreement needs audited responses: Rollout.audit")
+        chunks = make_chunks(
+            rollout.audit, scores.student.logprob, rollout.prompts.group, self.alpha
+        )
+        return dataclasses.replace(super().of_rollout(scores, rollout), chunks=chunks)

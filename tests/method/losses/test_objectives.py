@@ -308,9 +308,9 @@ def test_a_token_above_its_bound_has_the_bound_and_no_gradient():
 
 def test_without_a_clip_the_program_is_that_of_the_divergence():
     for divergence in (ReverseKL(), ForwardKL(), JensenShannon()):
-        assert VocabularyDivergence(divergence=divergence).divergence_from_teacher is divergence
+        assert VocabularyDivergence(divergence=divergence).exact_divergence.divergence is divergence
     clipped = VocabularyDivergence(divergence=ForwardKL(), pointwise_clip=0.05)
-    assert clipped.divergence_from_teacher.limit == 0.05
+    assert clipped.exact_divergence.divergence.limit == 0.05
 
 
 def several(loss, seed=0, **options):

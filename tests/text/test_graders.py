@@ -1,7 +1,7 @@
 import pytest
 
 from fireopd_jax.data.tasks import task_rows
-from fireopd_jax.evaluation.graders import final_answer, grade
+from fireopd_jax.text.graders import final_answer, grade
 
 
 @pytest.mark.parametrize(
