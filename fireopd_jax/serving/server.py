@@ -87,6 +87,8 @@ def serving(
     try:
         while not server.started and thread.is_alive():
             time.sleep(0.01)
+        if not server.started:
+            raise UserError(f"{url_of(listener)}: the HTTP server did not start")
         yield service
     finally:
         worker.stop()
