@@ -58,6 +58,7 @@ class ServeCommand:
             spec, params, template_kwargs = open_any(
                 self.model, self.name, self.dtype, replicated(mesh)
             )
+            print(f"fireopd: {self.model} is loaded, now it is compiled", file=sys.stderr)
             options = ServeOptions(
                 name=self.model_id or self.model,
                 max_tokens=self.max_tokens,
