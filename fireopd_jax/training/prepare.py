@@ -233,10 +233,7 @@ def in_contexts(
 
 
 def with_errors(text: str, seed: int) -> str:
-    """Return a text with errors: from a random digit on, each digit is another with probability 1/3.
-
-    The first of them always is, so that the text is wrong unless it has no digit.
-    """
+    """Return a text with one digit replaced, and `ERRORS` of the digits after it."""
     chance = random.Random(seed)
     places = [i for i, character in enumerate(text) if character in DIGITS]
     if not places:
