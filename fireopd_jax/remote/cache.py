@@ -56,6 +56,14 @@ class Cache:
         """Close the file."""
         self._file.close()
 
+    def __enter__(self) -> "Cache":
+        """Return the cache itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
+        self.close()
+
     def _index(self) -> None:
         """Read the lines after those that are known, other processes' among them."""
         with self.path.open("rb") as file:

@@ -30,10 +30,11 @@ def check_scores(client: Client, features: ScoreFeatures, rows: Sequence[ScoreRo
     top, tolerance = min(LISTED, features.top), client.settings.tolerance
     for row in rows:
         one, other = (score_again(client, features, row, top) for _ in range(2))
+        if not (np.isfinite(one.logprob) & np.isfinite(other.logprob)).all():
+            raise UserError(f"{client.label}: its log-probabilities are not finite numbers")
         gap = np.abs(one.logprob - other.logprob)
-        # NaN and infinities of a broken server compare as different.
-        if not (gap <= tolerance).all():
-            t = int(np.argmax(np.where(np.isnan(gap), np.inf, gap)))
+        if (gap > tolerance).any():
+            t = int(gap.argmax())
             raise UserError(
                 f"{client.label}: disagrees with itself: token {t} of a response has the "
                 f"log-probability {one.logprob[t]:.5g}, and {other.logprob[t]:.5g} when asked "

@@ -101,8 +101,8 @@ def continuations(
 
     Shorter prefixes are sent first, since a server reuses what it computed for the beginning of a
     longer one. Samples that are missing are asked for again; `UserError` if they stay missing.
-    Empty texts are counted, and are valid. Equal arguments return the cached texts of before, except for
-    `kind` `probe`.
+    Empty texts are counted, and are valid. Equal arguments return the cached texts of before, but
+    with `kind` `probe` the server is asked.
     """
     found: list[list[str]] = [[] for _ in prefixes]
     order = sorted(range(len(prefixes)), key=lambda i: (_length(prefixes[i]), i))
