@@ -207,9 +207,9 @@ class Client:
         if failure.retryable and attempt < retries:
             self.count("retried")
             return
-        self.count("failed")
-        status = failure.status or 0
-        lacking = request.kind == "probe" and (status >= 500 or status == 200)
+        probed, status = request.kind == "probe", failure.status or 0
+        self.count("failed", int(not probed))
+        lacking = probed and (status >= 500 or status == 200)
         if lacking or not failure.retryable:
             raise Refused(self._refusal(failure, request), status) from None
         kept = f"; answers so far are in {self._cache.path}" if self._cache is not None else ""

@@ -17,20 +17,8 @@ from fireopd_jax.text.tokenizer import byte_tokenizer
 SECRET = "sk-very-secret-0123456789"
 VOCABULARY = 261
 EVERYTHING = frozenset(
-    [
-        "ids",
-        "text",
-        "prefill",
-        "n",
-        "seed",
-        "max_tokens",
-        "prompt_logprobs",
-        "given_ids",
-        "tokenize",
-        "bare",
-        "echo",
-        "zero",
-    ]
+    {"ids", "text", "prefill", "n", "seed", "max_tokens", "prompt_logprobs", "given_ids", "echo"}
+    | {"tokenize", "bare", "zero"}
 )
 KNOWN = {
     "model", "prompt", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens",

@@ -100,7 +100,7 @@ def test_a_teacher_of_texts_must_answer_and_draw_at_random(tmp_path):
             assert len(server.seen) == 2, "not from the cache"
         assert "'one two' is continued by" in said[0]
         assert (warning in said[-1]) if warning else len(said) == 1
-    server_down = dict(script=lambda *_: (500, {}, {}))
-    with serving(**server_down) as server, client_of(server) as client:
-        with pytest.raises(UserError, match="status 500"):
+    with serving(script=lambda *_: (500, {}, {})) as server, client_of(server) as client:
+        refused = pytest.raises(UserError, match="status 500")
+        with refused:
             check_texts(client, features, example)

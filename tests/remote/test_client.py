@@ -183,7 +183,7 @@ def test_the_budget_stops_before_the_request_that_could_exceed_it(tmp_path):
     # 6 tokens each, 15 at most: after five, 30 + 15 is over the budget.
     with serving() as server:
         for turn in range(2):
-            settings = dict(max_tokens_budget=44, concurrency=4)
+            settings = {"max_tokens_budget": 44, "concurrency": 4}
             with client_of(server, tmp_path / "answers", **settings) as client:
                 with pytest.raises(BudgetSpent, match=r"30 of 44 tokens.*max_tokens_budget"):
                     client.ask(requests(9))
@@ -195,7 +195,7 @@ def test_the_budget_stops_before_the_request_that_could_exceed_it(tmp_path):
 
 
 def test_a_budget_in_money_counts_by_the_prices():
-    prices = dict(price_per_million_input=1e6, price_per_million_output=2e6)
+    prices = {"price_per_million_input": 1e6, "price_per_million_output": 2e6}
     # 1 + 2 * 5 = 11 each, at most 20.
     with serving() as server, client_of(server, max_cost=45.0, concurrency=1, **prices) as client:
         with pytest.raises(BudgetSpent, match=r"33 of 45.*may cost 20 \(max_cost\)"):
@@ -227,7 +227,7 @@ def test_killed_midway_and_restarted_no_answered_request_is_sent_again(tmp_path)
         gate.set()
 
     with serving(script=script) as server:
-        settings = dict(concurrency=4, retries=60)
+        settings = {"concurrency": 4, "retries": 60}
         with client_of(server, tmp_path / "answers", **settings) as client:
             texts = client.ask(requests(40))
             stats = client.stats()
@@ -293,7 +293,7 @@ def test_no_secret_is_in_what_is_written_raised_or_logged(tmp_path, monkeypatch,
     caplog.set_level("DEBUG")
     said, lines = Said(), []
     with serving(key="another") as server:
-        settings = dict(api_key_env="JUDGE_KEY", retries=0)
+        settings = {"api_key_env": "JUDGE_KEY", "retries": 0}
         with client_of(server, tmp_path / "answers", said, **settings) as client:
             for ask in (client.ask, lambda asked: client.probe(asked[0])):
                 with pytest.raises(Refused, match=r"JUDGE_KEY") as caught:

@@ -64,9 +64,9 @@ def test_the_most_tokens_in_one_place_are_what_the_server_and_the_settings_allow
 def test_a_server_that_gives_text_only_is_refused_with_what_to_do():
     for lenient in (False, True):
         supports = EVERYTHING - {"prompt_logprobs", "echo", "given_ids"}
-        with serving(supports, lenient=lenient) as server:
-            with pytest.raises(UserError, match="no log-probabilities .*omniopd"):
-                found(server)
+        refused = pytest.raises(UserError, match=r"no log-probabilities .*omniopd")
+        with serving(supports, lenient=lenient) as server, refused:
+            found(server)
 
 
 def test_a_wrong_key_and_a_broken_server_are_not_taken_for_a_missing_source():

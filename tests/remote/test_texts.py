@@ -152,7 +152,7 @@ def test_texts_do_not_depend_on_threads_and_change_with_the_seed(tmp_path):
         runs = []
         for concurrency, seed in ((1, 0), (8, 0), (8, 1)):
             with client_of(server, concurrency=concurrency) as client:
-                known = dict(max_tokens=3, seed=seed)
+                known = {"max_tokens": 3, "seed": seed}
                 runs.append(continuations(client, ONE_EACH, prefixes("a", "b"), 4, **known))
     assert runs[0] == runs[1]
     assert not {text for each in runs[0] for text in each} & {t for each in runs[2] for t in each}
@@ -228,9 +228,9 @@ def test_malformed_answers_are_asked_for_again(answer):
 def test_choices_are_ordered_by_their_index():
     choices = [{"index": i, "text": str(i)} for i in (2, 0, 1)]
     features = dataclasses.replace(ONE_EACH, samples=None)
-    with serving(script=lambda *_: (200, {}, {"choices": choices})) as server:
-        with client_of(server) as client:
-            texts = continuations(client, features, prefixes("a"), 3, max_tokens=3)
+    script = lambda *_: (200, {}, {"choices": choices})  # noqa: E731
+    with serving(script=script) as server, client_of(server) as client:
+        texts = continuations(client, features, prefixes("a"), 3, max_tokens=3)
     assert texts == [["0", "1", "2"]]
 
 
