@@ -21,12 +21,12 @@ from jax.sharding import Mesh
 from fireopd_jax.config import UserError
 from fireopd_jax.runtime.signals import Interrupted, StopFlag
 from fireopd_jax.sharding.mesh import shard_rows
-from fireopd_jax.types import Original, Prompts, Rollout
+from fireopd_jax.types import Audit, Original, Prompts, Rollout
 
 Sample = Callable[[int], Rollout]
 """Samples the rollout of a step (from 0) with the parameters of the first step of its window."""
 Refine = Callable[[Rollout], Rollout]
-PARTS: Mapping[str, Any] = {"prompts": Prompts, "original": Original}
+PARTS: Mapping[str, Any] = {"prompts": Prompts, "original": Original, "audit": Audit}
 """Fields of a rollout that are pytrees themselves."""
 
 

@@ -1,20 +1,29 @@
 """Host stages: grades where a method needs them, and nothing for the others."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 
 from fireopd_jax.recipe.schema import load_config
-from fireopd_jax.session.host import HOST_STAGES, Grade, host_stages
+from fireopd_jax.session.host import Grade, Policies
+from fireopd_jax.session.refining import HOST_STAGES, host_stages
 from fireopd_jax.session.setup import set_up
 from tests.cases import make_rollout
 
 SETTINGS = ["smoke", "data.path=builtin:addition-1", "rollout.batch_size=8", "eval.problems=0"]
 
 
-def make_setup(method):
-    return set_up(load_config([*SETTINGS, f"method/{method}"]))
+NOBODY = Policies(student={}, teachers=(), updates=np.zeros((), np.int32))
+
+
+def make_setup(method, *settings):
+    return set_up(load_config([*SETTINGS, f"method/{method}", *settings]))
+
+
+def stages_of(setup):
+    return host_stages(SimpleNamespace(setup=setup), setup.config.method)
 
 
 def make_case(setup):
@@ -31,9 +40,9 @@ def make_case(setup):
 
 def test_a_method_that_needs_grades_has_its_rollouts_graded():
     setup = make_setup("uni_opd")
-    (stage,) = host_stages(setup, setup.config.method)
+    (stage,) = stages_of(setup)
     rollout = make_case(setup)
-    graded = stage(rollout)
+    graded = stage(rollout, NOBODY)
     np.testing.assert_array_equal(graded.correct, [1, 0, 1, 0, 1, 0, 1, 0])
     assert graded.correct.dtype == np.float32
     # The rows lie where the score program wants them, and nothing else has changed.
@@ -43,8 +52,7 @@ def test_a_method_that_needs_grades_has_its_rollouts_graded():
 
 
 def test_other_methods_have_no_host_stage():
-    setup = make_setup("fire_opd")
-    assert host_stages(setup, setup.config.method) == []
+    assert stages_of(make_setup("fire_opd")) == []
 
 
 def test_every_host_stage_fills_in_a_field_of_the_rollout():
