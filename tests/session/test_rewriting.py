@@ -16,13 +16,12 @@ from fireopd_jax.session.contexts import encoded_for
 from fireopd_jax.session.host import Policies
 from fireopd_jax.session.refining import host_stages
 from fireopd_jax.session.rewriting import Rewriter
-from fireopd_jax.session.session import Session
 from fireopd_jax.session.setup import set_up
 from fireopd_jax.text.templates import CUT
 from fireopd_jax.types import Rewritten, Rollout, Writer
-from tests.cases import make_rollout
+from tests.cases import make_rollout, make_session
 
-ROWS, ROOM = 8, 16
+ROWS, ROOM = 8, 48
 TEXT = "method.refine.prompt='{problem}|{attempt}'"
 SETTINGS = ["smoke", "method/trd", "mesh.data=1", "eval.problems=0", f"rollout.batch_size={ROWS}",
             "rollout.group_size=1", f"rollout.max_tokens={ROOM}", "data.max_prompt_tokens=24",
@@ -70,12 +69,6 @@ def make_setup(tmp_path, *settings, rows=None):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return set_up(load_config([*SETTINGS, f"data.path={file}", TEXT, *settings]))
-
-
-def make_session(setup, sampler):
-    session = object.__new__(Session)
-    session.setup, session.generate = setup, sampler
-    return session
 
 
 def ids_of(setup, text, end=True):
@@ -179,7 +172,7 @@ def test_a_rewrite_at_the_limit_is_dropped(tmp_path):
 def test_a_row_whose_problem_alone_is_too_long_is_not_asked(tmp_path):
     rows = [{"prompt": f"{i}+{i}" + "1" * 15 * (i == 5), "solution": "s"} for i in range(ROWS)]
     setup = make_setup(tmp_path, "method.refine.max_prompt_tokens=36", rows=rows)
-    sampler, own = Scripted(answers(setup)), make_own(setup, lambda row: "try it now")
+    sampler, own = Scripted(answers(setup)), make_own(setup, lambda row: "b" * 30)
     out = rewritten(setup, sampler, own)
     assert outcomes(out) == [*["DONE"] * 5, "OVERLONG", "DONE", "DONE"]
     asked = sampler.calls[0].prompts.length
@@ -191,17 +184,17 @@ def test_a_row_whose_problem_alone_is_too_long_is_not_asked(tmp_path):
 def test_a_quotation_is_cut_to_the_limit_that_was_given(tmp_path):
     setup = make_setup(tmp_path, "method.refine.max_prompt_tokens=33")
     sampler = Scripted(answers(setup))
-    rewritten(setup, sampler, make_own(setup, lambda row: "a" * (ROOM - 1)))
+    rewritten(setup, sampler, make_own(setup, lambda row: "a" * 40))
     prompts = sampler.calls[0].prompts
     for tokens, length in zip(prompts.tokens, prompts.length, strict=True):
         assert length == 33
-        assert shown(setup, tokens, length).endswith(f"|aaaa{CUT}<|end|><|assistant|>")
+        assert shown(setup, tokens, length).endswith(f"|{'a' * 7}{CUT}<|end|><|assistant|>")
 
 
 def test_the_models_positions_are_checked_before_anything_is_sampled(tmp_path):
     small = ("{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, "
              "num_key_value_heads: 1, head_dim: 8, intermediate_size: 32, ")  # fmt: skip
-    for size, fits in ((49, True), (48, False)):
+    for size, fits in ((33 + ROOM, True), (32 + ROOM, False)):
         setup = make_setup(
             tmp_path, "method.refine.max_prompt_tokens=33",
             f"teacher.architecture={small} max_position_embeddings: {size}}}",
@@ -287,11 +280,11 @@ def test_rewrites_that_are_much_shorter_are_dropped(tmp_path):
 def test_rows_that_a_rewrite_makes_worse_are_dropped(tmp_path):
     setup = make_setup(tmp_path, "method.refine.drop_worse=true")
     right = [0, 1, 2, 3]  # of the student's own
-    later = {0: "0", 1: "9", 4: "8", 5: "1"}  # right, wrong, right, wrong; row 2 and 3 below
+    later = {0: "0", 1: "9", 4: "8", 5: "1"}  # right, wrong, right, wrong
     texts = answers(setup, lambda row: later.get(row, "77"))
-    out = rewritten(
-        setup, Scripted(texts, cut=[3]), make_own(setup, lambda row: f"{2 * row}" if row in right else "z")
-    )
+    texts[3] = ids_of(setup, "6", end=False)
+    own = make_own(setup, lambda row: f"{2 * row}" if row in right else "z")
+    out = rewritten(setup, Scripted(texts, cut=[3]), own)
     assert outcomes(out) == ["DONE", "WORSE", "WORSE", "CUT", "DONE", "DONE", "DONE", "DONE"]
     # The grades are those of what is trained on.
     np.testing.assert_array_equal(out.correct, [1, 0, 0, 0, 1, 0, 0, 0])
@@ -326,10 +319,10 @@ THINKING = (
 
 def test_the_teachers_template_may_have_other_arguments_when_it_scores(tmp_path):
     setup = make_setup(tmp_path, "method.refine.score_template_kwargs={think: true}",
-                       "method.refine.max_prompt_tokens=42")  # fmt: skip
+                       "method.refine.max_prompt_tokens=47")  # fmt: skip
     setup = with_template(setup, THINKING)
     sampler = Scripted(answers(setup))
-    out = rewritten(setup, sampler, make_own(setup, lambda row: "a" * 15 if row == 1 else "abc"))
+    out = rewritten(setup, sampler, make_own(setup, lambda row: "a" * 40 if row == 1 else "abc"))
     asked, own = sampler.calls[0].prompts, np.argsort(sampler.calls[0].prompts.row)
     assert shown(setup, asked.tokens[own[0]], asked.length[own[0]]) == (
         "<|user|>0+0|abc<|end|><|assistant|>"
@@ -340,9 +333,9 @@ def test_the_teachers_template_may_have_other_arguments_when_it_scores(tmp_path)
     )
     # Each of the two is cut to the limit by itself.
     assert shown(setup, prompts.teacher_tokens[1], prompts.teacher_length[1]) == (
-        f"<|user|>1+1|{'a' * 6}{CUT}<|end|><|assistant|><think>"
+        f"<|user|>1+1|{'a' * 14}{CUT}<|end|><|assistant|><think>"
     )
-    assert "a" * 15 + "<" in shown(setup, asked.tokens[own[1]], asked.length[own[1]])
+    assert "a" * 40 + "<" in shown(setup, asked.tokens[own[1]], asked.length[own[1]])
     with pytest.raises(UserError, match="does not use 'thunk'"):
         wrong = make_setup(tmp_path, "method.refine.score_template_kwargs={thunk: true}")
         rewritten(wrong, Scripted(answers(wrong)), make_own(wrong))
@@ -384,8 +377,6 @@ def test_rows_without_a_response_stay_empty(tmp_path):
 
 def test_all_rows_may_be_dropped(tmp_path):
     setup = make_setup(tmp_path)
-    out = rewritten(setup, Scripted(answers(setup), cut=range(ROWS)), make_own(setup))
-    assert outcomes(out) == ["DONE"] * ROWS, "each of them holds an end"
     texts = {row: ids_of(setup, "xy", end=False) for row in range(ROWS)}
     out = rewritten(setup, Scripted(texts, cut=range(ROWS)), make_own(setup))
     assert outcomes(out) == ["CUT"] * ROWS and not out.mask.any()
