@@ -18,6 +18,7 @@ from fireopd_jax.ops.head import head_stats
 from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.state import Shape, empty_requests, initial_state
+from fireopd_jax.session.session import Session
 from fireopd_jax.types import Prompts, Rollout, Scores, TokenStats
 
 
@@ -48,6 +49,13 @@ def make_rollout(mask, teacher=None, logprob=None):
         version=np.zeros(mask.shape, np.int32),
         writer=np.zeros(mask.shape, np.int32),
     )
+
+
+def make_session(setup, generate=None):
+    """Return a session without a folder, which samples by `generate`."""
+    session = object.__new__(Session)
+    session.setup, session.generate = setup, generate
+    return session
 
 
 def assembled(rollout, scores, filter, reweight, aggregate="seq", num_teachers=1, **known):

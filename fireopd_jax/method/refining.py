@@ -6,6 +6,7 @@ The host stages of `session/` do what these settings ask for.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -84,6 +85,11 @@ class Rewrite(Section):
     def __post_init__(self) -> None:
         """Raise ValueError for a prompt that is neither a known name nor a template."""
         check_template(self.prompt, "rewrite", ("problem", "attempt"))
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Yield what only the rewriter's own prompt needs."""
+        if self.score_after == "prompt":
+            yield "score_template_kwargs", "with score_after: prompt"
 
     @property
     def needs(self) -> frozenset[str]:

@@ -72,7 +72,7 @@ def _method_conflicts(
 ) -> Iterator[str]:
     """Yield stages that these scores or rollouts make incorrect, useless or identically zero."""
     score, loss = method.score, method.loss
-    yield from _teacher_conflicts(method)
+    yield from _teacher_conflicts(method, rollout)
     num_teachers = 1 if method.teacher.own else num_teachers
     for stage in method.readers:
         if missing := sorted(stage.needs - score.gives):
@@ -116,6 +116,12 @@ def _method_conflicts(
             f"rollout.group_size={rollout.group_size}: {loss.kind} compares the responses to one "
             f"prompt; expected {loss.least_group} or more, or method.loss.baseline=none"
         )
+    scored_at = score.temperature or rollout.temperature
+    if scored_at != rollout.temperature and loss.on_policy and not loss.corrects:
+        yield (
+            f"method.score.temperature={score.temperature}: {loss.kind} assumes responses sampled "
+            f"from the scored distribution; expected rollout.temperature ({rollout.temperature})"
+        )
     if score.margin is not None and rollout.group_size == 1:
         yield (
             "method.score.margin compares the responses to one prompt: expected rollout.group_size "
@@ -144,11 +150,16 @@ def _method_conflicts(
         )
 
 
-def _teacher_conflicts(method: MethodConfig) -> Iterator[str]:
+def _teacher_conflicts(method: MethodConfig, rollout: RolloutConfig) -> Iterator[str]:
     """Yield a teacher that cannot do what the other choices ask for, or that teaches nothing."""
     teacher, refine, loss = method.teacher, method.refine, method.loss
     if refine.asks_teacher and not (teacher.own or teacher.resident):
         yield f"method.refine: {refine.kind} asks a teacher, and method.teacher.kind={teacher.kind}"
+    if refine.rewrites and rollout.on_policy_fraction < 1:
+        yield (
+            f"rollout.on_policy_fraction={rollout.on_policy_fraction}: method.refine.kind="
+            f"{refine.kind} rewrites the student's own responses; expected 1"
+        )
     if refine.rewrites and loss.on_policy:
         yield (
             f"method.refine.kind={refine.kind}: {loss.kind} assumes that every response is sampled "

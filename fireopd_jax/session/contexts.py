@@ -91,11 +91,10 @@ def encoded_for(setup: Setup, method: MethodConfig) -> Encoded:
             f"method.teacher.max_prompt_tokens={limit}: none of {len(lengths)} prompts of the "
             f"teacher fits, the shortest has {lengths.min()} tokens"
         )
-    width = -(-limit // BLOCK) * BLOCK
     for spec in specs:
-        check_context(spec, width, setup.config.rollout.max_tokens, "method.teacher")
+        check_context(spec, limit, setup.config.rollout.max_tokens, "method.teacher")
     return dataclasses.replace(
-        encoded, teacher_prompts=prompts, kept=kept, max_teacher_prompt_tokens=width
+        encoded, teacher_prompts=prompts, kept=kept, max_teacher_prompt_tokens=width_of(limit)
     )
 
 
@@ -104,13 +103,18 @@ def with_privileged(row: Row, text: str, attempt: str = "") -> tuple[Message, ..
     return asking(row.prompt, text, {"reference": row.privileged or "", "attempt": attempt})
 
 
-def check_context(spec: ModelSpec, width: int, max_tokens: int, section: str) -> None:
-    """Raise UserError where prompts of `width` tokens leave a model no room for responses."""
+def width_of(limit: int) -> int:
+    """Return the width of the array that holds prompts of up to `limit` tokens."""
+    return -(-limit // BLOCK) * BLOCK
+
+
+def check_context(spec: ModelSpec, longest: int, max_tokens: int, section: str) -> None:
+    """Raise UserError where prompts of `longest` tokens leave a model no room for responses."""
     limit = spec.model.config.max_position_embeddings
-    if limit is not None and width + max_tokens > limit:
+    if limit is not None and longest + max_tokens > limit:
         raise UserError(
-            f"{spec.name}: prompts of {width} tokens ({section}.max_prompt_tokens) and "
-            f"rollout.max_tokens={max_tokens} make {width + max_tokens}, more than the model's "
+            f"{spec.name}: prompts of {longest} tokens ({section}.max_prompt_tokens) and "
+            f"responses of {max_tokens} make {longest + max_tokens}, more than the model's "
             f"{limit} (max_position_embeddings)"
         )
 
@@ -168,18 +172,17 @@ class Quoting:
         return self.voice.ids([asking(row.prompt, self.text, fields)])[0]
 
 
-def quoting_width(setup: Setup, method: MethodConfig, text: str, limit: int | None) -> int:
-    """Return the width of prompts that quote a response: `limit`, or enough for every row."""
-    if limit is None:
-        specs = teacher_specs(setup, method)
-        longest = 0
-        rows = sorted((setup.rows[i] for i in setup.encoded.kept), key=_characters)[-LONGEST:]
-        for spec in specs:
-            bare = [with_privileged(row, text) for row in rows]
-            longest = max(longest, *(len(ids) for ids in voice_of(spec).ids(bare)))
-        # Where that is not enough, as with another tokenizer, quotations are cut.
-        limit = longest + setup.config.rollout.max_tokens
-    return -(-limit // BLOCK) * BLOCK
+def longest_quoting(setup: Setup, method: MethodConfig, text: str) -> int:
+    """Return a length in tokens that is enough for the prompts that quote any row's response.
+
+    Where it is not, as with another tokenizer, quotations are cut.
+    """
+    rows = sorted((setup.rows[i] for i in setup.encoded.kept), key=_characters)[-LONGEST:]
+    bare = [with_privileged(row, text) for row in rows]
+    longest = max(
+        len(ids) for spec in teacher_specs(setup, method) for ids in voice_of(spec).ids(bare)
+    )
+    return longest + setup.config.rollout.max_tokens
 
 
 def _characters(row: Row) -> int:

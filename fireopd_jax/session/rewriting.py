@@ -23,10 +23,11 @@ from fireopd_jax.session.contexts import (
     Quoting,
     Voice,
     check_context,
+    longest_quoting,
     pad_of,
-    quoting_width,
     teacher_specs,
     voice_of,
+    width_of,
 )
 from fireopd_jax.session.host import Policies, each_response, is_right
 from fireopd_jax.session.session import Session
@@ -61,13 +62,15 @@ class Rewriter:
         self.specs = teacher_specs(setup, method)
         self.room = setup.config.rollout.max_tokens
         text = refine.prompt
-        self.width = quoting_width(setup, method, text, refine.max_prompt_tokens)
+        limit = refine.max_prompt_tokens or longest_quoting(setup, method, text)
+        self.width = width_of(limit)
+        self.longest = min(refine.max_tokens or self.room, self.room)
         for spec in self.specs:
-            check_context(spec, self.width, self.room, "method.refine")
+            check_context(spec, limit, self.longest, "method.refine")
         student = setup.student.tokenizer
 
         def quoting(voice: Voice) -> Quoting:
-            return Quoting(voice, text, self.width, student)
+            return Quoting(voice, text, limit, student)
 
         voices = [voice_of(spec) for spec in self.specs]
         self.asking = [quoting(voice) for voice in voices]
@@ -91,7 +94,7 @@ class Rewriter:
             asked = {i: ids if after[i] is not None else None for i, ids in asked.items()}
         found = self._sample(own.prompts, asked, policies)
         outcome = self._outcomes(own, found, kept | ~real)
-        return self._placed(own, found, outcome, after)
+        return self._placed(own, found, outcome, after, np.asarray(policies.updates))
 
     def _seed(self, purpose: str) -> int:
         return seed_for(self.setup.config.run.seed, f"rewrite {purpose}")
@@ -139,11 +142,16 @@ class Rewriter:
         last = np.maximum(drawn.mask.sum(axis=1) - 1, 0)
         rows = np.arange(len(last))
         foreign = drawn.finished & ~np.isin(drawn.tokens[rows, last], student.stop)
-        tokens = drawn.tokens.copy()
+        tokens = np.where(drawn.mask, drawn.tokens, 0)
         tokens[rows[foreign], last[foreign]] = student.stop[0]
+        # What the student would stop at ends the rewrite, even if the teacher went on.
+        ends = np.isin(tokens, student.stop) & drawn.mask
+        mask = drawn.mask & (np.cumsum(ends, axis=1) - ends == 0)
         # A token id that the student lacks cannot be learned: as if the rewrite had been cut.
-        known = (np.where(drawn.mask, tokens, 0) < student.model.size).all(axis=1)
-        return dataclasses.replace(drawn, tokens=tokens, finished=drawn.finished & known)
+        known = (np.where(mask, tokens, 0) < student.model.size).all(axis=1)
+        return dataclasses.replace(
+            drawn, tokens=tokens, mask=mask, finished=ends.any(axis=1) & known
+        )
 
     def _sampling(self, spec: ModelSpec) -> Sampling:
         refine = self.refine
@@ -153,7 +161,7 @@ class Rewriter:
             top_p=refine.top_p,
             top_k=refine.top_k,
             spec=spec,
-            max_tokens=min(refine.max_tokens or self.room, self.room),
+            max_tokens=self.longest,
         )
 
     def _outcomes(
@@ -174,20 +182,28 @@ class Rewriter:
         return outcome
 
     def _placed(
-        self, own: Rollout, found: Rewritings, outcome: Int32[np.ndarray, " B"], after: Asked
+        self,
+        own: Rollout,
+        found: Rewritings,
+        outcome: Int32[np.ndarray, " B"],
+        after: Asked,
+        version: Int32[np.ndarray, ""],
     ) -> Rollout:
         """Return the rollout with rewrites in the place of responses, on the devices."""
         kept, done = outcome == Rewritten.KEPT, outcome == Rewritten.DONE
         mine = kept[:, None]
+        new = found.mask & done[:, None]
         zero = np.zeros_like(own.logprob)
         refined = dataclasses.replace(
             own,
             prompts=self._scored_after(own.prompts, after, done),
-            tokens=np.where(mine, own.tokens, found.tokens),
-            mask=np.where(mine, own.mask, found.mask & done[:, None]),
+            # An id that the student lacks has no embedding, not even a masked one.
+            tokens=np.where(mine, own.tokens, np.where(new, found.tokens, 0)),
+            mask=np.where(mine, own.mask, new),
             logprob=np.where(mine, own.logprob, zero),
             model_logprob=np.where(mine, own.model_logprob, zero),
             finished=np.where(kept, own.finished, found.finished),
+            version=np.where(mine, own.version, version),
             writer=np.where(mine, own.writer, np.int32(Writer.REWRITER)),
             original=Original(own.tokens, own.mask, own.model_logprob, outcome),
         )

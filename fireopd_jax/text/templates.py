@@ -105,6 +105,8 @@ def check_template(text: str, purpose: str, fields: Sequence[str]) -> None:
     for field in fields:
         if f"{{{field}}}" not in text:
             raise ValueError(f"prompt: the text lacks {{{field}}}")
+    if purpose == "teacher" and "{attempt}" in text:
+        raise ValueError("prompt: {attempt} is known to method.refine.prompt only")
 
 
 def needs_reference(text: str) -> bool:
@@ -130,10 +132,11 @@ def asking(
 ) -> tuple[Message, ...]:
     """Return a conversation whose last user message is the template, filled.
 
-    `{problem}` is what that message said; earlier messages, such as a system prompt, stay.
+    `{problem}` is what that message said; other messages, such as a system prompt, stay. Without a
+    user's message it is the last one.
     """
-    last = max((i for i, turn in enumerate(conversation) if turn["role"] == "user"), default=-1)
+    users = [i for i, turn in enumerate(conversation) if turn["role"] == "user"]
+    last = users[-1] if users else len(conversation) - 1
     problem = conversation[last]["content"]
     asked = Message(role="user", content=filled(text, {**fields, "problem": problem}))
-    kept = conversation[:last] if last >= 0 else conversation[:-1]
-    return (*kept, asked)
+    return (*conversation[:last], asked, *conversation[last + 1 :])

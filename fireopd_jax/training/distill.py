@@ -29,6 +29,7 @@ from fireopd_jax.runs.completions import write_completions
 from fireopd_jax.runs.tracking import Tracker, progress
 from fireopd_jax.runtime.clock import StageClock
 from fireopd_jax.runtime.compilation import CompileCounter
+from fireopd_jax.runtime.signals import Interrupted
 from fireopd_jax.session.contexts import encoded_for, teacher_specs
 from fireopd_jax.session.host import Policies
 from fireopd_jax.session.parameters import placed
@@ -153,13 +154,19 @@ class Distillation:
             for step in loop:
                 compiled = self.counter.count
                 policies = self.policies(state)
-                rollout = self.windows.rollout(
-                    step, partial(self.rollout, policies), partial(self.refine, policies)
-                )
+                try:
+                    rollout = self.windows.rollout(
+                        step, partial(self.rollout, policies), partial(self.refine, policies)
+                    )
+                except Interrupted:
+                    loop.flush()
+                    self._leave(step, state)
+                    raise
                 scored = self.score(policies, rollout, state)
-                teachers = policies.teachers
-                del policies  # frees a merged copy of the adapters before the update
-                state, metrics = self.update(teachers, state, scored)
+                judge = self.judge(policies.teachers)
+                del policies  # frees merged copies of the adapters before the update
+                state, metrics = self.update(judge, state, scored)
+                del judge
                 left = Step(metrics, scored, self.counter.count - compiled)
                 loop.dispatched(step + 1, left, flush=self._saves(step + 1))
                 self.after(step + 1, state, loop.stopping)
@@ -236,13 +243,17 @@ class Distillation:
             ready(scored.keep)
         return scored
 
-    def update(
-        self, teachers: Sequence[Params], state: TrainState, scored: Assembled
-    ) -> tuple[TrainState, Metrics]:
-        """Run `updates_per_rollout` optimizer steps on one batch."""
+    def judge(self, teachers: Sequence[Params]) -> Params | None:
+        """Return the parameters that the loss's exact divergence is from, if it has one."""
         judge = self.method.loss.judge(self.scorers or teachers, self.base)
         if judge is not None and self.moving:  # its buffers are donated with the state
             judge = jax.tree.map(jnp.copy, judge)
+        return judge
+
+    def update(
+        self, judge: Params | None, state: TrainState, scored: Assembled
+    ) -> tuple[TrainState, Metrics]:
+        """Run `updates_per_rollout` optimizer steps on one batch."""
         state = dataclasses.replace(state, stages=scored.states)
         with self.clock.stage("update") as ready:
             metrics: Metrics | None = None
@@ -316,6 +327,12 @@ class Distillation:
             self.windows.forget(before=min(self.checkpoints.steps()))
         if stopping:
             self.checkpoints.close()
+
+    def _leave(self, done: int, state: TrainState) -> None:
+        """Save the state between two steps, if that has not been done."""
+        if done > (self.checkpoints.latest() or 0):
+            self.checkpoints.save(done, state, self.loader.get_state())
+        self.checkpoints.close()
 
     def _saves(self, done: int) -> bool:
         run = self.config.run

@@ -114,7 +114,8 @@ def _make_init(
     key = jax.random.key(seed_for(config.run.seed, "lora"), impl="threefry2x32")
 
     def begin_adapters(params: Params) -> TrainState:
-        return init_state(lora.init(key, params), optimizer, method.init(rows))
+        adapters = lora.init(key, params)
+        return init_state(adapters, optimizer, method.init(rows), averaged=averaged)
 
     init = jax.jit(begin_adapters, out_shardings=everywhere)
     return init, jax.jit(lora.merge, out_shardings=everywhere)

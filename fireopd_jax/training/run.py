@@ -20,7 +20,7 @@ from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.decoder import parameter_count
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.recipe.schema import Config, as_tree, with_defaults, with_method
+from fireopd_jax.recipe.schema import Config, as_tree, methods, with_defaults, with_method
 from fireopd_jax.runs.folder import environment, is_complete, open_run
 from fireopd_jax.runs.report import print_curve, print_results, write_card
 from fireopd_jax.runs.tracking import Log
@@ -110,7 +110,8 @@ def drawing(setup: Setup) -> dict[str, DecoderConfig]:
     """Return the models that responses are sampled from, by name: student, and teachers if any."""
     own = setup.config.student.sft
     copied = own is not None and own.source == "teacher"
-    teachers = setup.teachers if setup.config.eval.problems or copied else ()
+    rewriting = any(method.refine.asks_teacher for method in methods(setup.config))
+    teachers = setup.teachers if setup.config.eval.problems or copied or rewriting else ()
     return {spec.name: spec.model.config for spec in (setup.student, *teachers)}
 
 

@@ -274,7 +274,8 @@ def make_update(
         params, opt_state = jax.tree.map(lambda new, old: jnp.where(usable, new, old), moved, kept)
         average = state.average
         if decay is not None and average is not None:
-            average = optax.incremental_update(params, average, 1 - decay)
+            later = optax.incremental_update(params, average, 1 - decay)
+            average = jax.tree.map(lambda new, old: jnp.where(usable, new, old), later, average)
         state = dataclasses.replace(
             state,
             params=params,

@@ -20,6 +20,7 @@ TINY = [
     f"student.architecture={MODEL}",
     "student.sft={steps: 2, batch_size: 8, source: teacher, teacher_rows: 16}",
     "student.lora={rank: 2}",
+    "method.teacher={prompt: reference, max_prompt_tokens: 500}",
     f"teacher.architecture={MODEL}",
     "teacher.quantize=int8",
     "teacher.sft={steps: 30, batch_size: 32, optim: {learning_rate: 1e-2, schedule: cosine}}",
