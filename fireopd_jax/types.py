@@ -130,6 +130,41 @@ class Audit:
 
 
 @pytree
+class TokenStats:
+    """A model's statistics at each position of `rollout.tokens`."""
+
+    logprob: Float32[Array, "B T"]
+    entropy: Float32[Array, "B T"]
+    """Entropy over the whole vocabulary, in nats; NaN where a served teacher does not return it."""
+    support: Float32[Array, "B T S"] | None = None
+    """In the update only: the student's log-probabilities at `scores.support.ids`."""
+    divergence: Float32[Array, "B T"] | None = None
+    """In the update only: the exact divergence that the loss needs."""
+
+
+@pytree
+class ModelScores:
+    """Scores of each response token by one model."""
+
+    stats: TokenStats
+    top_ids: Int32[Array, "B T K"] | None = None
+    top_logprob: Float32[Array, "B T K"] | None = None
+    at_ids: Float32[Array, "B T N"] | None = None
+    """Log-probabilities at the token ids that were asked for."""
+    hidden: Float[Array, "B T E"] | None = None
+    token_weight: Float32[Array, "B T"] | None = None
+
+
+@pytree
+class Heard:
+    """Scores from before the score program: a teacher behind HTTP is asked on the host."""
+
+    student: ModelScores
+    """With the token ids at which the teacher was asked, -1 where it did not return them."""
+    teacher: ModelScores
+
+
+@pytree
 class Rollout:
     """Responses, with the sampler's log-probabilities."""
 
@@ -152,21 +187,10 @@ class Rollout:
     """The student's own responses, where the method rewrites them."""
     leaked: Bool[Array, " B"] | None = None
     """Whether the response speaks of privileged information; None where that is not counted."""
+    heard: Heard | None = None
+    """Scores of student and teacher, where the teacher is served."""
     audit: Audit | None = None
     """Chunks that were compared with a teacher's text; None for methods without an audit."""
-
-
-@pytree
-class TokenStats:
-    """A model's statistics at each position of `rollout.tokens`."""
-
-    logprob: Float32[Array, "B T"]
-    entropy: Float32[Array, "B T"]
-    """Entropy over the whole vocabulary, in nats."""
-    support: Float32[Array, "B T S"] | None = None
-    """In the update only: the student's log-probabilities at `scores.support.ids`."""
-    divergence: Float32[Array, "B T"] | None = None
-    """In the update only: the exact divergence that the loss needs, from teacher or base policy."""
 
 
 @pytree

@@ -119,16 +119,21 @@ def _of_teacher(
     mask, student = jnp.asarray(batch.rollout.mask), batch.scores.student
     log_ratio = student.logprob - teacher.logprob
     score = jnp.where(mask, teacher.logprob, 0).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)
-    return {
+    # A served teacher returns no entropies.
+    of_entropy: dict[str, Mean | Max] = {}
+    if batch.rollout.heard is None:
+        of_entropy = {
+            "distill/entropy_gap": Mean.of(jnp.abs(teacher.entropy - student.entropy), mask),
+            "teacher_entropy": Mean.of(teacher.entropy, mask),
+            "teacher_entropy_max": Max.of(teacher.entropy, mask),
+        }
+    return of_entropy | {
         "distill/reverse_kl": Mean.of(log_ratio, mask),
         "distill/advantage_positive_fraction": Mean.of(log_ratio < 0, mask),
         "distill/log_ratio_max": Max.of(jnp.abs(log_ratio), mask),
         "distill/log_ratio_above_10": Mean.of(jnp.abs(log_ratio) > FOREIGN, mask),
         "distill/foreign_fraction": _of_foreign(batch),
-        "distill/entropy_gap": Mean.of(jnp.abs(teacher.entropy - student.entropy), mask),
         "teacher_logprob": Mean.of(teacher.logprob, mask),
-        "teacher_entropy": Mean.of(teacher.entropy, mask),
-        "teacher_entropy_max": Max.of(teacher.entropy, mask),
         "method/score_kept": Mean.of(score, valid & kept),
         "method/score_dropped": Mean.of(score, valid & ~kept),
     }

@@ -39,11 +39,19 @@ def conflicts(config: "Config") -> Iterator[str]:
         if optim.warmup_steps >= updates:
             yield f"{key}.warmup_steps={optim.warmup_steps}: expected fewer than {updates} updates"
     yield from _name_conflicts(config)
+    yield from _served_conflicts(config)
     if len(config.teachers) > 1 and config.data.teacher_column is None:
         yield (
             f"data.teacher_column: with {len(config.teachers)} teachers, expected the column that "
             "names each row's teacher"
         )
+    for name, teacher in config.teachers.items():
+        if teacher.sft is not None and teacher.sft.source == "teacher":
+            yield f"teachers.{name}.sft.source: a teacher can only be trained on 'rows'"
+
+
+def sft_conflicts(config: "Config") -> Iterator[str]:
+    """Yield prompts of supervised training that the method of the run does not have."""
     for key, model in _models(config):
         contexts = () if model.sft is None else model.sft.contexts
         if model.sft is not None and not contexts:
@@ -52,9 +60,43 @@ def conflicts(config: "Config") -> Iterator[str]:
             yield f"{key}.sft.contexts: teacher needs method.teacher.prompt"
         if "rewrite" in contexts and not config.method.refine.rewrites:
             yield f"{key}.sft.contexts: rewrite needs method.refine.kind=rewrite"
-    for name, teacher in config.teachers.items():
-        if teacher.sft is not None and teacher.sft.source == "teacher":
-            yield f"teachers.{name}.sft.source: a teacher can only be trained on 'rows'"
+
+
+def _served_conflicts(config: "Config") -> Iterator[str]:
+    """Yield what teachers behind HTTP cannot do."""
+    method, score = config.method, config.method.score
+    served = [name for name, each in config.teachers.items() if each.served is not None]
+    if not served or not method.teacher.resident:
+        return
+    where = f"teachers.{served[0]}.served"
+    if len(served) < len(config.teachers):
+        other = next(name for name in config.teachers if name not in served)
+        yield f"{where}: teacher {other} is not served; expected all teachers served, or none"
+    if method.refine.rewrites:
+        yield (
+            f"{where}: method.refine.kind={method.refine.kind} trains on the rewriter's token ids, "
+            "which a served teacher does not return; expected a teacher on this machine"
+        )
+    if not score.scores_teacher:
+        return
+    for stage in method.readers:
+        if lacking := sorted(stage.needs & {"teacher.entropy", "teacher.hidden", "reverse_kl"}):
+            yield (
+                f"{where}: {stage.kind} needs {', '.join(lacking)}, and a served teacher returns "
+                "log-probabilities only; expected other stages, such as those of method/opd, or a "
+                "teacher on this machine"
+            )
+    if score.one_teacher:
+        yield (
+            f"{where}: method.score.kind={score.kind} needs the teacher's hidden states; expected "
+            "sampled_token, or top_k with support=student"
+        )
+    temperature = score.temperature or config.rollout.temperature
+    if temperature != 1:
+        yield (
+            f"{where}: log-probabilities are compared at temperature {temperature:g}, servers "
+            "return them at 1; expected method.score.temperature=1"
+        )
 
 
 def _name_conflicts(config: "Config") -> Iterator[str]:

@@ -9,6 +9,7 @@ from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.lora import LoraConfig
 from fireopd_jax.models.quantized import Quantize
 from fireopd_jax.recipe.optim import SftConfig
+from fireopd_jax.remote.settings import ServedConfig
 
 
 @config
@@ -72,6 +73,9 @@ class StudentConfig(ModelConfig):
 class TeacherConfig(ModelConfig):
     """A teacher: frozen while the student is trained."""
 
+    served: ServedConfig | None = None
+    """A teacher behind an OpenAI-compatible HTTP API instead of a model on this machine; its token
+    ids must be the student's where a method needs log-probabilities."""
     quantize: Quantize | None = None
     """Store the kernels of its layers in eight bits, after `sft` if any; null keeps their dtype."""
     eos_alias: bool = False
@@ -82,3 +86,13 @@ class TeacherConfig(ModelConfig):
     def swaps_eos(self) -> bool:
         """Whether the teacher scores with its EOS swapped with the student's."""
         return self.eos_alias
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Yield the keys of a model on this machine where the teacher is served."""
+        if self.served is None:
+            yield from super().without_effect()
+            return
+        for name in ("path", "architecture", "tokenizer", "dtype", "param_dtype", "sft"):
+            yield name, "with served"
+        yield "quantize", "with served"
+        yield "eos_alias", "with served"

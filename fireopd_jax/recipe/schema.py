@@ -23,7 +23,7 @@ from fireopd_jax.config import (
 from fireopd_jax.data.sources import DataConfig
 from fireopd_jax.evaluation.evaluator import EvalConfig
 from fireopd_jax.method.config import MethodConfig
-from fireopd_jax.recipe.checks import conflicts
+from fireopd_jax.recipe.checks import conflicts, sft_conflicts
 from fireopd_jax.recipe.keys import check_layers
 from fireopd_jax.recipe.layers import Layer, find_config, overlay, read_file, read_layers
 from fireopd_jax.recipe.models import ModelConfig, StudentConfig, TeacherConfig
@@ -148,7 +148,7 @@ def with_defaults(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def check(config: Config) -> None:
     """Raise UserError for the first conflict between sections, in the run or in a control."""
-    for problem in conflicts(config):
+    for problem in (*conflicts(config), *sft_conflicts(config)):
         raise UserError(problem)
     for name in config.run.compare:
         control = with_method(config, name)

@@ -56,6 +56,9 @@ class ServedConfig(Section):
     Retry-After of the server is respected."""
     cache: Literal["all", "texts", "none"] = "all"
     """Answers to keep on disk, so that a resumed or repeated run does not pay for them again."""
+    cache_file: str | None = None
+    """File of the answers; null: one in the run's folder. Several runs may share a file: then an
+    equal request of another run costs nothing, and budgets count what the file was paid with."""
     max_tokens_budget: PositiveInt | None = None
     """Most tokens, prompts and completions together, that this teacher may cost; what its cache
     was paid with counts. The run stops before a request that could exceed it."""
@@ -93,6 +96,8 @@ class ServedConfig(Section):
         """Yield the instruction where another form of continuation is fixed."""
         if self.continuation in ("prefill", "completions"):
             yield "instruction", f"with continuation={self.continuation}"
+        if self.cache == "none":
+            yield "cache_file", "with cache=none"
         if not self.retries:
             yield "backoff_s", "with retries=0"
 

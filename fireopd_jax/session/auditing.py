@@ -19,8 +19,9 @@ from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.method.scoring.teachers import Resident, ScoreOptions, score_student
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.session.host import Policies
+from fireopd_jax.session.served import ServedSpeaker
 from fireopd_jax.session.session import Session
-from fireopd_jax.session.speaking import Ask, Continue, ResidentSpeaker
+from fireopd_jax.session.speaking import Ask, Continue, ResidentSpeaker, Speaker
 from fireopd_jax.sharding.mesh import replicated, shard_rows
 from fireopd_jax.text.chat import decode
 from fireopd_jax.text.similarity import Embed, mean_embeddings
@@ -47,7 +48,8 @@ class Auditor:
                 f"the paper's 10 chunks of 50 are for {PAPER_ROOM}"
             )
         how = Continue(refine.continuations, self.size, refine.temperature, refine.top_p)
-        self.speaker = ResidentSpeaker(session, method, how)
+        speaker = ServedSpeaker if setup.served else ResidentSpeaker
+        self.speaker: Speaker = speaker(session, method, how)
         self.anchors = jax.jit(self._anchors, out_shardings=replicated(setup.mesh))
         self.score = method.score
         self.embed: Embed | None = None

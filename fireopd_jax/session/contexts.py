@@ -52,6 +52,28 @@ def teacher_specs(setup: Setup, method: MethodConfig) -> tuple[ModelSpec, ...]:
     return setup.teachers if method.teacher.resident else ()
 
 
+def teacher_names(setup: Setup, method: MethodConfig) -> tuple[str, ...]:
+    """Return the names of a method's teachers, by route."""
+    if method.teacher.own:
+        return ("student",)
+    if not method.teacher.resident:
+        return ()
+    resident = tuple(spec.name.removeprefix("teacher ") for spec in setup.teachers)
+    return resident or tuple(teacher.name for teacher in setup.served)
+
+
+def teacher_voices(setup: Setup, method: MethodConfig) -> list[Voice]:
+    """Return tokenizers and template arguments of a method's teachers, by route.
+
+    Served teachers have the student's tokenizer.
+    """
+    served = setup.served if method.teacher.resident else ()
+    student = setup.student.tokenizer
+    return [voice_of(spec) for spec in teacher_specs(setup, method)] + [
+        Voice(student, teacher.config.chat_template_kwargs) for teacher in served
+    ]
+
+
 def encoded_for(setup: Setup, method: MethodConfig) -> Encoded:
     """Return the rows with the teacher's prompts of a method; rows that lack a text are not kept.
 
@@ -78,10 +100,10 @@ def encoded_for(setup: Setup, method: MethodConfig) -> Encoded:
     if teacher.prompt is None:
         return encoded
     prompts = list(encoded.teacher_prompts)
-    for route, spec in enumerate(specs):
+    for route, voice in enumerate(teacher_voices(setup, method)):
         own = [int(i) for i in encoded.kept if encoded.route[i] == route]
         asked = [with_privileged(setup.rows[i], teacher.prompt) for i in own]
-        for index, ids in zip(own, voice_of(spec).ids(asked), strict=True):
+        for index, ids in zip(own, voice.ids(asked), strict=True):
             prompts[index] = ids
     lengths = np.asarray([len(prompts[i]) for i in encoded.kept])
     limit = teacher.max_prompt_tokens or int(lengths.max())

@@ -48,6 +48,12 @@ class Session:
     stop: StopFlag
     log: Log
     generators: dict[str, Generate] = dataclasses.field(default_factory=dict)
+    connections: Any = None
+    """Connections to served teachers (`session.served.Connections`), once there are any."""
+
+    def served_stats(self) -> dict[str, float]:
+        """Return the counters of requests to served teachers, {} without any."""
+        return {} if self.connections is None else self.connections.stats()
 
     def generate(
         self,

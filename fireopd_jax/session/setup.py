@@ -15,11 +15,27 @@ from transformers import PreTrainedTokenizerBase
 from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import Encoded, encode, split
 from fireopd_jax.data.sources import Row, read_rows, route
+from fireopd_jax.recipe.models import TeacherConfig
 from fireopd_jax.recipe.schema import Config, MethodConfig, methods, used_teachers
+from fireopd_jax.remote.settings import ServedConfig
 from fireopd_jax.rollout.sampling import Sampling, seed_for
-from fireopd_jax.session.specs import ModelSpec, make_spec
+from fireopd_jax.session.specs import ModelSpec, make_spec, slug
 from fireopd_jax.sharding.mesh import make_mesh
 from fireopd_jax.text.checks import check_ids, check_teacher
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedTeacher:
+    """A teacher behind HTTP."""
+
+    name: str
+    served: ServedConfig
+    config: TeacherConfig
+
+    @property
+    def slug(self) -> str:
+        """Name of its file of answers."""
+        return slug(f"teacher {self.name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +46,10 @@ class Setup:
     mesh: Mesh
     student: ModelSpec
     teachers: tuple[ModelSpec, ...]
-    """Those that some method of the run uses, or the student's supervised training."""
+    """Those that some method of the run uses, or the student's supervised training; none where
+    the teachers are served."""
+    served: tuple[ServedTeacher, ...]
+    """Teachers behind HTTP, by route."""
     base: ModelSpec | None
     """The base policy, if the configuration names one; else it is the student at its start."""
     rows: Sequence[Row]
@@ -75,6 +94,12 @@ def set_up(config: Config) -> Setup:
     teachers = tuple(
         make_spec(f"teacher {name}", teacher).quantized(teacher.quantize)
         for name, teacher in used.items()
+        if teacher.served is None
+    )
+    served = tuple(
+        ServedTeacher(name, teacher.served, teacher)
+        for name, teacher in used.items()
+        if teacher.served is not None
     )
     base = None if config.base is None else make_spec("base", config.base)
     others = teachers if base is None else (*teachers, base)
@@ -97,7 +122,9 @@ def set_up(config: Config) -> Setup:
         rows,
         tokenizer=student.tokenizer,
         template_kwargs=config.student.chat_template_kwargs,
-        teacher_tokenizers=[teacher.tokenizer for teacher in teachers],
+        # Served teachers have the student's tokenizer; their servers may use another for texts.
+        teacher_tokenizers=[spec.tokenizer for spec in teachers]
+        or [student.tokenizer for _ in served],
         teacher_template_kwargs=[t.chat_template_kwargs for t in used.values()],
         route=routes,
         config=config.data,
@@ -117,7 +144,7 @@ def set_up(config: Config) -> Setup:
             )
     for method in methods(config):
         check_answers(method, [rows[index] for index in train])
-    return Setup(config, mesh, student, teachers, base, rows, encoded, train, held_out)
+    return Setup(config, mesh, student, teachers, served, base, rows, encoded, train, held_out)
 
 
 def check_answers(method: MethodConfig, rows: Sequence[Row]) -> None:

@@ -9,7 +9,7 @@ the metric `perf/compilations` counts each step's compilations.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from fireopd_jax.runs.tracking import Tracker, progress
 from fireopd_jax.runtime.clock import StageClock
 from fireopd_jax.runtime.compilation import CompileCounter
 from fireopd_jax.runtime.signals import Interrupted
-from fireopd_jax.session.contexts import encoded_for, teacher_specs
+from fireopd_jax.session.contexts import encoded_for, teacher_names, teacher_specs
 from fireopd_jax.session.host import Policies
 from fireopd_jax.session.parameters import placed
 from fireopd_jax.session.refining import host_stages
@@ -58,6 +58,8 @@ class Step:
     metrics: Metrics
     scored: Assembled
     compilations: int
+    served: Mapping[str, float]
+    """Counters of requests to served teachers so far."""
 
 
 class Distillation:
@@ -167,7 +169,8 @@ class Distillation:
                 del policies  # frees merged copies of the adapters before the update
                 state, metrics = self.update(judge, state, scored)
                 del judge
-                left = Step(metrics, scored, self.counter.count - compiled)
+                served = self.session.served_stats()
+                left = Step(metrics, scored, self.counter.count - compiled, served)
                 loop.dispatched(step + 1, left, flush=self._saves(step + 1))
                 self.after(step + 1, state, loop.stopping)
         self.checkpoints.close()
@@ -285,7 +288,7 @@ class Distillation:
                 step.scored.batch,
                 step.scored.keep,
                 rows=setup.rows,
-                teachers=[spec.name.removeprefix("teacher ") for spec in self.specs] or [""],
+                teachers=teacher_names(setup, self.method) or [""],
                 decode=partial(decode, setup.student.tokenizer),
             )
         shown: dict[str, object] = {}
@@ -314,6 +317,7 @@ class Distillation:
         if (second := values.pop("distill/advantage_square", None)) is not None:
             spread = second - values["distill/reverse_kl"] ** 2
             out["distill/advantage_std"] = max(spread, 0.0) ** 0.5
+        out |= step.served
         return out | {f"timing_s/{name}": seconds for name, seconds in sorted(stages.items())}
 
     def after(self, done: int, state: TrainState, stopping: bool) -> None:
@@ -321,10 +325,7 @@ class Distillation:
         self.clock.next()
         score = self._evaluate(done, state)
         if stopping or self._saves(done):
-            metrics = None if score is None else {"score": score}
-            with self.clock.host("save"):
-                self.checkpoints.save(done, state, self.loader.get_state(), metrics)
-            self.windows.forget(before=min(self.checkpoints.steps()))
+            self.save(done, state, score)
         if stopping:
             self.checkpoints.close()
 
@@ -333,6 +334,16 @@ class Distillation:
         if done > (self.checkpoints.latest() or 0):
             self.checkpoints.save(done, state, self.loader.get_state())
         self.checkpoints.close()
+
+    def save(self, done: int, state: TrainState, score: float | None = None) -> None:
+        """Write a checkpoint after `done` steps, unless there is one."""
+        if done == 0 or done in self.checkpoints.steps():
+            return
+        self.loader.seek(done)
+        with self.clock.host("save"):
+            metrics = None if score is None else {"score": score}
+            self.checkpoints.save(done, state, self.loader.get_state(), metrics)
+        self.windows.forget(before=min(self.checkpoints.steps()))
 
     def _saves(self, done: int) -> bool:
         run = self.config.run

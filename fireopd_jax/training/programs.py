@@ -21,7 +21,7 @@ from fireopd_jax.method.stage import Keep
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.recipe.optim import OptimConfig
 from fireopd_jax.rollout.sampling import seed_for
-from fireopd_jax.session.contexts import teacher_specs
+from fireopd_jax.session.contexts import teacher_names, teacher_specs
 from fireopd_jax.session.setup import Setup, special_ids
 from fireopd_jax.sharding.mesh import by_rows, replicated
 from fireopd_jax.training.optimizer import make_optimizer
@@ -79,7 +79,7 @@ def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Pro
     describe = functools.partial(
         diagnostics.of_batch,
         room=config.rollout.max_tokens,
-        teachers=[spec.name.removeprefix("teacher ") for spec in teacher_specs(setup, method)],
+        teachers=teacher_names(setup, method),
     )
     init, merged_params = _make_init(setup, method, optim)
     return Programs(
@@ -141,7 +141,7 @@ def _make_score(setup: Setup, method: MethodConfig) -> ScoreProgram:
         )
         context = stage_context(
             rollout,
-            max(len(teachers), 1),
+            max(len(teacher_names(setup, method)), 1),
             student.vocab_size,
             progress=done / jnp.float32(updates),
             special=special,

@@ -94,6 +94,9 @@ def _in_folder(
                 summary = work(session)
             except Interrupted as stopped:
                 raise Interrupted(f"{stopped}; resume with run.dir={folder.path}") from None
+            finally:
+                if session.connections is not None:
+                    session.connections.close()
             summary |= {"seconds": round(time.monotonic() - start, 1)}
             folder.write_json(record, summary)
             log(f"done in {summary['seconds']:.0f} s: {folder.path / record}")

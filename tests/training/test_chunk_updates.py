@@ -11,7 +11,7 @@ import pytest
 from fireopd_jax.bench.methods import random_rollout
 from fireopd_jax.metrics import results
 from fireopd_jax.recipe.schema import load_config
-from fireopd_jax.session import host
+from fireopd_jax.session import refining
 from fireopd_jax.session.setup import set_up
 from fireopd_jax.sharding.mesh import replicate, shard_rows
 from fireopd_jax.training.programs import make_programs
@@ -66,14 +66,15 @@ def test_updates_leave_the_base_policy_as_it_was(more):
 def test_a_run_with_audits_set_by_a_host_stage(more, tmp_path, monkeypatch):
     @dataclasses.dataclass(frozen=True)
     class Agree:
-        setup: object
+        session: object
+        method: object
         gives = frozenset({"rollout.audit"})
 
-        def __call__(self, rollout):
+        def __call__(self, rollout, policies):
             audit = make_audit(np.asarray(rollout.mask).sum(axis=1))
-            return dataclasses.replace(rollout, audit=shard_rows(self.setup.mesh, audit))
+            return dataclasses.replace(rollout, audit=shard_rows(self.session.setup.mesh, audit))
 
-    monkeypatch.setattr(host, "HOST_STAGES", (Agree,))
+    monkeypatch.setattr(refining, "HOST_STAGES", (Agree,))
     train(load_config([*SMALL, *more, f"run.dir={tmp_path}/run"]))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]

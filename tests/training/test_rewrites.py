@@ -73,7 +73,8 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "name", ["windows", *(pytest.param(n, marks=pytest.mark.slow) for n in ("frozen", "self", "lora"))]
+    "name",
+    ["windows", *(pytest.param(n, marks=pytest.mark.slow) for n in ("frozen", "self", "lora"))],
 )
 def test_each_model_scores_the_rewrite_after_its_own_prompt(name, tmp_path, monkeypatch):
     seen = run(tmp_path / "run", monkeypatch, *CASES[name])

@@ -101,6 +101,11 @@ class ScoreConfig:
         return self.base
 
     @property
+    def asks_own_ids(self) -> bool:
+        """Whether teachers are asked for log-probabilities at token ids that the student chose."""
+        return False
+
+    @property
     def support_size(self) -> int | None:
         """Support size, compared with `TokenLoss.least_support`; None without a support."""
         return None
@@ -114,11 +119,18 @@ class ScoreConfig:
         """Return the scores of a rollout, rows sharded over the mesh where one is given."""
         rollout, temperature, size = inputs.rollout, inputs.temperature, self.micro_batch_size
         options = ScoreOptions(implementation=self.head, chunk=self.head_chunk, mesh=inputs.mesh)
-        student = score_student(
-            inputs.student, rollout, temperature, self.of_student(options), size
-        )
+        heard = rollout.heard
+        if heard is not None:
+            student = heard.student
+        else:
+            student = score_student(
+                inputs.student, rollout, temperature, self.of_student(options), size
+            )
         scores, teacher = Scores(student.stats, None), None
-        if self.scores_teacher:
+        if heard is not None:
+            teacher = heard.teacher
+            scores = Scores(student.stats, teacher.stats)
+        elif self.scores_teacher:
             of_teacher = dataclasses.replace(
                 self.of_teacher(options), strengths=inputs.kernel_strengths
             )
@@ -204,6 +216,11 @@ class TopK(ScoreConfig):
         return super().gives | {"support"}
 
     @property
+    def asks_own_ids(self) -> bool:
+        """Whether the student's top-K alone are the support."""
+        return self.support == "student"
+
+    @property
     def support_size(self) -> int | None:
         """K, plus one where a union or the sampled token can add a token id."""
         return self.k + (self.support == "union" or self.sampled)
@@ -235,17 +252,22 @@ class TopK(ScoreConfig):
     ) -> Scores:
         """Return the scores with the support, and the overlap of the two top-K sets."""
         assert student.top_ids is not None and student.top_logprob is not None
-        assert teacher.top_ids is not None and teacher.top_logprob is not None
-        lists = (student.top_ids, student.top_logprob), (teacher.top_ids, teacher.top_logprob)
+        own = student.top_ids, student.top_logprob
+        # A served teacher may know the log-probabilities of given ids only.
+        theirs = None
+        if teacher.top_ids is not None and teacher.top_logprob is not None:
+            theirs = teacher.top_ids, teacher.top_logprob
         sampled = (inputs.rollout.tokens, teacher.stats.logprob) if self.sampled else None
         support = make_support(
             self.support,
-            *lists,
+            own,
+            theirs,
             teacher.at_ids,
             sampled=sampled,
             size=inputs.student.model.size,
         )
-        return dataclasses.replace(scores, support=support, overlap=overlap(*lists))
+        common = None if theirs is None else overlap(own, theirs)
+        return dataclasses.replace(scores, support=support, overlap=common)
 
 
 @config

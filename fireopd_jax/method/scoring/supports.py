@@ -18,7 +18,7 @@ List = tuple[Ids, Float32[Array, "B T K"]]
 def make_support(
     kind: Kind,
     student: List,
-    teacher: List,
+    teacher: List | None,
     teacher_at_student: Float32[Array, "B T K"] | None,
     *,
     sampled: tuple[Int32[Array, "B T"], Float32[Array, "B T"]] | None = None,
@@ -30,13 +30,19 @@ def make_support(
     for "student" and "union". Token ids from `size` on are outside the student's vocabulary and
     are left out.
 
-    Raises ValueError where `teacher_at_student` is required and missing.
+    Raises ValueError where `teacher_at_student` or, for another kind than "student", `teacher` is
+    missing.
     """
-    (own, _), (theirs, of_theirs) = student, teacher
-    common = _is_in(own, theirs)
+    own, _ = student
+    if teacher is None:
+        if kind != "student":
+            raise ValueError(f"support {kind!r} needs the teacher's top-K")
+        teacher = own[..., :0], jnp.zeros((*own.shape[:-1], 0), jnp.float32)
+    theirs, of_theirs = teacher
     if kind == "teacher":
         ids, logprob = theirs, of_theirs
     elif kind == "intersection":
+        common = _is_in(own, theirs)
         same = jnp.asarray(own)[..., :, None] == jnp.asarray(theirs)[..., None, :]
         at_own = jnp.where(same, jnp.asarray(of_theirs)[..., None, :], 0.0).sum(axis=-1)
         ids, logprob = jnp.where(common, own, -1), at_own

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.ops.head import head_gather, head_stats, head_topk
 from fireopd_jax.sharding.mesh import by_rows, join_micro_batches, micro_batches
-from fireopd_jax.types import Array, Rollout, TokenStats, pytree
+from fireopd_jax.types import Array, ModelScores, Rollout, TokenStats, pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +51,6 @@ class ScoreRows:
     """Token ids at which log-probabilities are returned; -1 in empty slots."""
     student_entropy: Float32[Array, "B T"] | None = None
     """The student's entropy in nats, where the teacher's head kernel computes the token weight."""
-
-
-@pytree
-class ModelScores:
-    """Scores of each response token by one model."""
-
-    stats: TokenStats
-    top_ids: Int32[Array, "B T K"] | None = None
-    top_logprob: Float32[Array, "B T K"] | None = None
-    at_ids: Float32[Array, "B T N"] | None = None
-    """Log-probabilities at `ScoreRows.ids`."""
-    hidden: Float[Array, "B T E"] | None = None
-    token_weight: Float32[Array, "B T"] | None = None
 
 
 @runtime_checkable
