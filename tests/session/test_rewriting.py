@@ -391,8 +391,6 @@ def test_leaks_in_rewrites_are_counted_or_dropped(tmp_path):
         texts = answers(setup, lambda row: "see 1" if row < 3 else "new")
         out = rewritten(setup, Scripted(texts), make_own(setup))
         np.testing.assert_array_equal(out.leaked, [True] * 3 + [False] * 5)
-        np.testing.assert_array_equal(
-            out.mask.any(axis=1), [drop == "false"] * 3 + [True] * 5
-        )
+        np.testing.assert_array_equal(out.mask.any(axis=1), [drop == "false"] * 3 + [True] * 5)
     setup = make_setup(tmp_path, told, "method.teacher.leak=null")
     assert rewritten(setup, Scripted(answers(setup)), make_own(setup)).leaked is None

@@ -87,7 +87,10 @@ CASES = {
 
 @pytest.mark.parametrize(
     "name",
-    ["frozen", *(pytest.param(name, marks=pytest.mark.slow) for name in ("windows", "self", "lora"))],
+    [
+        "frozen",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("windows", "self", "lora")),
+    ],
 )
 def test_each_model_scores_the_rewrite_after_its_own_prompt(name, tmp_path, monkeypatch):
     seen = run(tmp_path / "run", monkeypatch, *CASES[name])

@@ -108,7 +108,9 @@ def test_a_signal_ends_the_drawing_between_two_batches(tmp_path):
     assert spy.log == [0] and names(tmp_path) == [1]
     last = Spy(stop_in=2)
     last.rollout(windows_in(tmp_path, 3, last), 0)
-    assert last.log == [1, 2], "with nothing left to draw the step goes on, and is saved by the loop"
+    assert last.log == [1, 2], (
+        "with nothing left to draw the step goes on, and is saved by the loop"
+    )
 
 
 def test_an_error_in_a_refinement_is_raised_and_keeps_the_batches_before(tmp_path):
