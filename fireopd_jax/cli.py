@@ -143,6 +143,57 @@ def generate(
     )
 
 
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A run, a model's folder, or a name on the hub.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free port.")] = 8000,
+    model_id: Annotated[
+        str | None, typer.Option("--name", help="Model id in the API; by default MODEL.")
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--model", help="Of a run: which of its models/.")
+    ] = "student",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Longest prompt and response; by default the model's, at most 4096."
+        ),
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Responses decoded at a time, per replica.")
+    ] = None,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Open responses and scores, beyond which clients must wait.")
+    ] = 1024,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; by default the model's own.")
+    ] = None,
+    tensor: Annotated[int, typer.Option(min=1, help="Devices per replica of the model.")] = 1,
+) -> None:
+    """Serve a model over an OpenAI-compatible HTTP API: texts, and log-probs of given tokens.
+
+    If FIREOPD_SERVE_KEY is set, clients must send it as their API key.
+    """
+    from fireopd_jax.commands.serve import ServeCommand
+
+    settings = ServeCommand(
+        model=model,
+        name=name,
+        host=host,
+        port=port,
+        model_id=model_id,
+        max_tokens=max_tokens,
+        slots=slots,
+        queue=queue,
+        dtype=known_dtype(dtype),
+        tensor=tensor,
+    )
+    settings.run()
+
+
 def known_dtype(dtype: str | None) -> Any:
     """Return `dtype`; raise UserError unless it is float32, bfloat16 or None."""
     from fireopd_jax.config import nearest

@@ -95,10 +95,9 @@ def contestant(setup: Setup, config: Config, name: str, rollout: Rollout) -> Con
     Raises UserError for a method that grades or audits responses, because the rollout is random.
     """
     method = with_method(config, name).method
-    if method.asked_of_rollout:
+    if asked := sorted(method.asked_of_rollout):
         raise UserError(
-            f"--methods {name}: needs {', '.join(sorted(method.asked_of_rollout))}, and the responses "
-            "here are random"
+            f"--methods {name}: needs {', '.join(asked)}, and the responses here are random"
         )
     programs = make_programs(setup, method, config.optim)
     key = jax.random.key(0)

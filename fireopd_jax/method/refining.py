@@ -1,6 +1,6 @@
 """What happens to a rollout between sampling and scoring; the work is done on the host.
 
-    rollout -> nothing | rewrites by the teacher (TRD) -> rollout
+    rollout -> nothing | rewrites by the teacher (TRD) | audited chunks (OmniOPD) -> rollout
 
 The host stages of `session/` do what these settings ask for.
 """
@@ -12,6 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from fireopd_jax.config import Section, UnitInterval, config
+from fireopd_jax.method.chunks import chunk_sizes
+from fireopd_jax.text.similarity import Edit, Similarities
 from fireopd_jax.text.templates import check_template, needs_reference
 
 
@@ -27,6 +29,8 @@ class NoRefine(Section):
     """Whether the teacher has to write text."""
     rewrites: ClassVar[bool] = False
     """Whether the responses that are trained on are not the student's."""
+    prompt: ClassVar[str | None] = None
+    """Prompt that asks for a rewrite."""
     privileged: ClassVar[bool] = False
     """Whether the rows' privileged solutions are needed."""
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -98,4 +102,41 @@ class Rewrite(Section):
         return needs_reference(self.prompt)
 
 
-Refines = Annotated[NoRefine | Rewrite, Field(discriminator="kind")]
+@config
+class Audit(Section):
+    """The teacher continues the student's most uncertain chunks, and the texts are compared.
+
+    The responses stay; no log-probability of the teacher is needed.
+
+    References: arXiv 2606.01476 (OmniOPD).
+    """
+
+    kind: Literal["audit"] = "audit"
+    chunks: PositiveInt | None = None
+    """Audited chunks per response, M. null: the paper's 10, or fewer for short responses, so that
+    at most half of a response of `rollout.max_tokens` is audited."""
+    chunk_tokens: PositiveInt | None = None
+    """Tokens of a chunk, C. null: the paper's 50, or an eighth of `rollout.max_tokens`."""
+    continuations: PositiveInt = 10
+    """Continuations per chunk, N, each sampled by the teacher after the same prefix."""
+    similarity: Similarities = Edit()
+    """Similarity of a chunk and a continuation, from 0 to 1."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Sampling temperature of continuations; greedy ones would all be equal."""
+    top_p: UnitInterval = 1.0
+    """Nucleus of the sampling of continuations; 1 is off."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"rollout.audit"})
+    needs: ClassVar[frozenset[str]] = frozenset()
+    asks_teacher: ClassVar[bool] = True
+    rewrites: ClassVar[bool] = False
+    prompt: ClassVar[str | None] = None
+    privileged: ClassVar[bool] = False
+
+    def sizes(self, max_tokens: int) -> tuple[int, int]:
+        """Return (M, C) for responses of at most `max_tokens` tokens."""
+        chunks, size = chunk_sizes(max_tokens)
+        return self.chunks or chunks, self.chunk_tokens or size
+
+
+Refines = Annotated[NoRefine | Rewrite | Audit, Field(discriminator="kind")]

@@ -44,6 +44,14 @@ def conflicts(config: "Config") -> Iterator[str]:
             f"data.teacher_column: with {len(config.teachers)} teachers, expected the column that "
             "names each row's teacher"
         )
+    for key, model in _models(config):
+        contexts = () if model.sft is None else model.sft.contexts
+        if model.sft is not None and not contexts:
+            yield f"{key}.sft.contexts: none is given; expected one or more"
+        if "teacher" in contexts and config.method.teacher.prompt is None:
+            yield f"{key}.sft.contexts: teacher needs method.teacher.prompt"
+        if "rewrite" in contexts and not config.method.refine.rewrites:
+            yield f"{key}.sft.contexts: rewrite needs method.refine.kind=rewrite"
     for name, teacher in config.teachers.items():
         if teacher.sft is not None and teacher.sft.source == "teacher":
             yield f"teachers.{name}.sft.source: a teacher can only be trained on 'rows'"

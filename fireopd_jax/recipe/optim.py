@@ -45,6 +45,10 @@ class OptimConfig(Section):
             yield "final_fraction", "with schedule: constant"
 
 
+Context = Literal["prompt", "teacher", "rewrite"]
+"""Kinds of prompts in supervised training."""
+
+
 @config
 class SftConfig(Section):
     """Supervised training before distillation."""
@@ -57,6 +61,10 @@ class SftConfig(Section):
     """Rows per step."""
     source: Literal["rows", "teacher"] = "rows"
     """Responses to train on: the rows' references, or responses sampled from the teachers."""
+    contexts: tuple[Context, ...] = ("prompt",)
+    """Prompts after which the responses are learned, equally often: the row's own (`prompt`), that
+    of `method.teacher.prompt` (`teacher`), and that of `method.refine.prompt` (`rewrite`), which
+    quotes the response with errors as the attempt."""
     teacher_rows: PositiveInt = 4096
     """For `source: teacher`: number of rows for which the teachers' responses are sampled."""
     save_every: PositiveInt = 500

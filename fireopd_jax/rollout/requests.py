@@ -1,8 +1,8 @@
 """Requests to an engine and its responses: NumPy arrays of one response each."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -80,6 +80,19 @@ class Budget:
     """Response tokens in total, never exceeded."""
     seconds: float | None = None
     """Wall time, checked between two chunks of steps; results then depend on the machine."""
+
+
+@runtime_checkable
+class Feed(Protocol):
+    """Changes a stream of requests while it runs; asked between two runs of the device."""
+
+    def arriving(self) -> Iterable[Request]:
+        """Return the requests that have arrived since the last call."""
+        ...
+
+    def abandoned(self) -> Collection[int]:
+        """Return ids of requests that are to be dropped; no response of theirs is yielded."""
+        ...
 
 
 def empty(request: Request, finish: Finish) -> Completion:

@@ -28,6 +28,7 @@ from fireopd_jax.rollout.meshes import replica_count
 from fireopd_jax.rollout.requests import (
     Budget,
     Completion,
+    Feed,
     Request,
     check_request,
     cut_at_stop_string,
@@ -84,6 +85,7 @@ class Engine:
         seed: int,
         slots: int | None = None,
         rows: int | None = None,
+        context: int | None = None,
         memory: CacheLayout = DENSE,
         chunk_steps: int = 64,
         text: Callable[[Sequence[int]], str] | None = None,
@@ -92,12 +94,14 @@ class Engine:
         """Prepare for prompts of up to `width` tokens and responses of up to `room` tokens.
 
         Each replica of `mesh` holds up to `rows` requests on the device and decodes up to `slots`
-        of them at a time. `text` decodes token ids, which stop strings need.
+        of them at a time. `context` limits prompt and response together, by default to `width` +
+        `room`. `text` decodes token ids, which stop strings need.
         """
         self.model, self.text = model, text
         self.width, self.room, self.chunk_steps = width, room, chunk_steps
+        self.context = width + room if context is None else context
         limit = rows if rows is not None else 2**30
-        self.shape = Shape.of(limit, width, room, slots, memory.align)
+        self.shape = Shape.of(limit, width, self.context - width, slots, memory.align)
         self.rows = rows if rows is not None else 4 * self.shape.slots
         self.replicas = replica_count(mesh)
         self.block = min(BLOCK, self.rows)
@@ -146,32 +150,46 @@ class Engine:
         return [completion for completion in done if completion is not None]
 
     def stream(
-        self, requests: Iterable[Request], budget: Budget = NO_BUDGET
+        self,
+        requests: Iterable[Request],
+        budget: Budget = NO_BUDGET,
+        feed: Feed | None = None,
     ) -> Iterator[Completion]:
         """Yield each response when it ends, or unfinished when the budget ends.
 
         Requests with the largest `expected` length start first; consecutive requests with the same
-        prompt share its prefill.
+        prompt share its prefill. `feed` is asked for more of them between two runs.
 
         Raises UserError for a request that cannot be sampled, RuntimeError before `load`.
         """
         if self._params is None:
             raise RuntimeError("Engine.load must be called before requests are sampled")
-        pending = deque(sorted(requests, key=lambda request: -request.expected))
-        for request in pending:
+        return self._stream(deque(self._checked(requests)), budget, feed)
+
+    def _checked(self, requests: Iterable[Request]) -> list[Request]:
+        """Return the requests, the longest expected first; raise UserError for a wrong one."""
+        ordered = sorted(requests, key=lambda request: -request.expected)
+        for request in ordered:
             check_request(request, self.model.size)
             if request.knobs.stop_strings and self.text is None:
                 raise UserError(f"request {request.id}: stop strings need a tokenizer")
-        return self._stream(pending, budget)
+        return ordered
 
-    def _stream(self, pending: deque[Request], budget: Budget) -> Iterator[Completion]:
+    def _stream(
+        self, pending: deque[Request], budget: Budget, feed: Feed | None
+    ) -> Iterator[Completion]:
         running: dict[Place, Request] = {}
         searched: dict[Place, int] = {}
         free = [deque(range(self.rows)) for _ in range(self.replicas)]
         end = None if budget.seconds is None else time.monotonic() + budget.seconds
         left = budget.tokens
         try:
-            while pending or running:
+            while True:
+                if feed is not None:
+                    self._drop(frozenset(feed.abandoned()), pending, running, free, searched)
+                    pending.extend(self._checked(feed.arriving()))
+                if not (pending or running):
+                    break
                 for request in self._admit(pending, running, free):
                     yield empty(request, "overlong")
                 if not running:
@@ -223,8 +241,7 @@ class Engine:
             replica = 0
             while pending:
                 request = pending[0]
-                begun = 0 if request.begun is None else len(request.begun.tokens)
-                if len(request.prompt) > self.width or begun > self.room:
+                if not self._fits(request):
                     refused.append(pending.popleft())
                     continue
                 # Consecutive requests with the same prompt go to one replica while it has rows.
@@ -242,6 +259,32 @@ class Engine:
             self._state = dataclasses.replace(state, requests=requests, ring=ring)
         self.statistics.overlong += len(refused)
         return refused
+
+    def _fits(self, request: Request) -> bool:
+        """Return whether prompt, begun response and longest response have room."""
+        begun = 0 if request.begun is None else len(request.begun.tokens)
+        longest = len(request.prompt) + min(request.knobs.max_tokens, self.room)
+        return len(request.prompt) <= self.width and begun <= self.room and longest <= self.context
+
+    def _drop(
+        self,
+        gone: frozenset[int],
+        pending: deque[Request],
+        running: dict[Place, Request],
+        free: list[deque[int]],
+        searched: dict[Place, int],
+    ) -> None:
+        """Take the requests with these ids out of the engine."""
+        if not gone:
+            return
+        kept = [request for request in pending if request.id not in gone]
+        pending.clear()
+        pending.extend(kept)
+        for at in [at for at, request in running.items() if request.id in gone]:
+            self._cancel(at)
+            free[at[0]].append(at[1])
+            del running[at]
+            searched.pop(at, None)
 
     def _block(self, blocks: list[list[tuple[int, Request]]]) -> tuple[np.ndarray, Requests]:
         """Return the table rows i32[D, A] of the requests, padded with Q, and their contents."""

@@ -58,6 +58,12 @@ def write_completions(
                 "original": decode(attempt),
                 "refined": Rewritten(int(original.outcome[i])).name.lower(),
             }
+        if (audit := rollout.audit) is not None:
+            heard = audit.samples[i] > 0
+            line |= {
+                "audited_at": audit.anchor[i][heard].tolist(),
+                "agreement": (audit.agreement[i][heard] / audit.samples[i][heard]).tolist(),
+            }
         if rollout.leaked is not None:
             line["leaked"] = bool(rollout.leaked[i])
         if scores.teacher is not None:

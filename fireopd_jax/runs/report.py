@@ -54,17 +54,29 @@ def print_results(folder: Path, config: Config, summary: Figures) -> None:
 
 
 def print_curve(folder: Path, config: Config, log: Callable[[str], None]) -> None:
-    """Log the learning curves: avg@1 if evaluated during training, else the KL to the teacher."""
+    """Log the learning curves: avg@1 if evaluated during training, else the KL to the teacher.
+
+    Without log-probabilities of a teacher it is the loss.
+    """
     homes = {"student": folder}
     homes |= {n: folder / "controls" / n for n in config.run.compare}
     key, title = "eval/held_out/avg@1", "avg@1 on held-out problems"
     if not config.eval.every:
         key, title = "distill/reverse_kl", "KL(student || teacher) on the student's tokens, nats"
-    series = {}
+    series = _histories(homes, key)
+    if not series:
+        series, title = _histories(homes, "loss"), "loss"
+    log(curve(series, title))
+
+
+def _histories(homes: Mapping[str, Path], key: str) -> dict[str, list[tuple[int, float]]]:
+    """Return the values of a metric by name of the model, of those that have it."""
+    found = {}
     for name, home in homes.items():
         with Tracker(home) as tracker:
-            series[name] = tracker.history(key)
-    log(curve(series, title))
+            if history := tracker.history(key):
+                found[name] = history
+    return found
 
 
 def write_card(folder: RunFolder, config: Config, summary: Figures) -> None:

@@ -98,9 +98,9 @@ def encoded_for(setup: Setup, method: MethodConfig) -> Encoded:
     )
 
 
-def with_privileged(row: Row, text: str) -> tuple[Message, ...]:
-    """Return a row's conversation with the problem and its privileged solution in a template."""
-    return asking(row.prompt, text, {"reference": row.privileged or "", "attempt": ""})
+def with_privileged(row: Row, text: str, attempt: str = "") -> tuple[Message, ...]:
+    """Return a row's conversation with problem, privileged solution and attempt in a template."""
+    return asking(row.prompt, text, {"reference": row.privileged or "", "attempt": attempt})
 
 
 def width_of(limit: int) -> int:

@@ -6,11 +6,17 @@ rollout -> grade -> rewrite -> find leaks -> rollout
 from collections.abc import Sequence
 
 from fireopd_jax.method.config import MethodConfig
+from fireopd_jax.session.auditing import Auditor
 from fireopd_jax.session.host import FindLeaks, Grade, HostStage
 from fireopd_jax.session.rewriting import Rewriter
 from fireopd_jax.session.session import Session
 
-HOST_STAGES: Sequence[type[Grade] | type[Rewriter] | type[FindLeaks]] = (Grade, Rewriter, FindLeaks)
+HOST_STAGES: Sequence[type[Grade] | type[Rewriter] | type[Auditor] | type[FindLeaks]] = (
+    Grade,
+    Rewriter,
+    Auditor,
+    FindLeaks,
+)
 """All host stages, in the order in which they run."""
 
 

@@ -56,11 +56,15 @@ class Session:
         prompts: Prompts,
         sampling: Sampling,
         version: Array | None = None,
+        max_tokens: int | None = None,
     ) -> Rollout:
-        """Return a rollout sampled from any model of the run; equal models share the program."""
-        key = repr(spec.model)
+        """Return a rollout sampled from any model of the run; equal models share the program.
+
+        `max_tokens` is the width of the responses, by default `rollout.max_tokens`.
+        """
+        key = f"{spec.model!r} {max_tokens}"
         if key not in self.generators:
-            self.generators[key] = make_generate(self.setup, spec)
+            self.generators[key] = make_generate(self.setup, spec, max_tokens)
         # Replicated like the training state's counter: another sharding would compile again.
         mesh = self.setup.mesh
         counter = replicate(mesh, jnp.int32(0) if version is None else version)
@@ -126,8 +130,8 @@ class Session:
         ]
 
 
-def make_generate(setup: Setup, spec: ModelSpec) -> Generate:
-    """Return the jitted sampler of one model."""
+def make_generate(setup: Setup, spec: ModelSpec, max_tokens: int | None = None) -> Generate:
+    """Return the jitted sampler of one model, for responses of `rollout.max_tokens` or as given."""
     config = setup.config.rollout
 
     def run(params: Params, prompts: Prompts, sampling: Sampling, version: jax.Array) -> Rollout:
@@ -137,7 +141,7 @@ def make_generate(setup: Setup, spec: ModelSpec) -> Generate:
             prompts,
             sampling,
             version,
-            max_tokens=config.max_tokens,
+            max_tokens=max_tokens or config.max_tokens,
             slots=config.slots,
             memory=config.cache,
             mesh=setup.mesh,

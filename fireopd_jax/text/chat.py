@@ -32,29 +32,40 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[Message]],
     template_kwargs: Mapping[str, Any],
+    *,
+    begun: Sequence[str] | None = None,
+    add_generation_prompt: bool = True,
 ) -> list[list[int]]:
     """Return the token ids of each conversation, up to the first token of the response.
 
-    Raises `UserError` if the template is missing or rejects a prompt.
+    `begun` are beginnings of the responses, verbatim, which the ids then include. They follow the
+    header of the assistant's turn as that of a new response: a template may render a finished
+    message otherwise, without its reasoning or surrounding spaces. Without
+    `add_generation_prompt` the ids have no such header. Raises `UserError` if the template is
+    missing or rejects a prompt.
     """
     check_template(tokenizer, template_kwargs)
     if not conversations:
         return []
+    turns = [
+        [{"role": turn["role"], "content": turn["content"]} for turn in conversation]
+        for conversation in conversations
+    ]
     try:
-        ids = tokenizer.apply_chat_template(
-            [
-                [{"role": turn["role"], "content": turn["content"]} for turn in conversation]
-                for conversation in conversations
-            ],
-            add_generation_prompt=True,
-            tokenize=True,
+        rendered = tokenizer.apply_chat_template(
+            turns,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=begun is None,
             return_dict=False,
             padding=False,
             **template_kwargs,
         )
     except TemplateError as error:
         raise UserError(f"the chat template rejects a prompt: {error}") from error
-    return [list(row) for row in ids]  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
+    if begun is not None:
+        texts = [text + start for text, start in zip(rendered, begun, strict=True)]  # pyright: ignore[reportOperatorIssue]
+        rendered = tokenizer(texts, add_special_tokens=False, padding=False)["input_ids"]
+    return [list(row) for row in rendered]  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> None:

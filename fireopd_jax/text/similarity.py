@@ -100,8 +100,9 @@ class Embedding:
     """
 
     kind: Literal["embedding"] = "embedding"
-    floor: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Cosine at or below which the similarity is 0: about that of unrelated texts."""
+    floor: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Cosine at or below which the similarity is 0. Measure that of unrelated texts: it depends on
+    model and data, and is .88 on average for 50 tokens of GSM8K by SmolLM2-135M."""
 
     embeds: ClassVar[bool] = True
 

@@ -7,6 +7,7 @@ else its path, or random parameters    -> supervised training, if any -> models/
 
 import dataclasses
 import functools
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,18 +18,23 @@ import numpy as np
 from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import Encoded, PromptLoader, eval_prompts
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.recipe.optim import SftConfig
+from fireopd_jax.recipe.optim import Context, SftConfig
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.runs.checkpoints import restore_params, save_model
 from fireopd_jax.runs.tracking import progress
 from fireopd_jax.runtime.signals import Interrupted
+from fireopd_jax.session.contexts import voice_of, with_privileged
 from fireopd_jax.session.parameters import abstract_params, load_or_make, quantized
 from fireopd_jax.session.session import Session, as_teacher
+from fireopd_jax.session.setup import Setup
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.sharding.mesh import replicated
 from fireopd_jax.training.sft import supervise
 
 Make = Callable[[Path], Params]
+DIGITS = "0123456789"
+ERRORS = 1 / 3
+"""Fraction of wrong digits after the first error of an attempt."""
 
 
 def check_trainable(student: ModelSpec, teachers: Sequence[ModelSpec]) -> None:
@@ -168,6 +174,7 @@ def _loader(
         encoded = _answered_by_teachers(session, teachers, rows, config.teacher_rows)
     if spec is not session.setup.student:
         encoded = in_teacher_template(spec, encoded)
+    encoded, rows = in_contexts(session.setup, spec, encoded, rows, config.contexts)
     return PromptLoader(
         encoded,
         rows,
@@ -176,6 +183,66 @@ def _loader(
         seed=seed_for(session.setup.config.run.seed, f"sft {spec.name}"),
         references=True,
     )
+
+
+def in_contexts(
+    setup: Setup,
+    spec: ModelSpec,
+    encoded: Encoded,
+    rows: np.ndarray,
+    contexts: Sequence[Context],
+) -> tuple[Encoded, np.ndarray]:
+    """Return the rows once for each kind of prompt, and the indices of the training rows.
+
+    Prompts that quote texts are those of the run's method; rows that lack a text have none.
+    """
+    if tuple(contexts) == ("prompt",):
+        return encoded, rows
+    method, voice = setup.config.method, voice_of(spec)
+    usable = [i for i in rows.tolist() if encoded.references[i] is not None]
+    prompts, references, indices, width = [], [], [], encoded.max_prompt_tokens
+    for context in contexts:
+        if context == "prompt":
+            own, asked = usable, [encoded.prompts[i] for i in usable]
+        else:
+            refined = context == "rewrite"
+            text = method.refine.prompt if refined else method.teacher.prompt
+            own = [i for i in usable if not method.privileged or setup.rows[i].privileged]
+            seed = seed_for(setup.config.run.seed, f"errors {spec.name}")
+            attempts = [with_errors(setup.rows[i].reference or "", seed + i) for i in own]
+            asked = voice.ids(
+                [
+                    with_privileged(setup.rows[i], text or "", attempt)
+                    for i, attempt in zip(own, attempts, strict=True)
+                ]
+            )
+        indices += range(len(prompts), len(prompts) + len(own))
+        prompts += asked
+        references += [encoded.references[i] for i in own]
+        width = max(width, *(len(ids) for ids in asked))
+    return dataclasses.replace(
+        encoded,
+        prompts=prompts,
+        teacher_prompts=prompts,
+        references=references,
+        route=np.zeros(len(prompts), np.int32),
+        kept=np.asarray(indices, np.int64),
+        max_prompt_tokens=width,
+        max_teacher_prompt_tokens=width,
+    ), np.asarray(indices, np.int64)
+
+
+def with_errors(text: str, seed: int) -> str:
+    """Return a text with one digit replaced, and `ERRORS` of the digits after it."""
+    chance = random.Random(seed)
+    places = [i for i, character in enumerate(text) if character in DIGITS]
+    if not places:
+        return text
+    first, characters = chance.choice(places), list(text)
+    for i in places:
+        if i == first or (i > first and chance.random() < ERRORS):
+            characters[i] = chance.choice(DIGITS.replace(characters[i], ""))
+    return "".join(characters)
 
 
 def _answered_by_teachers(

@@ -157,13 +157,14 @@ def gradient(
     batch: Batch,
 ) -> dict[str, Any]:
     """Return the loss and its gradient to the student's parameters."""
+    judge = loss.judge([teacher], base)
     grads, metrics = gradients(
         model,
         loss,
         student,
         batch,
         micro_batch_size=micro_batch_size,
-        teacher=(model, loss.judge([teacher], base)),
+        teacher=None if judge is None else (model, judge),
         mesh=mesh,
     )
     return {"loss": metrics["loss"].total, "gradient": grads}

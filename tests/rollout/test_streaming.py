@@ -265,6 +265,53 @@ def test_a_prompt_too_long_is_said_and_not_cut(plain):
     check(drawn[1:])
 
 
+class Trickle:
+    """Feeds the requests one by one; those of `gone` are abandoned after they have begun."""
+
+    def __init__(self, rows, gone=()):
+        self.left, self.gone, self.given = list(rows), set(gone), []
+
+    def arriving(self):
+        new, self.left = self.left[:1], self.left[1:]
+        self.given += [request.id for request in new]
+        return new
+
+    def abandoned(self):
+        return self.gone & set(self.given[:-1])
+
+
+def test_requests_that_arrive_later_draw_what_they_draw_alone():
+    made = engine(chunk_steps=2)
+    order = {request.id: i for i, request in enumerate(requests())}
+    drawn = sorted(made.stream([], feed=Trickle(requests())), key=lambda c: order[c.id])
+    check(drawn)
+    assert made.statistics.slot_use > 0.4  # they joined those that were running
+
+
+def test_abandoned_requests_are_not_answered_and_disturb_no_other():
+    made = engine(chunk_steps=1)
+    lengths = reference().mask.sum(axis=1)
+    gone = [i for i in range(ROWS) if lengths[i] > 4][::2]
+    feed = Trickle(requests(), {int(PROMPTS.sample_id[i]) for i in gone})
+    drawn = {c.id: c for c in made.stream([], feed=feed)}
+    rest = [i for i in range(ROWS) if i not in gone]
+    check([drawn.pop(int(PROMPTS.sample_id[i])) for i in rest], rest)
+    assert gone and not drawn
+    check(made.generate(requests()))
+
+
+def test_a_context_limits_prompt_and_response_together():
+    made = engine(width=30, room=30, context=30)
+    assert made.capacities[-1] < 60
+    prompt = PROMPTS.tokens[0, :10]
+    asked = [Request(i, prompt, Knobs(max_tokens=20 + i)) for i in range(2)]
+    first, second = made.generate(asked)
+    assert len(first.tokens) == 20 and first.finish == "length"
+    assert second.finish == "overlong" and not len(second.tokens)
+    alone = engine(width=30, room=30).generate(asked)
+    np.testing.assert_array_equal(first.tokens, alone[0].tokens)
+
+
 def test_an_empty_list_is_answered_by_none(plain):
     assert plain.generate([]) == []
 

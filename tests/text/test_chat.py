@@ -32,6 +32,14 @@ def test_a_prompt_ends_with_the_assistants_header():
     assert prompt_ids(TOKENIZER, [], {}) == []
 
 
+def test_a_begun_response_follows_the_header_verbatim():
+    chats = [[Message(role="user", content="x")], [Message(role="user", content="y")]]
+    begun = prompt_ids(TOKENIZER, chats, {}, begun=[" a \n", ""])
+    assert begun == [[USER, *b"x", END, ASSISTANT, *b" a \n"], [USER, *b"y", END, ASSISTANT]]
+    (bare,) = prompt_ids(TOKENIZER, chats[:1], {}, add_generation_prompt=False)
+    assert bare == [USER, *b"x", END]
+
+
 def test_template_arguments_reach_the_template():
     template = "{{ messages[0]['content'] }}{% if enable_thinking %}T{% endif %}"
     tokenizer = without(chat_template=template)

@@ -1,0 +1,121 @@
+"""One attempt of one request through the `openai` library, without the library's own retries.
+
+path, body -> decoded answer, or a `Failure` that says whether to try again
+"""
+
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from fireopd_jax.config import UserError
+from fireopd_jax.remote.errors import Failure
+from fireopd_jax.remote.settings import ServedConfig
+
+RETRYABLE = (408, 409, 425, 429)
+EXHAUSTED = ("insufficient_quota", "billing_hard_limit_reached")
+"""Codes of a 429 that waiting does not help."""
+SHOWN = 300
+NO_KEY = "none"
+
+
+class Transport:
+    """Sends requests to one server; holds the key."""
+
+    def __init__(self, settings: ServedConfig, name: str):
+        openai = _library()
+        self.settings, self._openai = settings, openai
+        self._secret = os.environ.get(settings.api_key_env, "").strip()
+        if not self._secret and not settings.is_local:
+            raise UserError(
+                f"teacher {name!r}: the environment variable {settings.api_key_env} is not set: "
+                f"expected the API key of {settings.base} (api_key_env names another variable)"
+            )
+        # Not through a proxy of the environment: it cannot reach this machine's loopback.
+        local = {"http_client": openai.DefaultHttpxClient(trust_env=False)}
+        self._client = openai.OpenAI(
+            api_key=self._secret or NO_KEY,
+            base_url=settings.base,
+            timeout=settings.timeout_s,
+            max_retries=0,
+            **(local if settings.is_local else {}),
+        )
+
+    def send(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Return the decoded answer of a POST; raise `Failure`.
+
+        `path` is relative to the API, or a whole URL of the same server.
+        """
+        library = self._openai
+        try:
+            text = self._client.post(path, cast_to=str, body=dict(body))
+        except library.APITimeoutError:
+            reason = f"no answer within {self.settings.timeout_s:g} s (timeout_s)"
+            raise Failure(reason, status=None, retryable=True) from None
+        except library.APIConnectionError as error:
+            reason = self.clean(f"no connection ({error.__cause__ or error})")
+            raise Failure(reason, status=None, retryable=True) from None
+        except library.APIStatusError as error:
+            raise self._failure(error) from None
+        try:
+            return json.loads(self.clean(text, None))
+        except ValueError:
+            reason = f"the answer is not JSON: {self.clean(text, 60)!r}"
+            raise Failure(reason, status=200, retryable=True) from None
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def clean(self, text: str, most: int | None = SHOWN) -> str:
+        """Return the text without the key; with `most`, on one line of that many characters."""
+        if self._secret:
+            text = text.replace(self._secret, "***")
+        if most is None:
+            return text
+        line = " ".join(text.split())
+        return line if len(line) <= most else line[: most - 3] + "..."
+
+    def _failure(self, error: Any) -> Failure:
+        status, code = error.status_code, str(getattr(error, "code", None))
+        retryable = status >= 500 or (status in RETRYABLE and code not in EXHAUSTED)
+        return Failure(
+            self.clean(_detail(error)),
+            status=status,
+            retryable=retryable,
+            wait_s=_retry_after(error.response.headers),
+        )
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("openai")
+    except ImportError:
+        raise UserError(
+            'served teachers need the openai library: pip install "fireopd-jax[served]"'
+        ) from None
+
+
+def _detail(error: Any) -> str:
+    """Return the server's own words, from the places where servers put them."""
+    body = error.body
+    for field in ("error", "message", "detail"):
+        if isinstance(body, Mapping) and body.get(field):
+            body = body[field]
+    return body if isinstance(body, str) else json.dumps(body) if body else str(error)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that the server asks to wait: a number, or a date."""
+    text = headers.get("retry-after", "")
+    try:
+        return max(float(text), 0.0)
+    except ValueError:
+        pass
+    try:
+        return max((parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds(), 0.0)
+    except (ValueError, TypeError):
+        return None

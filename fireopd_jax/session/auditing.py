@@ -1,0 +1,109 @@
+"""Audits of responses by a teacher that writes text: OmniOPD's comparison of chunks.
+
+    rollout -> the student's entropies -> chunks at their peaks -> N continuations by the teacher
+            -> similarities -> rollout with `audit`
+
+References: arXiv 2606.01476.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+from fireopd_jax.method import refining
+from fireopd_jax.method.chunks import chunk_sizes, select
+from fireopd_jax.method.config import MethodConfig
+from fireopd_jax.method.scoring.teachers import Resident, ScoreOptions, score_student
+from fireopd_jax.models.language_model import Params
+from fireopd_jax.session.host import Policies
+from fireopd_jax.session.session import Session
+from fireopd_jax.session.speaking import Ask, Continue, ResidentSpeaker
+from fireopd_jax.sharding.mesh import replicated, shard_rows
+from fireopd_jax.text.chat import decode
+from fireopd_jax.text.similarity import Embed, mean_embeddings
+from fireopd_jax.types import Array, Audit, Rollout
+
+PAPER_ROOM = 4096
+"""Response length of the paper, from its cost per trajectory."""
+
+
+class Auditor:
+    """Compares chunks of responses with the teacher's continuations: `audit`."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"rollout.audit"})
+
+    def __init__(self, session: Session, method: MethodConfig):
+        refine, setup = method.refine, session.setup
+        assert isinstance(refine, refining.Audit)
+        self.session, self.setup, self.refine = session, setup, refine
+        room = setup.config.rollout.max_tokens
+        self.chunks, self.size = refine.sizes(room)
+        if chunk_sizes(room) != chunk_sizes(PAPER_ROOM):
+            session.log(
+                f"audit: {self.chunks} chunks of {self.size} tokens for responses of up to {room}; "
+                f"the paper's 10 chunks of 50 are for {PAPER_ROOM}"
+            )
+        how = Continue(refine.continuations, self.size, refine.temperature, refine.top_p)
+        self.speaker = ResidentSpeaker(session, method, how)
+        self.anchors = jax.jit(self._anchors, out_shardings=replicated(setup.mesh))
+        self.score = method.score
+        self.embed: Embed | None = None
+
+    def _anchors(self, params: Params, rollout: Rollout) -> Array:
+        """Return the first position of each chunk, i32[B, M], by the student's entropies."""
+        score = self.score
+        options = ScoreOptions(
+            implementation=score.head, chunk=score.head_chunk, mesh=self.setup.mesh
+        )
+        student = Resident(self.setup.student.model, params)
+        scores = score_student(student, rollout, 1.0, options, score.micro_batch_size)
+        return select(scores.stats.entropy, rollout.mask, self.chunks, self.size)
+
+    def __call__(self, rollout: Rollout, policies: Policies) -> Rollout:
+        """Return the rollout with `audit` set."""
+        anchors = np.asarray(self.anchors(policies.student, rollout))
+        tokens, prompts = jax.device_get((rollout.tokens, rollout.prompts))
+        asks = [
+            Ask(row, tokens[row][:start].tolist()) if start >= 0 else None
+            for row, starts in enumerate(anchors)
+            for start in starts.tolist()
+        ]
+        found = self.speaker(prompts, asks, policies)
+        audit = self._compared(tokens, anchors, found, policies)
+        return dataclasses.replace(rollout, audit=shard_rows(self.setup.mesh, audit))
+
+    def _compared(
+        self,
+        tokens: Int32[np.ndarray, "B T"],
+        anchors: Int32[np.ndarray, "B M"],
+        found: list[list[str]],
+        policies: Policies,
+    ) -> Audit:
+        """Return the audit: for each chunk the sum of its similarities to the continuations."""
+        tokenizer, own, others, chunk = self.setup.student.tokenizer, [], [], []
+        for index, start in enumerate(anchors.reshape(-1).tolist()):
+            if start >= 0:
+                row = index // anchors.shape[1]
+                text = decode(tokenizer, tokens[row][start : start + self.size].tolist())
+                own += [text] * len(found[index])
+                others += found[index]
+                chunk += [index] * len(found[index])
+        alike = self.refine.similarity(own, others, self._embedding(policies))
+        agreement = np.bincount(chunk, alike, anchors.size) if chunk else np.zeros(anchors.size)
+        samples = np.bincount(chunk, minlength=anchors.size) if chunk else np.zeros(anchors.size)
+        return Audit(
+            anchor=anchors,
+            length=np.where(anchors >= 0, self.size, 0).astype(np.int32),
+            agreement=agreement.reshape(anchors.shape).astype(np.float32),
+            samples=samples.reshape(anchors.shape).astype(np.float32),
+        )
+
+    def _embedding(self, policies: Policies) -> Embed | None:
+        """Return vectors of texts by the student's input embeddings of the first step, if used."""
+        if self.refine.similarity.embeds and self.embed is None:
+            matrix = np.asarray(policies.student["embed_tokens"], np.float32)
+            self.embed = mean_embeddings(matrix, self.setup.student.tokenizer)
+        return self.embed
