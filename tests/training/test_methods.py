@@ -1,7 +1,7 @@
 """Every shipped method: exact under any split of the batch, and a run to its end."""
 
-import functools
 import dataclasses
+import functools
 import json
 
 import jax
