@@ -120,7 +120,7 @@ class Client:
         """End all waits, and close the connections and the cache."""
         for stop in list(self._stops):
             stop.set()
-        # Requests that wait in the pool end by the event; cancelled by it they would not wake `ask`.
+        # Requests that wait in the pool end by the event; a cancelled one would not wake `ask`.
         self._pool.shutdown(wait=True)
         self._transport.close()
         if self._cache is not None:
