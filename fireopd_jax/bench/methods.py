@@ -105,7 +105,8 @@ def contestant(setup: Setup, config: Config, name: str, rollout: Rollout) -> Con
         replicate(setup.mesh, jax.jit(spec.model.init)(jax.random.fold_in(key, i)))
         for i, spec in enumerate((setup.student, *setup.teachers))
     ]
-    student, *teachers = whole
+    student, *others = whole
+    teachers = [student] if method.teacher.own else others if method.teacher.resident else []
     base = student if method.score.needs_base else None
     stages = method.init(config.rollout.batch_size)
     score_inputs = student, teachers, rollout, jnp.float32(1), jnp.int32(0), stages, base

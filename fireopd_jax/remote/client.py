@@ -88,11 +88,8 @@ class Client:
                 if key not in futures:
                     futures[key] = self._pool.submit(self._answer, key, request, stop)
             wait(futures.values(), return_when=FIRST_EXCEPTION)
-        for future in futures.values():
-            future.cancel()
         wait(futures.values())
-        ended = [future for future in futures.values() if not future.cancelled()]
-        errors = [error for future in ended if (error := future.exception())]
+        errors = [error for future in futures.values() if (error := future.exception())]
         # What stopped the others comes before that they were stopped.
         for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
             raise error
@@ -123,7 +120,8 @@ class Client:
         """End all waits, and close the connections and the cache."""
         for stop in list(self._stops):
             stop.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        # Requests that wait in the pool end by the event; a cancelled one would not wake `ask`.
+        self._pool.shutdown(wait=True)
         self._transport.close()
         if self._cache is not None:
             self._cache.close()

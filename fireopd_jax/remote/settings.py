@@ -72,8 +72,13 @@ class ServedConfig(Section):
     """Largest difference in nats between two scorings of the same tokens at the start."""
 
     def __post_init__(self) -> None:
-        """Raise on a URL that is none or has a secret, a budget without prices, a taken field."""
+        """Raise on a key, on a URL that is none, on a budget without prices, on a taken field."""
         # The message is the section's, not the key's: the value of a key would be shown.
+        if not self.api_key_env.isidentifier():
+            raise ValueError(
+                "api_key_env: expected the name of an environment variable (OPENAI_API_KEY), "
+                "not the key itself"
+            )
         parts = urlsplit(self.url)
         if parts.username or parts.password or "@" in parts.netloc or parts.query:
             raise ValueError(

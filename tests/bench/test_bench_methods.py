@@ -30,6 +30,19 @@ def test_every_method_has_its_figures(tmp_path, capsys):
     assert "gkd" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_method_without_a_teacher_is_measured(tmp_path):
+    file = tmp_path / "methods.json"
+    bench_methods(TINY, ["opsa"], 1, file)
+    assert [each["name"] for each in json.loads(file.read_text())["methods"]] == ["opd", "opsa"]
+
+
+@pytest.mark.parametrize("name", ["trd", "opsd"])
+def test_a_method_that_reads_the_responses_is_refused(name):
+    with pytest.raises(UserError, match=f"--methods {name}: needs rollout\\."):
+        bench_methods(TINY, [name], 1, None)
+
+
 def test_a_method_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="did you mean"):
         bench_methods(TINY, ["gkdd"], 1, None)

@@ -55,7 +55,7 @@ def test_a_text_of_ones_own_is_its_own_template():
     [
         ("math", "rewrite", ("problem", "attempt"), r"no template 'math'; .*did you mean 'maths'"),
         ("refrence", "teacher", ("problem", "reference"), r"did you mean 'reference'"),
-        ("reference", "rewrite", ("problem", "attempt"), r"no template 'reference'; expected maths"),
+        ("reference", "rewrite", ("problem", "attempt"), r"no template 'reference'; expected m"),
         ("again: {problem}", "rewrite", ("problem", "attempt"), r"the text lacks \{attempt\}"),
         ("{problem} {reference} {attempt}", "teacher", ("problem", "reference"),
          r"\{attempt\} is known to method.refine.prompt only"),
