@@ -21,8 +21,8 @@ Allowance = Literal["eos", "special_tokens", "template", "thinking"]
 
 SHOWN = 4
 LOGIT_FREE = (
-    "methods that score tokens need one tokenizer; across tokenizers, the logit-free method "
-    "OmniOPD is planned, not built yet"
+    "methods that score tokens need one tokenizer; across tokenizers, a served teacher can write "
+    "text for the logit-free method OmniOPD (configs/method/omniopd.yaml)"
 )
 
 

@@ -84,7 +84,7 @@ def test_other_tokens_are_refused_whatever_is_allowed(tmp_path):
         message
     )
     assert "id 97 is 'b', the student's 'a'" in message
-    assert "OmniOPD is planned" in message
+    assert "a served teacher can write text" in message
 
 
 def test_regular_tokens_that_one_side_lacks_are_another_tokenizer(tmp_path):
