@@ -110,6 +110,8 @@ class Original:
     """Log-probability under the raw model at temperature 1."""
     outcome: Int32[Array, " B"]
     """A `Rewritten` for each row."""
+    rewrite: Bool[Array, "B T"]
+    """Tokens of each rewrite in `rollout.tokens`, whose mask is false where it was dropped."""
 
 
 @pytree

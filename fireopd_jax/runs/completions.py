@@ -29,15 +29,17 @@ def write_completions(
     """Write every trajectory of a batch to a Parquet file; lists have one entry per token.
 
     `rows` are those of the data set, `teachers` the names by route, `decode` maps token ids to
-    text. Rows without a token are left out; without any row no file is written.
+    text. Rows without a token are left out, but for rewrites that were dropped; without any row no
+    file is written.
     """
     batch, keep = jax.device_get((batch, keep))
     rollout, scores = batch.rollout, batch.scores
-    table = []
-    for i in np.flatnonzero(rollout.mask.any(axis=1)):
+    table, original = [], rollout.original
+    shown = rollout.mask if original is None else rollout.mask | original.rewrite
+    for i in np.flatnonzero(shown.any(axis=1)):
         row, real = int(rollout.prompts.row[i]), rollout.mask[i]
         source = rows[row]
-        response = decode(rollout.tokens[i][real].tolist())
+        response = decode(rollout.tokens[i][shown[i]].tolist())
         line = {
             "row": row,
             "prompt": source.prompt[-1]["content"],
@@ -46,13 +48,13 @@ def write_completions(
             "correct": None if source.answer is None else grade(response, source.answer),
             "finished": bool(rollout.finished[i]),
             "teacher": teachers[int(rollout.prompts.teacher[i])],
-            "writer": Writer(int(rollout.writer[i][real][0])).name.lower(),
+            "writer": Writer(int(rollout.writer[i][shown[i]][0])).name.lower(),
             "kept": bool(np.any(keep[i])),
             "tokens": rollout.tokens[i][real].tolist(),
             "student_logprob": scores.student.logprob[i][real].tolist(),
             "weight": batch.weight[i][real].tolist(),
         }
-        if (original := rollout.original) is not None:
+        if original is not None:
             attempt = original.tokens[i][original.mask[i]].tolist()
             line |= {
                 "original": decode(attempt),
@@ -68,7 +70,10 @@ def write_completions(
             line["leaked"] = bool(rollout.leaked[i])
         if scores.teacher is not None:
             logprob = scores.teacher.logprob[i][real]
-            line |= {"teacher_score": float(logprob.mean()), "teacher_logprob": logprob.tolist()}
+            line |= {
+                "teacher_score": float(logprob.mean()) if len(logprob) else None,
+                "teacher_logprob": logprob.tolist(),
+            }
         table.append(line)
     if table:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -205,7 +205,7 @@ class Rewriter:
             finished=np.where(kept, own.finished, found.finished),
             version=np.where(mine, own.version, version),
             writer=np.where(mine, own.writer, np.int32(Writer.REWRITER)),
-            original=Original(own.tokens, own.mask, own.model_logprob, outcome),
+            original=Original(own.tokens, own.mask, own.model_logprob, outcome, found.mask),
         )
         if own.correct is not None:
             again = each_response(self.setup, refined, is_right)

@@ -21,13 +21,21 @@ from jax.sharding import Mesh
 from fireopd_jax.config import UserError
 from fireopd_jax.runtime.signals import Interrupted, StopFlag
 from fireopd_jax.sharding.mesh import shard_rows
-from fireopd_jax.types import Audit, Original, Prompts, Rollout
+from fireopd_jax.types import Audit, Heard, ModelScores, Original, Prompts, Rollout, TokenStats
 
 Sample = Callable[[int], Rollout]
 """Samples the rollout of a step (from 0) with the parameters of the first step of its window."""
 Refine = Callable[[Rollout], Rollout]
-PARTS: Mapping[str, Any] = {"prompts": Prompts, "original": Original, "audit": Audit}
-"""Fields of a rollout that are pytrees themselves."""
+PARTS: Mapping[str, Any] = {
+    "prompts": Prompts,
+    "original": Original,
+    "audit": Audit,
+    "heard": Heard,
+    "student": ModelScores,
+    "teacher": ModelScores,
+    "stats": TokenStats,
+}
+"""Fields of a rollout that are pytrees themselves, and fields of these."""
 
 
 class Windows:
@@ -92,10 +100,22 @@ def write(file: Path, rollout: Rollout) -> None:
 
 def read(file: Path) -> Rollout:
     """Return the rollout of a file, as NumPy arrays."""
+    tree: dict[str, Any] = {}
     with np.load(file) as arrays:
-        parts: dict[str, dict[str, Any]] = {"": {}}
         for name in arrays.files:
-            part, _, field = name.rpartition(".")
-            parts.setdefault(part, {})[field] = arrays[name]
-    whole = parts.pop("")
-    return Rollout(**whole, **{name: PARTS[name](**fields) for name, fields in parts.items()})
+            *parents, field = name.split(".")
+            inside = tree
+            for parent in parents:
+                inside = inside.setdefault(parent, {})
+            inside[field] = arrays[name]
+    return _built(Rollout, tree)
+
+
+def _built(kind: Any, tree: Mapping[str, Any]) -> Any:
+    """Return a pytree from its fields; those that are pytrees themselves are mappings."""
+    return kind(
+        **{
+            name: _built(PARTS[name], value) if isinstance(value, dict) else value
+            for name, value in tree.items()
+        }
+    )

@@ -28,7 +28,7 @@ def metrics(leaked=None, outcome=OUTCOME):
     rollout = dataclasses.replace(
         cases.make_rollout(new),
         tokens=tokens[0],
-        original=Original(tokens[1], own, before, np.asarray(outcome, np.int32)),
+        original=Original(tokens[1], own, before, np.asarray(outcome, np.int32), own),
         leaked=leaked,
     )
     entropy = np.ones(own.shape)

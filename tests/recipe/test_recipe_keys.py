@@ -4,6 +4,7 @@ import dataclasses
 import sys
 
 from fireopd_jax.recipe.schema import Config, MethodConfig, load_config
+from fireopd_jax.remote.settings import ServedConfig
 from tests.recipe.annotations import members
 
 WATCHED = ("fireopd_jax/config.py", "recipe/schema.py", "recipe/checks.py", "dataclasses.py")
@@ -85,6 +86,8 @@ def test_every_key_is_read_by_what_it_configures(tmp_path, monkeypatch):
     # Read on export, of a model from a folder, and of a model that has experts or stretched
     # positions: tests/models/ does that.
     elsewhere |= {"DecoderConfig.model_type"}
+    # Read for a teacher behind HTTP: tests/remote/ shows what each does.
+    elsewhere |= {f"ServedConfig.{field.name}" for field in dataclasses.fields(ServedConfig)}
     elsewhere |= {f"{c}.{n}" for c in ("ModelConfig", "StudentConfig", "TeacherConfig")
                   for n in ("dtype", "param_dtype")}  # fmt: skip
     # Of other variants of a stage than this run's, and other values than the defaults: each is

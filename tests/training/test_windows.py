@@ -16,7 +16,7 @@ from fireopd_jax.sharding.mesh import MeshConfig, make_mesh
 from fireopd_jax.training.distill import Distillation
 from fireopd_jax.training.run import train
 from fireopd_jax.training.windows import PARTS, Windows, read, write
-from fireopd_jax.types import Audit, Original, Rollout
+from fireopd_jax.types import Audit, Heard, ModelScores, Original, Rollout, TokenStats
 from tests.cases import make_rollout
 from tests.training.test_training import BASE, MODEL, lines, steps
 
@@ -138,8 +138,12 @@ def whole():
         ),
         logprob=rng.standard_normal((8, 6)).astype(np.float32),
         correct=np.arange(8, dtype=np.float32),
-        original=Original(ids, ~mask, -np.ones((8, 6), np.float32), ids[:, 0]),
+        original=Original(ids, ~mask, -np.ones((8, 6), np.float32), ids[:, 0], mask),
         leaked=mask[:, 0],
+        heard=Heard(
+            ModelScores(TokenStats(ids * 0.5, ids * 0.25), ids[..., None]),
+            ModelScores(TokenStats(ids * 1.5, ids * np.nan), at_ids=ids[..., None] * 0.5),
+        ),
         audit=Audit(ids, ids + 1, np.ones((8, 6), np.float32), np.ones((8, 6), np.float32)),
     )
 
@@ -158,13 +162,14 @@ def test_what_is_read_is_what_was_written(make, tmp_path):
 
 def test_every_part_of_a_rollout_can_be_read():
     """A part that `read` does not know would make the files of a window useless."""
-    parts = {
-        name: kind
-        for name, hint in inspect.get_annotations(Rollout).items()
-        for kind in (hint, *typing.get_args(hint))
-        if dataclasses.is_dataclass(kind)
-    }
-    assert dict(PARTS) == parts and len(parts) == 3
+    parts, seen = {}, [Rollout]
+    while seen:
+        for name, hint in inspect.get_annotations(seen.pop()).items():
+            for kind in (hint, *typing.get_args(hint)):
+                if dataclasses.is_dataclass(kind):
+                    parts[name] = kind
+                    seen.append(kind)
+    assert dict(PARTS) == parts and len(parts) == 7
     assert all(getattr(whole(), name) is not None for name in vars(whole())), "the test has all"
 
 
