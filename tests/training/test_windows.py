@@ -164,8 +164,11 @@ def test_every_part_of_a_rollout_can_be_read():
         for kind in (hint, *typing.get_args(hint))
         if dataclasses.is_dataclass(kind)
     }
+    # Served teachers that are scored are refused with windows.
+    del parts["heard"]
     assert dict(PARTS) == parts and len(parts) == 3
-    assert all(getattr(whole(), name) is not None for name in vars(whole())), "the test has all"
+    filled = {name for name, value in vars(whole()).items() if value is not None}
+    assert filled == vars(whole()).keys() - {"heard"}, "the test has all"
 
 
 class Died(BaseException):
