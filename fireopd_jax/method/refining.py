@@ -36,6 +36,10 @@ class NoRefine(Section):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Fields of the rollout that another host stage must set before."""
 
+    def problems(self, max_tokens: int) -> Iterator[str]:
+        """Yield what cannot be for responses of at most `max_tokens` tokens: nothing."""
+        yield from ()
+
 
 @config
 class Rewrite(Section):
@@ -91,6 +95,10 @@ class Rewrite(Section):
         if self.score_after == "prompt":
             yield "score_template_kwargs", "with score_after: prompt"
 
+    def problems(self, max_tokens: int) -> Iterator[str]:
+        """Yield what cannot be for responses of at most `max_tokens` tokens: nothing."""
+        yield from ()
+
     @property
     def needs(self) -> frozenset[str]:
         """Fields of the rollout that another host stage must set before."""
@@ -137,6 +145,14 @@ class Audit(Section):
         """Return (M, C) for responses of at most `max_tokens` tokens."""
         chunks, size = chunk_sizes(max_tokens)
         return self.chunks or chunks, self.chunk_tokens or size
+
+    def problems(self, max_tokens: int) -> Iterator[str]:
+        """Yield chunks that are longer than any response, so that nothing would be audited."""
+        if (self.chunk_tokens or 0) > max_tokens:
+            yield (
+                f"chunk_tokens={self.chunk_tokens}: no response has that many tokens, "
+                f"rollout.max_tokens={max_tokens}; expected less, or null"
+            )
 
 
 Refines = Annotated[NoRefine | Rewrite | Audit, Field(discriminator="kind")]

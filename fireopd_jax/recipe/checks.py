@@ -60,6 +60,13 @@ def sft_conflicts(config: "Config") -> Iterator[str]:
             yield f"{key}.sft.contexts: teacher needs method.teacher.prompt"
         if "rewrite" in contexts and not config.method.refine.rewrites:
             yield f"{key}.sft.contexts: rewrite needs method.refine.kind=rewrite"
+    served = [name for name, each in config.teachers.items() if each.served is not None]
+    sft = config.student.sft
+    if served and sft is not None and sft.source == "teacher":
+        yield (
+            f"student.sft.source=teacher: teachers.{served[0]} is served, and only samples of a "
+            "teacher on this machine are trained on; expected rows"
+        )
 
 
 def _served_conflicts(config: "Config") -> Iterator[str]:
@@ -79,6 +86,11 @@ def _served_conflicts(config: "Config") -> Iterator[str]:
         )
     if not score.scores_teacher:
         return
+    if config.rollout.window > 1:
+        yield (
+            f"{where}: rollout.window={config.rollout.window}: a served teacher is asked before "
+            "the updates of a window, at token ids of a student that those replace; expected 1"
+        )
     for stage in method.readers:
         if lacking := sorted(stage.needs & {"teacher.entropy", "teacher.hidden", "reverse_kl"}):
             yield (
@@ -197,6 +209,8 @@ def _teacher_conflicts(method: MethodConfig, rollout: RolloutConfig) -> Iterator
     teacher, refine, loss = method.teacher, method.refine, method.loss
     if refine.asks_teacher and not (teacher.own or teacher.resident):
         yield f"method.refine: {refine.kind} asks a teacher, and method.teacher.kind={teacher.kind}"
+    for problem in refine.problems(rollout.max_tokens):
+        yield f"method.refine.{problem}"
     if refine.rewrites and rollout.on_policy_fraction < 1:
         yield (
             f"rollout.on_policy_fraction={rollout.on_policy_fraction}: method.refine.kind="

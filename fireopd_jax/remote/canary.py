@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fireopd_jax.config import UserError
 from fireopd_jax.remote.client import Client, Request
-from fireopd_jax.remote.errors import Malformed, Refused
+from fireopd_jax.remote.errors import Malformed, Mismatched, Refused
 from fireopd_jax.remote.logprobs import ScoreFeatures, ScoreRow, score_again
 from fireopd_jax.remote.texts import Prefix, TextFeatures, continuations
 
@@ -54,8 +54,8 @@ def check_scores(client: Client, features: ScoreFeatures, rows: Sequence[ScoreRo
             )
 
 
-def check_tokens(client: Client, tokenizer: PreTrainedTokenizerBase, row: ScoreRow) -> None:
-    """Raise `UserError` where the server's tokens are not ours, at the first difference.
+def check_tokens(client: Client, tokenizer: PreTrainedTokenizerBase, row: ScoreRow) -> bool:
+    """Return whether the tokens could be compared; raise `Mismatched` at the first difference.
 
     Asks /tokenize for the ids of a text with special tokens; a server without it is asked for the
     texts of our ids; a server without either is named in the log.
@@ -70,7 +70,7 @@ def check_tokens(client: Client, tokenizer: PreTrainedTokenizerBase, row: ScoreR
         for t, (token, found) in enumerate(zip(ids, texts, strict=True)):
             expected = tokenizer.decode([token], clean_up_tokenization_spaces=False)
             if found is not None and not _same_text(str(expected), found):
-                raise UserError(
+                raise Mismatched(
                     f"{client.label}: its tokenizer is not ours: token {t} of a prompt, id "
                     f"{token}, is {expected!r} here and {found!r} there"
                 )
@@ -79,6 +79,8 @@ def check_tokens(client: Client, tokenizer: PreTrainedTokenizerBase, row: ScoreR
             f"{client.label}: has no /tokenize and no decoded tokens: that its token ids are ours "
             "could not be checked"
         )
+        return False
+    return True
 
 
 def check_texts(client: Client, features: TextFeatures, example: Prefix) -> None:
@@ -106,7 +108,7 @@ def _compare_ids(
         f"{ids[t]} ({tokenizer.decode([ids[t]])!r})" if t < len(ids) else "the end"
         for ids in (ours, theirs)
     )
-    raise UserError(
+    raise Mismatched(
         f"{client.label}: its tokenizer is not ours: token {t} of a text with special tokens is "
         f"{mine} here and {its} there ({len(ours)} tokens here, {len(theirs)} there)"
     )

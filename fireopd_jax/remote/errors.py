@@ -31,6 +31,10 @@ class Refused(UserError):
         return self.status in (401, 403, 429)
 
 
+class Mismatched(UserError):
+    """The server's token ids are not ours."""
+
+
 class Malformed(Exception):
     """An answer without what was asked for; the request is repeated."""
 

@@ -71,6 +71,7 @@ def score_features(client: Client, example: ScoreRow) -> ScoreFeatures:
     """Return what the server supports, by scoring `example`; raises `UserError` if nothing."""
     own = np.asarray(example.response, np.int32)[:, None]
     asked = dataclasses.replace(example, ids=own)
+    refusals: list[Refused] = []
 
     def works(form: Any, given_ids: bool, top: int) -> ScoreFeatures | None:
         for max_tokens in (0, 1):
@@ -81,6 +82,7 @@ def score_features(client: Client, example: ScoreRow) -> ScoreFeatures:
             except Refused as error:
                 if error.is_final:
                     raise
+                refusals.append(error)
         return None
 
     tops = sorted({min(k, client.settings.top_logprobs) for k in (1000, 20, 5, 1)}, reverse=True)
@@ -88,6 +90,8 @@ def score_features(client: Client, example: ScoreRow) -> ScoreFeatures:
     listed = next((found for form, k in forms if (found := works(form, False, k))), None)
     exact = works("given_ids", True, 0)
     if listed is None and exact is None:
+        if all(error.status == 404 for error in refusals):
+            raise refusals[0]  # no such model, or no such path
         raise UserError(
             f"{client.label}: gives no log-probabilities of a prompt's tokens (prompt_logprobs, or "
             "echo with logprobs, at /completions): expected a server that does, or a method that "

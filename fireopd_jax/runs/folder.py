@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,12 @@ INCIDENTAL = frozenset(
         "run.export",
     }
 )
+OF_SERVED = re.compile(
+    r"teachers\..+\.served\.("
+    "api_key_env|concurrency|timeout_s|retries|backoff_s|tolerance|cache|cache_file"
+    "|max_tokens_budget|max_cost|price_per_million_(in|out)put)"
+)
+"""The same of teachers over HTTP: a run whose budget is spent goes on with a larger one."""
 SHOWN_DIFFERENCES = 8
 PACKAGES = (
     "fireopd-jax",
@@ -266,14 +273,18 @@ def _as_read_back(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: object, now: object) -> list[str]:
-    """Return, with both values, the dotted keys that differ and are not in `INCIDENTAL`."""
+    """Return, with both values, the dotted keys that differ and may change the result."""
     old, new = _dotted(before), _dotted(now)
     absent = "(absent)"
     return [
         f"{key} was {_shown(old, key, absent)}, is now {_shown(new, key, absent)}"
         for key in sorted(old.keys() | new.keys())
-        if key not in INCIDENTAL and _shown(old, key, absent) != _shown(new, key, absent)
+        if not _is_incidental(key) and _shown(old, key, absent) != _shown(new, key, absent)
     ]
+
+
+def _is_incidental(key: str) -> bool:
+    return key in INCIDENTAL or OF_SERVED.fullmatch(key) is not None
 
 
 def _dotted(tree: object, prefix: str = "") -> dict[str, object]:

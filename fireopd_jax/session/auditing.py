@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from fireopd_jax.method import refining
-from fireopd_jax.method.chunks import chunk_sizes, select
+from fireopd_jax.method.chunks import select
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.method.scoring.teachers import Resident, ScoreOptions, score_student
 from fireopd_jax.models.language_model import Params
@@ -42,7 +42,7 @@ class Auditor:
         self.session, self.setup, self.refine = session, setup, refine
         room = setup.config.rollout.max_tokens
         self.chunks, self.size = refine.sizes(room)
-        if chunk_sizes(room) != chunk_sizes(PAPER_ROOM):
+        if refine.sizes(room) != refine.sizes(PAPER_ROOM):
             session.log(
                 f"audit: {self.chunks} chunks of {self.size} tokens for responses of up to {room}; "
                 f"the paper's 10 chunks of 50 are for {PAPER_ROOM}"

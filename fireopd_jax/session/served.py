@@ -19,6 +19,7 @@ from fireopd_jax.method.scoring.teachers import Resident, ScoreOptions, score_st
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.remote.canary import check_scores, check_texts, check_tokens
 from fireopd_jax.remote.client import Client
+from fireopd_jax.remote.errors import Mismatched
 from fireopd_jax.remote.logprobs import RowScores, ScoreFeatures, ScoreRow, score, score_features
 from fireopd_jax.remote.texts import Prefix, TextFeatures, continuations, text_features
 from fireopd_jax.rollout.sampling import seed_for
@@ -48,10 +49,41 @@ class Connection:
     @cached_property
     def texts(self) -> TextFeatures:
         """How the server continues texts, found and checked at the first use."""
-        example = self._prefix()
+        row, at = self._example(), int(self.setup.encoded.kept[0])
+        example = self.prefix(self.setup.rows[at].prompt, row.prompt, row.response)
         features = text_features(self.client, example)
         check_texts(self.client, features, example)
         return features
+
+    @cached_property
+    def shares_tokens(self) -> bool:
+        """Whether prompts may be sent as our token ids, or as text of our template.
+
+        A teacher of texts may have another tokenizer, which would read our ids as other words.
+        Where that it has ours is not known, only messages are sent, but for
+        `continuation=completions`. Raises UserError for that with another tokenizer.
+        """
+        setting, row = self.client.settings.continuation, self._example()
+        if setting in ("prefill", "instruction"):
+            return False
+        try:
+            known = check_tokens(self.client, self.setup.student.tokenizer, row)
+        except Mismatched as difference:
+            if setting == "completions":
+                raise
+            self.client.log(f"{difference}; it is sent messages, not token ids")
+            return False
+        return known or setting == "completions"
+
+    def prefix(
+        self, turns: Sequence[Message], context: Sequence[int], partial: Sequence[int]
+    ) -> Prefix:
+        """Return a conversation, whose prompt has the ids `context`, and a partial response."""
+        tokenizer, ids, text = self.setup.student.tokenizer, None, None
+        if self.shares_tokens:
+            ids = [*context, *partial]
+            text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        return Prefix(plain(turns), decode(tokenizer, partial), ids, text)
 
     @cached_property
     def scores(self) -> ScoreFeatures:
@@ -70,12 +102,6 @@ class Connection:
         ids = setup.student.tokenizer(text, add_special_tokens=False)["input_ids"]
         prompt = setup.encoded.teacher_prompts[at].tolist()
         return ScoreRow(prompt, list(ids)[:EXAMPLE_TOKENS])  # pyright: ignore[reportArgumentType]
-
-    def _prefix(self) -> Prefix:
-        row = self._example()
-        at = int(self.setup.encoded.kept[0])
-        partial = decode(self.setup.student.tokenizer, row.response)
-        return Prefix(plain(self.setup.rows[at].prompt), partial, [*row.prompt, *row.response])
 
 
 class Connections:
@@ -125,7 +151,7 @@ class ServedSpeaker:
             found = continuations(
                 connection.client,
                 connection.texts,
-                [self._prefix(prompts, asks[i]) for i in mine],
+                [self._prefix(connection, prompts, asks[i]) for i in mine],
                 self.how.number,
                 max_tokens=self.how.max_tokens,
                 temperature=self.how.temperature,
@@ -136,16 +162,12 @@ class ServedSpeaker:
                 texts[i] = each
         return texts
 
-    def _prefix(self, prompts: Prompts, ask: Ask | None) -> Prefix:
+    def _prefix(self, connection: Connection, prompts: Prompts, ask: Ask | None) -> Prefix:
         assert ask is not None
         row = self.setup.rows[int(prompts.row[ask.row])]
         turns = row.prompt if self.prompt is None else with_privileged(row, self.prompt)
         context = prompts.teacher_tokens[ask.row][: int(prompts.teacher_length[ask.row])]
-        return Prefix(
-            plain(turns),
-            decode(self.setup.student.tokenizer, ask.prefix),
-            [*context.tolist(), *ask.prefix],
-        )
+        return connection.prefix(turns, context.tolist(), ask.prefix)
 
 
 class Listener:
@@ -257,6 +279,21 @@ class Listener:
             if row.missing is not None:
                 kept[i, mask[i]] = np.where(row.missing, -1, ids[i][mask[i]])
         return dataclasses.replace(student, top_ids=kept)
+
+
+def check_served(session: Session, methods: Sequence[MethodConfig]) -> None:
+    """Find what the served teachers support, before any work that a refusal would waste.
+
+    Raises UserError for one that cannot be reached, or cannot do what a method asks for.
+    """
+    for method in methods:
+        if not (session.setup.served and method.teacher.resident):
+            continue
+        for connection in connections(session).each:
+            if method.refine.asks_teacher:
+                _ = connection.texts
+            if method.score.scores_teacher:
+                _ = connection.scores
 
 
 def plain(turns: Sequence[Message]) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ from jaxtyping import Int32
 from fireopd_jax.data.pipeline import padded
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.session.contexts import BLOCK, check_context, pad_of, teacher_specs
+from fireopd_jax.session.contexts import pad_of, teacher_specs, width_of
 from fireopd_jax.session.host import Policies
 from fireopd_jax.session.session import Session
 from fireopd_jax.text.chat import decode
@@ -78,7 +78,6 @@ class ResidentSpeaker:
         expanded = self._expanded(prompts, asks, each)
         texts: list[list[str]] = [[] for _ in asks]
         for index, (spec, params) in enumerate(zip(self.specs, policies.teachers, strict=True)):
-            check_context(spec, expanded.tokens.shape[1], self.how.max_tokens, "method.teacher")
             mine = np.asarray(expanded.teacher) == index
             part = dataclasses.replace(
                 expanded, length=np.where(mine, expanded.length, 0).astype(np.int32)
@@ -92,8 +91,8 @@ class ResidentSpeaker:
     def _expanded(self, prompts: Prompts, asks: Sequence[Ask | None], each: int) -> Prompts:
         """Return prompts that end with the prefixes, N rows for each."""
         number = self.how.number
-        width = prompts.teacher_tokens.shape[1] + self.response
-        width = -(-width // BLOCK) * BLOCK
+        # A chunk ends within a response, so that there is room for what it is compared with.
+        width = width_of(prompts.teacher_tokens.shape[1] + self.response)
         whole = [None if ask is None else self._prompt(prompts, ask) for ask in asks]
         pads = [pad_of(self.specs[int(route)]) for route in np.repeat(prompts.teacher, each)]
         ids, length = padded(whole, width, pads)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import PromptLoader
 from fireopd_jax.method.batch import Assembled
 from fireopd_jax.method.config import MethodConfig
@@ -160,9 +161,11 @@ class Distillation:
                     rollout = self.windows.rollout(
                         step, partial(self.rollout, policies), partial(self.refine, policies)
                     )
-                except Interrupted:
+                except (Interrupted, UserError):
+                    # Such as a spent budget: what is done is kept.
                     loop.flush()
-                    self._leave(step, state)
+                    self.save(step, state)
+                    self.checkpoints.close()
                     raise
                 scored = self.score(policies, rollout, state)
                 judge = self.judge(policies.teachers)
@@ -328,12 +331,6 @@ class Distillation:
             self.save(done, state, score)
         if stopping:
             self.checkpoints.close()
-
-    def _leave(self, done: int, state: TrainState) -> None:
-        """Save the state between two steps, if that has not been done."""
-        if done > (self.checkpoints.latest() or 0):
-            self.checkpoints.save(done, state, self.loader.get_state())
-        self.checkpoints.close()
 
     def save(self, done: int, state: TrainState, score: float | None = None) -> None:
         """Write a checkpoint after `done` steps, unless there is one."""

@@ -29,6 +29,7 @@ from fireopd_jax.session.session import Session, as_teacher
 from fireopd_jax.session.setup import Setup
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.sharding.mesh import replicated
+from fireopd_jax.text.chat import decode
 from fireopd_jax.training.sft import supervise
 
 Make = Callable[[Path], Params]
@@ -48,10 +49,15 @@ def check_trainable(student: ModelSpec, teachers: Sequence[ModelSpec]) -> None:
             )
 
 
+def is_kept(session: Session, name: str) -> bool:
+    """Return whether model `name` of this run has been made and saved."""
+    return (session.folder.path / "models" / name / "model.json").is_file()
+
+
 def kept(session: Session, spec: ModelSpec, name: str, make: Make) -> Params:
     """Return the parameters of model `name` of this run: restored, or made and saved."""
     home = session.folder.path / "models" / name
-    if (home / "model.json").is_file():
+    if is_kept(session, name):
         place = replicated(session.setup.mesh)
         return restore_params(home, abstract_params(spec.model, place))
     home.mkdir(parents=True, exist_ok=True)
@@ -103,8 +109,7 @@ class StudentStart:
     @property
     def finished(self) -> bool:
         """Whether the parameters have been saved in this run's folder."""
-        home = self.session.folder.path / "models" / "student_start"
-        return (home / "model.json").is_file()
+        return is_kept(self.session, "student_start")
 
     def read(self) -> Params:
         """Return the parameters, made or restored if they are not in memory."""
@@ -207,19 +212,26 @@ def in_contexts(
         else:
             refined = context == "rewrite"
             text = method.refine.prompt if refined else method.teacher.prompt
-            own = [i for i in usable if not method.privileged or setup.rows[i].privileged]
+            told = [setup.rows[i].privileged is not None or not method.privileged for i in usable]
+            own = [i for i, known in zip(usable, told, strict=True) if known]
             seed = seed_for(setup.config.run.seed, f"errors {spec.name}")
-            attempts = [with_errors(setup.rows[i].reference or "", seed + i) for i in own]
+            answers = [decode(spec.tokenizer, ids_of(encoded, i)) for i in own]
+            attempts = [with_errors(text, seed + i) for text, i in zip(answers, own, strict=True)]
             asked = voice.ids(
                 [
                     with_privileged(setup.rows[i], text or "", attempt)
                     for i, attempt in zip(own, attempts, strict=True)
                 ]
             )
+        if usable and not own:
+            raise UserError(
+                f"{spec.name}: sft.contexts: no training row has the solution that the prompt "
+                f"{context!r} quotes; name its column as data.privileged_column"
+            )
         indices += range(len(prompts), len(prompts) + len(own))
         prompts += asked
         references += [encoded.references[i] for i in own]
-        width = max(width, *(len(ids) for ids in asked))
+        width = max([width, *(len(ids) for ids in asked)])
     return dataclasses.replace(
         encoded,
         prompts=prompts,
@@ -230,6 +242,12 @@ def in_contexts(
         max_prompt_tokens=width,
         max_teacher_prompt_tokens=width,
     ), np.asarray(indices, np.int64)
+
+
+def ids_of(encoded: Encoded, index: int) -> Sequence[int]:
+    """Return the token ids of a row's response, none where it has no response."""
+    ids = encoded.references[index]
+    return () if ids is None else ids.tolist()
 
 
 def with_errors(text: str, seed: int) -> str:

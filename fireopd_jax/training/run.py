@@ -29,6 +29,7 @@ from fireopd_jax.runtime.signals import Interrupted, stop_on_signal
 from fireopd_jax.session.exporting import check_exportable, export
 from fireopd_jax.session.fits import check_training_batches
 from fireopd_jax.session.identity import check_sources
+from fireopd_jax.session.served import check_served
 from fireopd_jax.session.session import Figures, Session
 from fireopd_jax.session.setup import Setup, set_up
 from fireopd_jax.session.specs import ModelSpec
@@ -36,6 +37,7 @@ from fireopd_jax.training.distill import Distillation
 from fireopd_jax.training.prepare import (
     StudentStart,
     check_trainable,
+    is_kept,
     kept,
     make_teacher,
     read_base,
@@ -176,6 +178,8 @@ def _sft(session: Session) -> Summary:
 
 def _train(session: Session) -> Summary:
     config, spec = session.setup.config, session.setup.student
+    trained = zip(("student", *config.run.compare), methods(config), strict=True)
+    check_served(session, [m for name, m in trained if not is_kept(session, name)])
     teachers, start, summary = _prepare(session)
     base = read_base(session)
 

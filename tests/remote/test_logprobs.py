@@ -69,6 +69,15 @@ def test_a_server_that_gives_text_only_is_refused_with_what_to_do():
             found(server)
 
 
+def test_an_unknown_model_is_not_taken_for_a_missing_source():
+    unknown = {"error": {"message": "the model `m` does not exist"}}
+    with (
+        serving(script=lambda *_: (404, {}, unknown)) as server,
+        pytest.raises(Refused, match=r"404: the model `m` does not exist; check url .*model \('m'"),
+    ):
+        found(server)
+
+
 def test_a_wrong_key_and_a_broken_server_are_not_taken_for_a_missing_source():
     with serving(key="k") as server, pytest.raises(Refused, match="OPENAI_API_KEY"):
         found(server)

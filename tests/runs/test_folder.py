@@ -113,6 +113,21 @@ def test_keys_that_only_change_what_is_shown_may_change(tmp_path):
         assert folder.state == "resume"
 
 
+def test_the_budget_of_a_served_teacher_may_change_but_not_what_it_answers(tmp_path):
+    config = RunConfig(dir=str(tmp_path))
+    served = {"url": "http://localhost:1/v1", "model": "m", "max_tokens_budget": 10, "retries": 6}
+
+    def of(**keys):
+        return changed(teachers={"a.b": {"served": served | keys, "retries": keys.get("other")}})
+
+    open_run(config, of()).close()
+    with open_run(config, of(max_tokens_budget=None, retries=1)) as folder:
+        assert folder.state == "resume"
+    for key, value in {"url": "http://localhost:2/v1", "model": "n", "other": 1}.items():
+        with pytest.raises(UserError, match=r"another configuration: teachers\.a\.b\."):
+            open_run(config, of(**{key: value}))
+
+
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"thesis\.tex"):
