@@ -192,20 +192,21 @@ class Rewriter:
         """Return the rollout with rewrites in the place of responses, on the devices."""
         kept, done = outcome == Rewritten.KEPT, outcome == Rewritten.DONE
         mine = kept[:, None]
-        new = found.mask & done[:, None]
+        known = found.mask & (found.tokens < self.setup.student.model.size)
+        new = known & done[:, None]
         zero = np.zeros_like(own.logprob)
         refined = dataclasses.replace(
             own,
             prompts=self._scored_after(own.prompts, after, done),
             # An id that the student lacks has no embedding, not even a masked one.
-            tokens=np.where(mine, own.tokens, np.where(new, found.tokens, 0)),
+            tokens=np.where(mine, own.tokens, np.where(known, found.tokens, 0)),
             mask=np.where(mine, own.mask, new),
             logprob=np.where(mine, own.logprob, zero),
             model_logprob=np.where(mine, own.model_logprob, zero),
             finished=np.where(kept, own.finished, found.finished),
             version=np.where(mine, own.version, version),
             writer=np.where(mine, own.writer, np.int32(Writer.REWRITER)),
-            original=Original(own.tokens, own.mask, own.model_logprob, outcome, found.mask),
+            original=Original(own.tokens, own.mask, own.model_logprob, outcome, known),
         )
         if own.correct is not None:
             again = each_response(self.setup, refined, is_right)

@@ -161,7 +161,9 @@ def test_a_rewrite_at_the_limit_is_dropped(tmp_path):
     texts = answers(setup) | {2: ids_of(setup, "x" * ROOM, end=False)}
     out = rewritten(setup, Scripted(texts, cut=[2]), make_own(setup))
     assert outcomes(out) == ["DONE", "DONE", "CUT", *["DONE"] * 5]
-    assert not out.mask[2].any() and not out.tokens[2].any() and not out.finished[2]
+    assert not out.mask[2].any() and not out.finished[2]
+    # What was written is kept for the completions.
+    assert out.tokens[2][out.original.rewrite[2]].tolist() == ids_of(setup, "x" * ROOM, end=False)
     assert out.mask[[0, 1, 3, 4, 5, 6, 7]].any(axis=1).all()
     # The teacher's prompt is the row's own again: the score program sees a valid prompt.
     assert shown(setup, out.prompts.teacher_tokens[2], out.prompts.teacher_length[2]) == (

@@ -131,6 +131,7 @@ def whole():
     rollout = jax.device_get(batch(3))
     mask = np.asarray(rollout.mask)
     ids = rng.integers(0, 9, (8, 6)).astype(np.int32)
+    real = ids.astype(np.float32)
     return dataclasses.replace(
         rollout,
         prompts=dataclasses.replace(
@@ -141,8 +142,8 @@ def whole():
         original=Original(ids, ~mask, -np.ones((8, 6), np.float32), ids[:, 0], mask),
         leaked=mask[:, 0],
         heard=Heard(
-            ModelScores(TokenStats(ids * 0.5, ids * 0.25), ids[..., None]),
-            ModelScores(TokenStats(ids * 1.5, ids * np.nan), at_ids=ids[..., None] * 0.5),
+            ModelScores(TokenStats(real, real + 1), ids[..., None]),
+            ModelScores(TokenStats(real + 2, real * np.float32(np.nan)), at_ids=real[..., None]),
         ),
         audit=Audit(ids, ids + 1, np.ones((8, 6), np.float32), np.ones((8, 6), np.float32)),
     )
