@@ -31,7 +31,8 @@ class ServedConfig(Section):
     """Form of requests for the continuation of a partial response: `completions` sends the whole
     prompt as token ids, or as text where the server takes no ids; `prefill` ends a chat with the
     partial message (`continue_final_message`); `instruction` asks for it in words. `auto` takes
-    what the server supports: token ids, else prefill, text, instruction."""
+    what the server supports: token ids, else prefill, text, instruction; ids and text only where
+    its tokenizer is known to be the student's."""
     samples_per_request: Literal["auto"] | PositiveInt = "auto"
     """Most samples in one request (`n`); `auto` asks the server whether it returns several."""
     instruction: str = (

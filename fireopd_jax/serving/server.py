@@ -72,6 +72,8 @@ def serving(
     server = uvicorn.Server(
         uvicorn.Config(
             make_app(service),
+            # uvicorn's own configuration would shut down all handlers of the process.
+            log_config=None,
             log_level="warning",
             access_log=False,
             lifespan="off",
