@@ -148,6 +148,39 @@ def _unanchored(get: Get) -> str | None:
     return None
 
 
+def _shortening(get: Get) -> str | None:
+    ratio = get("refine/length_ratio")
+    if ratio.steps >= FIRST and ratio.now < 0.25:
+        return (
+            f"rewrites have {ratio.now:.0%} of the length of the responses that they replace: all "
+            "parameters trained on much shorter texts lose long reasoning; train adapters "
+            "(student.lora) at a small optim.learning_rate, set method.refine.min_length_ratio, or "
+            "ask for full detail in method.refine.prompt"
+        )
+    return None
+
+
+def _cut(get: Get) -> str | None:
+    cut = get("refine/cut_fraction")
+    if cut.steps >= FIRST and cut.now > 0.5:
+        return (
+            f"{cut.now:.0%} of the rewrites reach their limit and are dropped; raise "
+            "rollout.max_tokens (method.refine.max_tokens), or use a stronger teacher"
+        )
+    return None
+
+
+def _far(get: Get) -> str | None:
+    new, own = get("refine/nll"), get("refine/nll_original")
+    if new.steps >= FIRST and new.now > 1.5 * own.now + 0.5:
+        return (
+            f"rewrites are far from the student's policy: {new.now:.2f} nats per token, its own "
+            f"responses {own.now:.2f}; the rewriter may be too weak: read completions/, or mix "
+            "with method.refine.fraction"
+        )
+    return None
+
+
 RULES: dict[str, Callable[[Get], str | None]] = {
     "incompatible": _incompatible,
     "unsure late": _unsure_late,
@@ -157,4 +190,7 @@ RULES: dict[str, Callable[[Get], str | None]] = {
     "foreign": _foreign,
     "drifting": _drifting,
     "unanchored": _unanchored,
+    "shortening": _shortening,
+    "cut": _cut,
+    "far": _far,
 }

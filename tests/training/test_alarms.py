@@ -15,6 +15,10 @@ CALM = {
     "distill/foreign_fraction": 0.0,
     "sampler/logprob_gap": 0.01,
     "audit/base_kl": 0.01,
+    "refine/length_ratio": 0.9,
+    "refine/cut_fraction": 0.05,
+    "refine/nll": 0.6,
+    "refine/nll_original": 0.5,
 }
 COURSES = {
     "incompatible": ({"distill/overlap_ratio": (0.5, 0.5)}, "template"),
@@ -28,6 +32,9 @@ COURSES = {
     "foreign": ({"distill/foreign_fraction": (0.05, 0.05)}, "special_tokens"),
     "drifting": ({"sampler/logprob_gap": (0.4, 0.4)}, "importance_cap"),
     "unanchored": ({"audit/base_kl": (0.0, 0.2)}, "method.loss.beta"),
+    "shortening": ({"refine/length_ratio": (0.9, 0.1)}, "min_length_ratio"),
+    "cut": ({"refine/cut_fraction": (0.1, 0.9)}, "rollout.max_tokens"),
+    "far": ({"refine/nll": (0.6, 4.5)}, "method.refine.fraction"),
 }
 
 
