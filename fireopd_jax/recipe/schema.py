@@ -183,6 +183,9 @@ def _sources(layers: Sequence[Layer], config: Config) -> Iterator[str]:
 
 def _warnings(config: Config, origins: Origins) -> Iterator[str]:
     """Yield a line for each key that the user has set and that has no effect."""
+    if config.teachers and not used_teachers(config):
+        kind = config.method.teacher.kind
+        yield f"note: teachers are not loaded: none is used with method.teacher.kind={kind}"
     for key, reason in idle_keys(config):
         if own := [each for each in origins if each[: len(key)] == key]:
             where = origin_of(own[0], origins)
