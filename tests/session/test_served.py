@@ -95,7 +95,8 @@ def heard(setup, rollout, folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["student", "sampled", pytest.param("teacher", marks=pytest.mark.slow)]
+    "name",
+    ["sampled", *(pytest.param(name, marks=pytest.mark.slow) for name in ("student", "teacher"))],
 )
 def test_a_teacher_here_and_over_http_give_the_same_loss_and_drop_the_same(name, ours, tmp_path):
     folder, url = ours
