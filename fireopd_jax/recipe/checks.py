@@ -221,6 +221,17 @@ def _teacher_conflicts(method: MethodConfig, rollout: RolloutConfig) -> Iterator
             f"method.refine.kind={refine.kind}: {loss.kind} assumes that every response is sampled "
             "from the student; expected a divergence on a support or over the vocabulary"
         )
+    audit, needs = "rollout.audit", method.score.needs
+    if audit in needs and audit not in refine.gives:
+        yield (
+            f"method.score: {method.score.kind} needs audited responses; expected "
+            "method.refine.kind=audit"
+        )
+    if audit in refine.gives and audit not in needs:
+        yield (
+            f"method.refine: nothing uses the audits with method.score.kind={method.score.kind}; "
+            "expected method.refine.kind=none, or method.score.kind=chunk_agreement"
+        )
     if teacher.own and not (teacher.privileged or refine.rewrites):
         yield (
             "method.teacher.prompt: after its own prompt the student has nothing to learn from "

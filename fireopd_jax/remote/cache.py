@@ -13,6 +13,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from fireopd_jax.config import UserError
+
 LINE = re.compile(rb"([0-9a-f]{64}) (\d+) (\d+) (\d+) ")
 
 
@@ -24,9 +26,14 @@ class Cache:
         self.tokens_in = self.tokens_out = 0
         self._places: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Append mode: each line goes to the end of the file, whoever else writes to it.
-        self._file = path.open("ab+", buffering=0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Append mode: each line goes to the end of the file, whoever else writes to it.
+            self._file = path.open("ab+", buffering=0)
+        except OSError as error:
+            raise UserError(
+                f"served.cache_file: {path} cannot be written: {error.strerror}"
+            ) from error
         self._read = 0
         self._index()
 

@@ -10,7 +10,12 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from fireopd_jax.config import Section, config
 
-RESERVED = ("model", "messages", "prompt", "n", "seed", "max_tokens", "max_completion_tokens")
+RESERVED = (
+    "model", "messages", "prompt", "n", "seed", "max_tokens", "max_completion_tokens",
+    "temperature", "top_p", "echo", "logprobs", "prompt_logprobs", "prompt_logprob_token_ids",
+    "prompt_logprob_start", "return_tokens_as_token_ids", "continue_final_message",
+    "add_generation_prompt", "add_special_tokens", "stream",
+)  # fmt: skip
 """Fields of a request that `extra_body` may not set."""
 
 
@@ -94,6 +99,12 @@ class ServedConfig(Section):
         if self.max_cost is not None and not priced:
             raise ValueError(
                 "max_cost needs price_per_million_input or price_per_million_output above 0"
+            )
+        budget = self.max_tokens_budget is not None or self.max_cost is not None
+        if budget and self.cache == "none":
+            raise ValueError(
+                "a budget counts what the cache was paid with, and cache=none keeps nothing: "
+                "expected cache=all or texts"
             )
         if taken := [name for name in RESERVED if name in self.extra_body]:
             raise ValueError(f"extra_body: {taken[0]!r} is set by fireopd and cannot be given")

@@ -45,6 +45,8 @@ class Prefix:
     """Prompt and partial response in the teacher's own template and vocabulary, if known."""
     text: str | None = None
     """The same as text with special tokens, if known."""
+    seed: int = 0
+    """Tells apart equal prefixes of different samples, which have continuations of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ def continuations(
         for i in order:
             for start in range(len(found[i]), n, features.samples or n):
                 size = min(features.samples or n, n - start)
-                sample = f"{seed} {turn} {start}"
+                sample = f"{seed} {prefixes[i].seed} {turn} {start}"
                 asked.append((i, size))
                 request = _request(
                     client, features, prefixes[i], size, max_tokens, sampling, sample

@@ -6,6 +6,7 @@ path, body -> decoded answer, or a `Failure` that says whether to try again
 import importlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -20,6 +21,9 @@ EXHAUSTED = ("insufficient_quota", "billing_hard_limit_reached")
 """Codes of a 429 that waiting does not help."""
 SHOWN = 300
 NO_KEY = "none"
+VISIBLE = re.compile(r"[!-~]+")
+SECRET = 16
+"""Fewest characters of a key that is looked for in answers."""
 
 
 class Transport:
@@ -33,6 +37,12 @@ class Transport:
             raise UserError(
                 f"teacher {name!r}: the environment variable {settings.api_key_env} is not set: "
                 f"expected the API key of {settings.base} (api_key_env names another variable)"
+            )
+        if self._secret and not VISIBLE.fullmatch(self._secret):
+            # A library's message would show it.
+            raise UserError(
+                f"teacher {name!r}: the environment variable {settings.api_key_env} is no API key: "
+                "it has a space, a line break or a character that is not ASCII"
             )
         # Not through a proxy of the environment: it cannot reach this machine's loopback.
         local = {"http_client": openai.DefaultHttpxClient(trust_env=False)}
@@ -61,7 +71,9 @@ class Transport:
         except library.APIStatusError as error:
             raise self._failure(error) from None
         try:
-            return json.loads(self.clean(text, None))
+            # A key in an answer must not reach the cache; a short one, such as EMPTY, is no secret
+            # and may be a word of the answer.
+            return json.loads(self.clean(text, None) if len(self._secret) >= SECRET else text)
         except ValueError:
             reason = f"the answer is not JSON: {self.clean(text, 60)!r}"
             raise Failure(reason, status=200, retryable=True) from None

@@ -52,7 +52,6 @@ class Auditor:
         self.speaker: Speaker = speaker(session, method, how)
         self.anchors = jax.jit(self._anchors, out_shardings=replicated(setup.mesh))
         self.score = method.score
-        self.embed: Embed | None = None
 
     def _anchors(self, params: Params, rollout: Rollout) -> Array:
         """Return the first position of each chunk, i32[B, M], by the student's entropies."""
@@ -104,8 +103,8 @@ class Auditor:
         )
 
     def _embedding(self, policies: Policies) -> Embed | None:
-        """Return vectors of texts by the student's input embeddings of the first step, if used."""
-        if self.refine.similarity.embeds and self.embed is None:
-            matrix = np.asarray(policies.student["embed_tokens"], np.float32)
-            self.embed = mean_embeddings(matrix, self.setup.student.tokenizer)
-        return self.embed
+        """Return vectors of texts by the student's input embeddings of this step, if used."""
+        if not self.refine.similarity.embeds:
+            return None
+        matrix = np.asarray(policies.student["embed_tokens"], np.float32)
+        return mean_embeddings(matrix, self.setup.student.tokenizer)

@@ -81,7 +81,7 @@ def encoded_for(setup: Setup, method: MethodConfig) -> Encoded:
     """
     encoded, teacher = setup.encoded, method.teacher
     specs = teacher_specs(setup, method)
-    if teacher.own:
+    if not teacher.resident:
         encoded = dataclasses.replace(
             encoded,
             teacher_prompts=list(encoded.prompts),

@@ -156,7 +156,7 @@ class ServedSpeaker:
                 max_tokens=self.how.max_tokens,
                 temperature=self.how.temperature,
                 top_p=self.how.top_p,
-                seed=seed_for(self.setup.config.run.seed, f"audit {int(prompts.sample_id[0])}"),
+                seed=seed_for(self.setup.config.run.seed, "audit"),
             )
             for i, each in zip(mine, found, strict=True):
                 texts[i] = each
@@ -167,7 +167,8 @@ class ServedSpeaker:
         row = self.setup.rows[int(prompts.row[ask.row])]
         turns = row.prompt if self.prompt is None else with_privileged(row, self.prompt)
         context = prompts.teacher_tokens[ask.row][: int(prompts.teacher_length[ask.row])]
-        return connection.prefix(turns, context.tolist(), ask.prefix)
+        prefix = connection.prefix(turns, context.tolist(), ask.prefix)
+        return dataclasses.replace(prefix, seed=int(prompts.sample_id[ask.row]))
 
 
 class Listener:

@@ -70,6 +70,7 @@ TEMPLATES: Mapping[str, Mapping[str, str]] = {
     },
 }
 """Purpose -> name -> template."""
+NAMES = ("problem", "attempt", "reference")
 FIELDS = re.compile(r"\{(problem|attempt|reference)\}")
 
 
@@ -105,6 +106,9 @@ def check_template(text: str, purpose: str, fields: Sequence[str]) -> None:
     for field in fields:
         if f"{{{field}}}" not in text:
             raise ValueError(f"prompt: the text lacks {{{field}}}")
+    for name in re.findall(r"\{(\w+)\}", text):
+        if name not in NAMES and (hint := nearest(name, NAMES)):
+            raise ValueError(f"prompt: unknown field {{{name}}}{hint}")
     if purpose == "teacher" and "{attempt}" in text:
         raise ValueError("prompt: {attempt} is known to method.refine.prompt only")
 

@@ -340,7 +340,8 @@ class Distillation:
         with self.clock.host("save"):
             metrics = None if score is None else {"score": score}
             self.checkpoints.save(done, state, self.loader.get_state(), metrics)
-        self.windows.forget(before=min(self.checkpoints.steps()))
+        # Only the newest ones are resumed from; the best may be much older.
+        self.windows.forget(before=min(self.checkpoints.steps()[-self.config.run.keep :]))
 
     def _saves(self, done: int) -> bool:
         run = self.config.run

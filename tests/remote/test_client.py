@@ -335,6 +335,28 @@ def test_a_missing_key_is_named_except_for_a_server_on_this_machine(monkeypatch)
         assert client.ask(requests(1))
 
 
+@pytest.mark.parametrize("key", ["sk-first-line\nsk-second-line", "sk-with space", "sk-“quoted”"])
+def test_a_key_that_no_header_can_hold_is_named_by_its_variable_alone(key, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", key)
+    settings = ServedConfig(url="http://127.0.0.1:9/v1", model="m", api_key_env="JUDGE_KEY")
+    with pytest.raises(UserError, match="JUDGE_KEY is no API key") as caught:
+        Client(settings, None, print)
+    assert not any(part in str(caught.value) for part in ("first", "second", "with ", "quoted"))
+
+
+def test_a_key_that_is_a_word_changes_no_answer(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "none")
+    with serving() as server, client_of(server, api_key_env="JUDGE_KEY") as client:
+        server.text_of = lambda *_: "there is none"
+        assert client.ask(requests(1)) == ["there is none"]
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    settings = ServedConfig(url="http://127.0.0.1:9/v1", model="m")
+    with pytest.raises(UserError, match=r"served\.cache_file: .* cannot be written"):
+        Client(settings, tmp_path, print)
+
+
 def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     with serving() as server, client_of(server, retries=0) as client:
