@@ -158,12 +158,13 @@ class ModelScores:
 
 
 @pytree
-class Heard:
-    """Scores from before the score program: a teacher behind HTTP is asked on the host."""
+class EarlyScores:
+    """Scores that a host stage needed, or got from servers, before the score program."""
 
     student: ModelScores
-    """With the token ids at which the teacher was asked, -1 where it did not return them."""
-    teacher: ModelScores
+    """Top-K ids are -1 where a served teacher did not return their log-probabilities."""
+    teacher: ModelScores | None = None
+    """Scores by teachers behind HTTP; None where the method's teachers are scored here, or not."""
 
 
 @pytree
@@ -189,8 +190,8 @@ class Rollout:
     """The student's own responses, where the method rewrites them."""
     leaked: Bool[Array, " B"] | None = None
     """Whether the response speaks of privileged information; None where that is not counted."""
-    heard: Heard | None = None
-    """Scores of student and teacher, where the teacher is served."""
+    early: EarlyScores | None = None
+    """Scores from before the score program, which does not compute them again."""
     audit: Audit | None = None
     """Chunks that were compared with a teacher's text; None for methods without an audit."""
 

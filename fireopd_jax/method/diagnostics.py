@@ -121,7 +121,8 @@ def _of_teacher(
     score = jnp.where(mask, teacher.logprob, 0).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)
     # A served teacher returns no entropies.
     of_entropy: dict[str, Mean | Max] = {}
-    if batch.rollout.heard is None:
+    early = batch.rollout.early
+    if early is None or early.teacher is None:
         of_entropy = {
             "distill/entropy_gap": Mean.of(jnp.abs(teacher.entropy - student.entropy), mask),
             "teacher_entropy": Mean.of(teacher.entropy, mask),

@@ -32,6 +32,7 @@ from fireopd_jax.recipe.run import RunConfig
 from fireopd_jax.rollout.settings import RolloutConfig
 from fireopd_jax.sharding.mesh import MeshConfig
 from fireopd_jax.text.checks import ChecksConfig
+from fireopd_jax.text.templates import Leak
 
 MEANS = ("micro_batch_size", "head", "head_chunk")
 """Keys of `method.score` that do not change the scores: a control keeps the run's values."""
@@ -186,6 +187,10 @@ def _warnings(config: Config, origins: Origins) -> Iterator[str]:
     if config.teachers and not used_teachers(config):
         kind = config.method.teacher.kind
         yield f"note: teachers are not loaded: none is used with method.teacher.kind={kind}"
+    method = config.method
+    told = method.teacher.leak != Leak() and method.teacher.kind != "none"
+    if told and not method.privileged:
+        yield "warning: method.teacher.leak has no effect: the method quotes no solution"
     for key, reason in idle_keys(config):
         if own := [each for each in origins if each[: len(key)] == key]:
             where = origin_of(own[0], origins)

@@ -41,7 +41,7 @@ class Request:
     bound: Tokens
     """The most tokens of prompt and completions that it may cost."""
     index: str = ""
-    """Tells apart requests with the same body that want different samples."""
+    """Distinguishes requests of equal body for different samples, in the cache."""
     kind: str = "texts"
     """`texts`, `scores` or `probe`: decides, with `cache`, whether the answer is kept."""
 

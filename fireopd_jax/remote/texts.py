@@ -46,7 +46,7 @@ class Prefix:
     text: str | None = None
     """The same as text with special tokens, if known."""
     seed: int = 0
-    """Tells apart equal prefixes of different samples, which have continuations of their own."""
+    """Sample id: equal prefixes of different samples have independent continuations."""
 
 
 @dataclasses.dataclass(frozen=True)

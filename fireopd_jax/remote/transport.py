@@ -124,10 +124,15 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds that the server asks to wait: a number, or a date."""
     text = headers.get("retry-after", "")
     try:
-        return max(float(text), 0.0)
+        seconds = float(text)
     except ValueError:
-        pass
+        seconds = _until(text)
+    return None if seconds is None else max(seconds, 0.0)
+
+
+def _until(text: str) -> float | None:
+    """Return the seconds until an HTTP date, None for a text that is none."""
     try:
-        return max((parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds(), 0.0)
+        return (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
     except (ValueError, TypeError):
         return None

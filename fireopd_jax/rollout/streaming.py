@@ -274,7 +274,7 @@ class Engine:
         free: list[deque[int]],
         searched: dict[Place, int],
     ) -> None:
-        """Take the requests with these ids out of the engine."""
+        """Remove the requests with these ids, waiting or running."""
         if not gone:
             return
         kept = [request for request in pending if request.id not in gone]

@@ -16,16 +16,16 @@ from jaxtyping import Int32
 from fireopd_jax.method import refining
 from fireopd_jax.method.chunks import select
 from fireopd_jax.method.config import MethodConfig
-from fireopd_jax.method.scoring.teachers import Resident, ScoreOptions, score_student
+from fireopd_jax.method.scoring import Resident
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.session.host import Policies
 from fireopd_jax.session.served import ServedSpeaker
 from fireopd_jax.session.session import Session
 from fireopd_jax.session.speaking import Ask, Continue, ResidentSpeaker, Speaker
-from fireopd_jax.sharding.mesh import replicated, shard_rows
+from fireopd_jax.sharding.mesh import by_rows, shard_rows
 from fireopd_jax.text.chat import decode
 from fireopd_jax.text.similarity import Embed, mean_embeddings
-from fireopd_jax.types import Array, Audit, Rollout
+from fireopd_jax.types import Array, Audit, EarlyScores, ModelScores, Rollout
 
 PAPER_ROOM = 4096
 """Response length of the paper, from its cost per trajectory."""
@@ -50,22 +50,21 @@ class Auditor:
         how = Continue(refine.continuations, self.size, refine.temperature, refine.top_p)
         speaker = ServedSpeaker if setup.served else ResidentSpeaker
         self.speaker: Speaker = speaker(session, method, how)
-        self.anchors = jax.jit(self._anchors, out_shardings=replicated(setup.mesh))
+        rows = by_rows(setup.mesh)
+        self.plan = jax.jit(self._plan, out_shardings=(rows, rows))
         self.score = method.score
 
-    def _anchors(self, params: Params, rollout: Rollout) -> Array:
-        """Return the first position of each chunk, i32[B, M], by the student's entropies."""
-        score = self.score
-        options = ScoreOptions(
-            implementation=score.head, chunk=score.head_chunk, mesh=self.setup.mesh
-        )
+    def _plan(self, params: Params, rollout: Rollout) -> tuple[ModelScores, Array]:
+        """Return the student's scores, and by its entropies each chunk's first position, [B, M]."""
         student = Resident(self.setup.student.model, params)
-        scores = score_student(student, rollout, 1.0, options, score.micro_batch_size)
-        return select(scores.stats.entropy, rollout.mask, self.chunks, self.size)
+        # Conflicts are checked: the method is defined at temperature 1.
+        scores = self.score.score_own(student, rollout, 1.0, self.setup.mesh)
+        return scores, select(scores.stats.entropy, rollout.mask, self.chunks, self.size)
 
     def __call__(self, rollout: Rollout, policies: Policies) -> Rollout:
-        """Return the rollout with `audit` set."""
-        anchors = np.asarray(self.anchors(policies.student, rollout))
+        """Return the rollout with `audit` set, and the student's scores as `early`."""
+        student, planned = self.plan(policies.student, rollout)
+        anchors = np.asarray(planned)
         tokens, prompts = jax.device_get((rollout.tokens, rollout.prompts))
         asks = [
             Ask(row, tokens[row][:start].tolist()) if start >= 0 else None
@@ -74,7 +73,8 @@ class Auditor:
         ]
         found = self.speaker(prompts, asks, policies)
         audit = self._compared(tokens, anchors, found, policies)
-        return dataclasses.replace(rollout, audit=shard_rows(self.setup.mesh, audit))
+        audit = shard_rows(self.setup.mesh, audit)
+        return dataclasses.replace(rollout, audit=audit, early=EarlyScores(student))
 
     def _compared(
         self,

@@ -13,12 +13,12 @@ from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
 from fireopd_jax.config import UserError
-from fireopd_jax.data.pipeline import Encoded, pad_id
+from fireopd_jax.data.pipeline import Encoded
 from fireopd_jax.data.sources import Row
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.session.setup import Setup
 from fireopd_jax.session.specs import ModelSpec
-from fireopd_jax.text.chat import Message, prompt_ids
+from fireopd_jax.text.chat import Message, decode, prompt_ids
 from fireopd_jax.text.templates import CUT, asking
 
 BLOCK = 16
@@ -184,11 +184,9 @@ class Quoting:
     def _ids(
         self, row: Row, attempt: Sequence[int], solution: str | None, cut: bool = False
     ) -> Int32[np.ndarray, " _"]:
-        quoted = self.attempt_tokenizer.decode(
-            list(attempt), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        quoted = decode(self.attempt_tokenizer, attempt)
         fields = {
-            "attempt": f"{quoted}{CUT}" if cut else str(quoted),
+            "attempt": f"{quoted}{CUT}" if cut else quoted,
             "reference": (row.privileged or "") if solution is None else solution,
         }
         return self.voice.ids([asking(row.prompt, self.text, fields)])[0]
@@ -209,8 +207,3 @@ def longest_quoting(setup: Setup, method: MethodConfig, text: str) -> int:
 
 def _characters(row: Row) -> int:
     return sum(len(turn["content"]) for turn in row.prompt) + len(row.privileged or "")
-
-
-def pad_of(spec: ModelSpec) -> int:
-    """Return the padding id of a model's tokenizer."""
-    return pad_id(spec.tokenizer)

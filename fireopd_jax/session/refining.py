@@ -1,6 +1,6 @@
 """The host stages of a method.
 
-rollout -> grade -> rewrite -> find leaks -> rollout
+rollout -> grade -> rewrite -> audit -> find leaks -> ask served teachers -> rollout
 """
 
 from collections.abc import Sequence

@@ -13,10 +13,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from fireopd_jax.data.pipeline import padded
+from fireopd_jax.data.pipeline import pad_id, padded
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.method.refining import Rewrite
-from fireopd_jax.models.language_model import Params
 from fireopd_jax.rollout.mixing import given_rows
 from fireopd_jax.rollout.sampling import Sampling, seed_for
 from fireopd_jax.session.contexts import (
@@ -24,13 +23,12 @@ from fireopd_jax.session.contexts import (
     Voice,
     check_context,
     longest_quoting,
-    pad_of,
     teacher_specs,
     voice_of,
     width_of,
 )
 from fireopd_jax.session.host import Policies, each_response, is_right
-from fireopd_jax.session.session import Session
+from fireopd_jax.session.session import Session, generate_by_route
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.sharding.mesh import shard_rows
 from fireopd_jax.types import Original, Prompts, Rewritten, Rollout, Writer
@@ -107,40 +105,23 @@ class Rewriter:
         row = self.setup.rows[int(own.prompts.row[i])]
         return ways[int(own.prompts.teacher[i])](row, attempt)
 
-    def _sample(
-        self,
-        prompts: Prompts,
-        asked: Asked,
-        policies: Policies,
-    ) -> Rewritings:
-        """Sample a rewrite of each row that was asked for, from the teacher of its route."""
-        rows = len(prompts.row)
-        tokens, mask = np.zeros((rows, self.room), np.int32), np.zeros((rows, self.room), bool)
-        finished = np.zeros(rows, bool)
-        pads = [pad_of(self.specs[int(route)]) for route in prompts.teacher]
-        ids, length = padded([asked.get(i) for i in range(rows)], self.width, pads)
-        whole = dataclasses.replace(prompts, tokens=ids, length=length)
-        for index, (spec, params) in enumerate(zip(self.specs, policies.teachers, strict=True)):
-            mine = np.asarray(prompts.teacher) == index
-            part = dataclasses.replace(whole, length=np.where(mine, length, 0).astype(np.int32))
-            drawn = self._draw(spec, params, part, policies)
-            tokens, mask = (
-                np.where(mine[:, None], new, old)
-                for new, old in ((drawn.tokens, tokens), (drawn.mask, mask))
-            )
-            finished = np.where(mine, drawn.finished, finished)
-        return Rewritings(whole, tokens, mask, finished)
+    def _sample(self, prompts: Prompts, asked: Asked, policies: Policies) -> Rewritings:
+        """Sample a rewrite of each row that was asked for, from the teacher of its route.
 
-    def _draw(
-        self, spec: ModelSpec, params: Params, prompts: Prompts, policies: Policies
-    ) -> Rollout:
-        """Return a teacher's samples in the student's vocabulary: they end with its EOS."""
-        student = self.setup.student
-        drawn = jax.device_get(
-            self.session.generate(spec, params, prompts, self._sampling(spec), policies.updates)
+        They are in the student's vocabulary: they end with its EOS.
+        """
+        student, rows = self.setup.student, np.arange(len(prompts.row))
+        pads = [pad_id(self.specs[int(route)].tokenizer) for route in prompts.teacher]
+        ids, length = padded([asked.get(i) for i in rows.tolist()], self.width, pads)
+        drawn = generate_by_route(
+            self.session,
+            self.specs,
+            policies.teachers,
+            dataclasses.replace(prompts, tokens=ids, length=length),
+            self._sampling,
+            policies.updates,
         )
         last = np.maximum(drawn.mask.sum(axis=1) - 1, 0)
-        rows = np.arange(len(last))
         foreign = drawn.finished & ~np.isin(drawn.tokens[rows, last], student.stop)
         tokens = np.where(drawn.mask, drawn.tokens, 0)
         tokens[rows[foreign], last[foreign]] = student.stop[0]
@@ -149,9 +130,7 @@ class Rewriter:
         mask = drawn.mask & (np.cumsum(ends, axis=1) - ends == 0)
         # A token id that the student lacks cannot be learned: as if the rewrite had been cut.
         known = (np.where(mask, tokens, 0) < student.model.size).all(axis=1)
-        return dataclasses.replace(
-            drawn, tokens=tokens, mask=mask, finished=ends.any(axis=1) & known
-        )
+        return Rewritings(drawn.prompts, tokens, mask, np.asarray(ends.any(axis=1) & known))
 
     def _sampling(self, spec: ModelSpec) -> Sampling:
         refine = self.refine

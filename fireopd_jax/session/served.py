@@ -1,7 +1,7 @@
 """Teachers behind HTTP in a run: connections, texts for audits, log-probabilities for scores.
 
 Setup.served -> Connections (one client a teacher, checked at the start)
-rollout, the student's scores -> token ids to ask for -> the servers' log-probs -> `heard`
+rollout, the student's scores -> token ids to ask for -> the servers' log-probs -> `early`
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 
 from fireopd_jax.config import UserError
 from fireopd_jax.method.config import MethodConfig
-from fireopd_jax.method.scoring.teachers import Resident, ScoreOptions, score_student
+from fireopd_jax.method.scoring.teachers import Resident, ScoreOptions
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.remote.canary import check_scores, check_texts, check_tokens
 from fireopd_jax.remote.client import Client
@@ -30,7 +30,7 @@ from fireopd_jax.session.setup import ServedTeacher, Setup
 from fireopd_jax.session.speaking import Ask, Continue
 from fireopd_jax.sharding.mesh import by_rows, shard_rows
 from fireopd_jax.text.chat import Message, decode
-from fireopd_jax.types import Heard, ModelScores, Prompts, Rollout, TokenStats
+from fireopd_jax.types import EarlyScores, ModelScores, Prompts, Rollout, TokenStats
 
 EXAMPLE_TOKENS = 16
 """Tokens of the reference or prompt that the checks at the start score or continue."""
@@ -172,59 +172,49 @@ class ServedSpeaker:
 
 
 class Listener:
-    """Asks served teachers for the log-probabilities that a score stage compares: `heard`."""
+    """Sets `early`: the student's scores, and the log-probabilities that served teachers return."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"rollout.heard"})
+    gives: ClassVar[frozenset[str]] = frozenset({"rollout.early"})
 
     def __init__(self, session: Session, method: MethodConfig):
         self.session, self.setup, self.score = session, session.setup, method.score
         self.connections = connections(session)
-        self.wanted = method.score.of_teacher(ScoreOptions()).k or 0
-        for connection in self.connections.each:
-            self._top(connection)
+        self.top = min(self._top(connection) for connection in self.connections.each)
         self.of_student = jax.jit(self._of_student, out_shardings=by_rows(session.setup.mesh))
 
     def _top(self, connection: Connection) -> int:
-        """Return how many of the most probable tokens to ask for."""
-        features = connection.scores
-        if self.score.asks_own_ids and features.top < self.wanted:
+        """Return how many of the most probable tokens to ask a teacher for."""
+        features, wanted = connection.scores, self.score.of_teacher(ScoreOptions()).k or 0
+        if features.top >= wanted:
+            return wanted
+        if self.score.asks_own_ids:
             return 0  # only the overlap of the two top-K needs them
-        if features.top < self.wanted:
-            raise UserError(
-                f"{connection.client.label}: returns the {features.top} most probable tokens, "
-                f"method.score needs {self.wanted}; expected score.support=student, a smaller k, "
-                "or a server with a higher limit"
-            )
-        return self.wanted
+        raise UserError(
+            f"{connection.client.label}: returns the {features.top} most probable tokens, "
+            f"method.score needs {wanted}; expected score.support=student, a smaller k, or a "
+            "server with a higher limit"
+        )
 
     def _of_student(self, params: Params, rollout: Rollout) -> ModelScores:
-        score = self.score
-        options = ScoreOptions(
-            implementation=score.head, chunk=score.head_chunk, mesh=self.setup.mesh
-        )
         student = Resident(self.setup.student.model, params)
         # Conflicts are checked: a server scores at temperature 1.
-        return score_student(
-            student, rollout, 1.0, score.of_student(options), score.micro_batch_size
-        )
+        return self.score.score_own(student, rollout, 1.0, self.setup.mesh)
 
     def __call__(self, rollout: Rollout, policies: Policies) -> Rollout:
-        """Return the rollout with `heard` set."""
+        """Return the rollout with `early` set."""
         student = self.of_student(policies.student, rollout)
         asked = self.score.ids_for_teacher(student)
         ids = None if asked is None else np.asarray(asked)
-        own = jax.device_get(dataclasses.replace(rollout, heard=None))
-        found, top = self._ask(own, ids)
-        heard = Heard(
-            self._answered(student, found, own.mask, ids), self._scores(own.mask, found, ids, top)
+        own = jax.device_get(rollout)
+        found = self._ask(own, ids)
+        early = EarlyScores(
+            self._answered(student, found, own.mask, ids), self._scores(own.mask, found, ids)
         )
-        return dataclasses.replace(rollout, heard=shard_rows(self.setup.mesh, heard))
+        return dataclasses.replace(rollout, early=shard_rows(self.setup.mesh, early))
 
-    def _ask(self, own: Rollout, ids: np.ndarray | None) -> tuple[Mapping[int, RowScores], int]:
-        """Return the scores of each row with a response, and how many top tokens they have."""
+    def _ask(self, own: Rollout, ids: np.ndarray | None) -> Mapping[int, RowScores]:
+        """Return the scores of each row with a response."""
         prompts, found = own.prompts, {}
-        tops = [self._top(connection) for connection in self.connections.each]
-        top = min(tops)
         for route, connection in enumerate(self.connections.each):
             real = own.mask.any(axis=1) & (np.asarray(prompts.teacher) == route)
             mine = np.flatnonzero(real).tolist()
@@ -236,18 +226,15 @@ class Listener:
                 )
                 for i in mine
             ]
-            scores = score(connection.client, connection.scores, rows, top=top)
+            scores = score(connection.client, connection.scores, rows, top=self.top)
             found |= dict(zip(mine, scores, strict=True))
-        return found, top
+        return found
 
     def _scores(
-        self,
-        mask: np.ndarray,
-        found: Mapping[int, RowScores],
-        ids: np.ndarray | None,
-        top: int,
+        self, mask: np.ndarray, found: Mapping[int, RowScores], ids: np.ndarray | None
     ) -> ModelScores:
         """Return the teachers' scores as arrays; entropies are unknown."""
+        top = self.top
         logprob = np.zeros(mask.shape, np.float32)
         at_ids = None if ids is None else np.full(ids.shape, -np.inf, np.float32)
         top_ids = np.full((*mask.shape, top), -1, np.int32)

@@ -136,6 +136,37 @@ class Session:
         ]
 
 
+def generate_by_route(
+    session: Session,
+    specs: Sequence[ModelSpec],
+    params: Sequence[Params],
+    prompts: Prompts,
+    sampling: Callable[[ModelSpec], Sampling],
+    version: Array,
+    max_tokens: int | None = None,
+) -> Rollout:
+    """Return a rollout, on the host, in which each row is sampled by the model of its route.
+
+    `prompts.tokens` are in the template of that model; rows of length 0 have empty responses.
+    """
+    found: Rollout | None = None
+    route = np.asarray(prompts.teacher)
+    for index, (spec, own) in enumerate(zip(specs, params, strict=True)):
+        mine = route == index
+        length = np.where(mine, prompts.length, 0).astype(np.int32)
+        part = dataclasses.replace(prompts, length=length)
+        drawn = session.generate(spec, own, part, sampling(spec), version, max_tokens)
+        drawn = dataclasses.replace(jax.device_get(drawn), prompts=prompts)
+
+        def chosen(new: np.ndarray, old: np.ndarray, mine: np.ndarray = mine) -> np.ndarray:
+            return np.where(mine.reshape(-1, *[1] * (np.ndim(new) - 1)), new, old)
+
+        found = drawn if found is None else jax.tree.map(chosen, drawn, found)
+    if found is None:
+        raise ValueError("no model to sample from")
+    return found
+
+
 def make_generate(setup: Setup, spec: ModelSpec, max_tokens: int | None = None) -> Generate:
     """Return the jitted sampler of one model, for responses of `rollout.max_tokens` or as given."""
     config = setup.config.rollout

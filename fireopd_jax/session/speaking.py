@@ -9,20 +9,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-import jax
 import numpy as np
 from jaxtyping import Int32
 
-from fireopd_jax.data.pipeline import padded
+from fireopd_jax.data.pipeline import SAMPLE_IDS, pad_id, padded
 from fireopd_jax.method.config import MethodConfig
-from fireopd_jax.models.language_model import Params
-from fireopd_jax.session.contexts import pad_of, teacher_specs, width_of
+from fireopd_jax.rollout.sampling import Sampling
+from fireopd_jax.session.contexts import teacher_specs, width_of
 from fireopd_jax.session.host import Policies
-from fireopd_jax.session.session import Session
+from fireopd_jax.session.session import Session, generate_by_route
+from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.text.chat import decode
 from fireopd_jax.types import Prompts
-
-SAMPLE_IDS = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +71,22 @@ class ResidentSpeaker:
         self, prompts: Prompts, asks: Sequence[Ask | None], policies: Policies
     ) -> list[list[str]]:
         """Return the continuations of each prefix; see `Speaker`."""
-        number, rows = self.how.number, len(prompts.row)
-        each = len(asks) // rows
-        expanded = self._expanded(prompts, asks, each)
+        number = self.how.number
+        expanded = self._expanded(prompts, asks, len(asks) // len(prompts.row))
+        drawn = generate_by_route(
+            self.session,
+            self.specs,
+            policies.teachers,
+            expanded,
+            self._sampling,
+            policies.updates,
+            self.how.max_tokens,
+        )
         texts: list[list[str]] = [[] for _ in asks]
-        for index, (spec, params) in enumerate(zip(self.specs, policies.teachers, strict=True)):
-            mine = np.asarray(expanded.teacher) == index
-            part = dataclasses.replace(
-                expanded, length=np.where(mine, expanded.length, 0).astype(np.int32)
-            )
-            tokens, mask = self._sample(index, params, part, policies)
-            for at in np.flatnonzero(part.length).tolist():
-                ids = tokens[at][mask[at]].tolist()
-                texts[at // number].append(decode(spec.tokenizer, ids))
+        for at in np.flatnonzero(expanded.length).tolist():
+            tokenizer = self.specs[int(expanded.teacher[at])].tokenizer
+            ids = drawn.tokens[at][drawn.mask[at]].tolist()
+            texts[at // number].append(decode(tokenizer, ids))
         return texts
 
     def _expanded(self, prompts: Prompts, asks: Sequence[Ask | None], each: int) -> Prompts:
@@ -94,7 +95,9 @@ class ResidentSpeaker:
         # A chunk ends within a response, so that there is room for what it is compared with.
         width = width_of(prompts.teacher_tokens.shape[1] + self.response)
         whole = [None if ask is None else self._prompt(prompts, ask) for ask in asks]
-        pads = [pad_of(self.specs[int(route)]) for route in np.repeat(prompts.teacher, each)]
+        pads = [
+            pad_id(self.specs[int(route)].tokenizer) for route in np.repeat(prompts.teacher, each)
+        ]
         ids, length = padded(whole, width, pads)
         of_row = np.repeat(np.arange(len(prompts.row)), each * number)
         own = prompts.sample_id[of_row].astype(np.int64) * (each * number)
@@ -115,19 +118,12 @@ class ResidentSpeaker:
         context = prompts.teacher_tokens[ask.row][: int(prompts.teacher_length[ask.row])]
         return np.concatenate([context, np.asarray(ask.prefix, np.int32)])
 
-    def _sample(
-        self, index: int, params: Params, prompts: Prompts, policies: Policies
-    ) -> tuple[np.ndarray, np.ndarray]:
-        how, spec = self.how, self.specs[index]
-        sampling = self.session.setup.sampling(
+    def _sampling(self, spec: ModelSpec) -> Sampling:
+        how = self.how
+        return self.session.setup.sampling(
             "audit",
             temperature=how.temperature,
             top_p=how.top_p,
             spec=spec,
             max_tokens=how.max_tokens,
         )
-        drawn = self.session.generate(
-            spec, params, prompts, sampling, policies.updates, how.max_tokens
-        )
-        tokens, mask = jax.device_get((drawn.tokens, drawn.mask))
-        return np.asarray(tokens), np.asarray(mask)

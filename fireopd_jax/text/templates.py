@@ -15,7 +15,7 @@ from fireopd_jax.config import config, nearest
 from fireopd_jax.text.chat import Message
 
 CUT = "[... truncated ...]"
-"""Put at the end of a quotation that was cut."""
+"""Last words of a quotation that was cut."""
 FINAL = "Give the final answer in \\boxed{}."
 FENCED = "Give the program only, in one fenced block."
 QUOTED_PROBLEM = "Problem:\n{problem}\n\n"

@@ -211,15 +211,16 @@ def in_contexts(
             own, asked = usable, [encoded.prompts[i] for i in usable]
         else:
             refined = context == "rewrite"
-            text = method.refine.prompt if refined else method.teacher.prompt
-            told = [setup.rows[i].privileged is not None or not method.privileged for i in usable]
-            own = [i for i, known in zip(usable, told, strict=True) if known]
+            asking = (method.refine.prompt if refined else method.teacher.prompt) or ""
+            own = [i for i in usable if not method.privileged or _is_told(setup, i)]
             seed = seed_for(setup.config.run.seed, f"errors {spec.name}")
-            answers = [decode(spec.tokenizer, ids_of(encoded, i)) for i in own]
-            attempts = [with_errors(text, seed + i) for text, i in zip(answers, own, strict=True)]
+            attempts = [
+                with_errors(decode(spec.tokenizer, ids_of(encoded, i)), seed + i) if refined else ""
+                for i in own
+            ]
             asked = voice.ids(
                 [
-                    with_privileged(setup.rows[i], text or "", attempt)
+                    with_privileged(setup.rows[i], asking, attempt)
                     for i, attempt in zip(own, attempts, strict=True)
                 ]
             )
@@ -242,6 +243,10 @@ def in_contexts(
         max_prompt_tokens=width,
         max_teacher_prompt_tokens=width,
     ), np.asarray(indices, np.int64)
+
+
+def _is_told(setup: Setup, index: int) -> bool:
+    return setup.rows[index].privileged is not None
 
 
 def ids_of(encoded: Encoded, index: int) -> Sequence[int]:

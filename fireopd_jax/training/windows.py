@@ -21,7 +21,15 @@ from jax.sharding import Mesh
 from fireopd_jax.config import UserError
 from fireopd_jax.runtime.signals import Interrupted, StopFlag
 from fireopd_jax.sharding.mesh import shard_rows
-from fireopd_jax.types import Audit, Heard, ModelScores, Original, Prompts, Rollout, TokenStats
+from fireopd_jax.types import (
+    Audit,
+    EarlyScores,
+    ModelScores,
+    Original,
+    Prompts,
+    Rollout,
+    TokenStats,
+)
 
 Sample = Callable[[int], Rollout]
 """Samples the rollout of a step (from 0) with the parameters of the first step of its window."""
@@ -30,7 +38,7 @@ PARTS: Mapping[str, Any] = {
     "prompts": Prompts,
     "original": Original,
     "audit": Audit,
-    "heard": Heard,
+    "early": EarlyScores,
     "student": ModelScores,
     "teacher": ModelScores,
     "stats": TokenStats,

@@ -228,7 +228,10 @@ def test_malformed_answers_are_asked_for_again(answer):
 def test_choices_are_ordered_by_their_index():
     choices = [{"index": i, "text": str(i)} for i in (2, 0, 1)]
     features = dataclasses.replace(ONE_EACH, samples=None)
-    script = lambda *_: (200, {}, {"choices": choices})  # noqa: E731
+
+    def script(*_):
+        return 200, {}, {"choices": choices}
+
     with serving(script=script) as server, client_of(server) as client:
         texts = continuations(client, features, prefixes("a"), 3, max_tokens=3)
     assert texts == [["0", "1", "2"]]

@@ -46,7 +46,7 @@ class Scripted:
     def __init__(self, answers: Mapping[int, list[int]], cut=()):
         self.answers, self.cut, self.calls = answers, cut, []
 
-    def __call__(self, spec, params, prompts, sampling, version):
+    def __call__(self, spec, params, prompts, sampling, version, max_tokens=None):
         assert int(version) == 7
         self.calls.append(Call(spec, params, prompts, sampling))
         tokens, mask = np.zeros((ROWS, ROOM), np.int32), np.zeros((ROWS, ROOM), bool)

@@ -143,7 +143,7 @@ def test_of_a_server_with_its_top_k_only_the_other_ids_are_left_out_and_counted(
         scored, values = updated(setup, with_scores, [])
         assert "of the 60 most probable ids only" in log
     prompts, mask = jax.device_get((rollout.prompts, rollout.mask))
-    tokens, own = np.asarray(rollout.tokens), jax.device_get(with_scores.heard.student)
+    tokens, own = np.asarray(rollout.tokens), jax.device_get(with_scores.early.student)
     batch, kl = scored.batch, np.zeros(mask.shape)
     missing = empty = 0
     for i, t in zip(*np.nonzero(mask), strict=True):

@@ -25,6 +25,7 @@ METHOD = (
 SMALL = [
     "smoke",
     METHOD,
+    "method.refine={kind: audit}",
     "mesh.data=1",
     "data.path=builtin:addition-1",
     "data.max_prompt_tokens=8",

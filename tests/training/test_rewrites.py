@@ -46,7 +46,7 @@ def run(folder, monkeypatch, *settings):
     """Train; return for each step: session, policies, rollout and scored batch, on the host."""
     seen, score, generate = [], Distillation.score, Session.generate
 
-    def ending(self, spec, params, prompts, sampling, version):
+    def ending(self, spec, params, prompts, sampling, version, max_tokens=None):
         """Random models do not end: the rewrites of every second row of the data set do here."""
         out = generate(self, spec, params, prompts, sampling, version)
         if prompts.tokens.shape[1] != 96:

@@ -2,14 +2,7 @@
 
 import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
 
 import pytest
@@ -17,7 +10,7 @@ import pytest
 from fireopd_jax.recipe.schema import load_config
 from fireopd_jax.remote.transport import Transport
 from fireopd_jax.training.run import train
-from tests.remote.test_foreign_server import Foreign, foreign  # noqa: F401
+from tests.remote.processes import Server, transformers_serve
 from tests.serving import served
 from tests.training.test_served_runs import OMNI, over
 from tests.training.test_training import COMMAND, lines
@@ -25,35 +18,10 @@ from tests.training.test_training import COMMAND, lines
 pytestmark = [pytest.mark.slow, pytest.mark.kill]
 
 
-class Ours:
-    """A process of `fireopd serve`, on one port."""
-
-    def __init__(self, folder):
-        self.folder, self.process = served.write_folder(folder), None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.start()
-
-    def start(self):
-        options = ["--port", str(self.port), "--max-tokens", "64", "--slots", "8"]
-        with (self.folder.parent / "serve.log").open("ab") as log:
-            command = [sys.executable, "-c", COMMAND, "serve", str(self.folder), *options]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ)
-
-    def wait(self):
-        """Wait until it listens."""
-        while self.process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.2)
-        raise AssertionError((self.folder.parent / "serve.log").read_text())
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    with transformers_serve(tmp_path_factory.mktemp("foreign")) as server:
+        yield server
 
 
 @contextlib.contextmanager
@@ -110,7 +78,9 @@ def check(server, folder, monkeypatch, after, **keys):
 
 
 def test_our_server_killed_midway(tmp_path, monkeypatch):
-    server = Ours(tmp_path / "tiny")
+    folder = served.write_folder(tmp_path / "tiny")
+    options = ["--max-tokens", "64", "--slots", "8"]
+    server = Server(folder, [COMMAND, "serve", str(folder), *options])
     try:
         server.wait()
         check(server, tmp_path, monkeypatch, after=5)
@@ -120,7 +90,6 @@ def test_our_server_killed_midway(tmp_path, monkeypatch):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("form", ["auto", "completions"])
-def test_transformers_serve_killed_midway(form, foreign, tmp_path, monkeypatch):  # noqa: F811
-    assert isinstance(foreign, Foreign)
+def test_transformers_serve_killed_midway(form, foreign, tmp_path, monkeypatch):
     foreign.wait()
     check(foreign, tmp_path, monkeypatch, after=12, continuation=form)

@@ -16,7 +16,7 @@ from fireopd_jax.sharding.mesh import MeshConfig, make_mesh
 from fireopd_jax.training.distill import Distillation
 from fireopd_jax.training.run import train
 from fireopd_jax.training.windows import PARTS, Windows, read, write
-from fireopd_jax.types import Audit, Heard, ModelScores, Original, Rollout, TokenStats
+from fireopd_jax.types import Audit, EarlyScores, ModelScores, Original, Rollout, TokenStats
 from tests.cases import make_rollout
 from tests.training.test_training import BASE, MODEL, lines, steps
 
@@ -141,7 +141,7 @@ def whole():
         correct=np.arange(8, dtype=np.float32),
         original=Original(ids, ~mask, -np.ones((8, 6), np.float32), ids[:, 0], mask),
         leaked=mask[:, 0],
-        heard=Heard(
+        early=EarlyScores(
             ModelScores(TokenStats(real, real + 1), ids[..., None]),
             ModelScores(TokenStats(real + 2, real * np.float32(np.nan)), at_ids=real[..., None]),
         ),

@@ -118,17 +118,14 @@ class ScoreConfig:
     def __call__(self, inputs: ScoreInputs) -> Scores:
         """Return the scores of a rollout, rows sharded over the mesh where one is given."""
         rollout, temperature, size = inputs.rollout, inputs.temperature, self.micro_batch_size
-        options = ScoreOptions(implementation=self.head, chunk=self.head_chunk, mesh=inputs.mesh)
-        heard = rollout.heard
-        if heard is not None:
-            student = heard.student
+        options, early = self.options(inputs.mesh), rollout.early
+        if early is not None:
+            student = early.student
         else:
-            student = score_student(
-                inputs.student, rollout, temperature, self.of_student(options), size
-            )
+            student = self.score_own(inputs.student, rollout, temperature, inputs.mesh)
         scores, teacher = Scores(student.stats, None), None
-        if heard is not None:
-            teacher = heard.teacher
+        if early is not None and early.teacher is not None:
+            teacher = early.teacher
             scores = Scores(student.stats, teacher.stats)
         elif self.scores_teacher:
             of_teacher = dataclasses.replace(
@@ -155,6 +152,21 @@ class ScoreConfig:
             scores = self.compare(scores, student, teacher, inputs, options)
         scores = self.of_rollout(scores, rollout)
         return jax.lax.stop_gradient(scores)
+
+    def options(self, mesh: Mesh | None) -> ScoreOptions:
+        """Return the options of a forward pass that computes nothing but the tokens' statistics."""
+        return ScoreOptions(implementation=self.head, chunk=self.head_chunk, mesh=mesh)
+
+    def score_own(
+        self,
+        student: Resident,
+        rollout: Rollout,
+        temperature: Array | float,
+        mesh: Mesh | None,
+    ) -> ModelScores:
+        """Return the student's scores of its responses; host stages use them, too."""
+        options = self.of_student(self.options(mesh))
+        return score_student(student, rollout, temperature, options, self.micro_batch_size)
 
     def of_student(self, options: ScoreOptions) -> ScoreOptions:
         """Return the options of the student's forward pass."""
