@@ -37,8 +37,8 @@ TEACHER = "teacher.tokenizer=builtin:bytes"
 TWO = ["teachers.a.tokenizer=builtin:bytes", "teachers.b.tokenizer=builtin:bytes"]
 CHUNKS = [
     TEACHER,
-    "method={score: {kind: chunk_agreement}, loss: {kind: chunk_policy_gradient}, "
-    "filter: {kind: keep_all}, reweight: {kind: uniform}, aggregate: token}",
+    "method={refine: {kind: audit}, score: {kind: chunk_agreement}, "
+    "loss: {kind: chunk_policy_gradient}, filter: {kind: keep_all}, reweight: {kind: uniform}, aggregate: token}",
 ]
 
 
