@@ -40,6 +40,7 @@ def test_what_it_attends_to_is_what_a_plain_cache_holds():
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_xla")
 def test_an_engine_draws_the_same_also_when_the_cache_grows(monkeypatch):
     monkeypatch.setattr("fireopd_jax.rollout.engine_programs.GROW_FROM", 64)

@@ -121,13 +121,9 @@ def test_the_exact_baseline_and_minillm_read_the_divergence():
 # Those whose programs differ most from one another.
 DIFFERENT = {
     "fire_opd",
-    "eopd",
-    "exopd",
     "gkd",
     "minillm",
     "local_support",
-    "tail_bucket",
-    "uni_opd",
 }
 SMALL = [
     "mesh.data=1",

@@ -96,6 +96,7 @@ def test_an_older_run_that_lacks_a_key_of_today_is_resumed(tmp_path, monkeypatch
     assert run(folder, RANDOM, sft)["steps"] == 4
 
 
+@pytest.mark.slow
 def test_a_frozen_teacher_is_read_where_it_is_and_never_copied(taught, tmp_path, monkeypatch):
     teacher = tmp_path / "teacher"
     shutil.copytree(taught / "models" / "student", teacher)
@@ -201,6 +202,7 @@ def live_bytes():
     return sum({shard.unsafe_buffer_pointer(): shard.nbytes for shard in shards}.values())
 
 
+@pytest.mark.slow
 def test_saving_and_resuming_hold_one_state_on_the_device(tmp_path, monkeypatch):
     """At most one state and one shard of it, beside the teacher and a batch."""
     seen, state_bytes = {}, {}
