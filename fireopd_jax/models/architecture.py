@@ -12,7 +12,9 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from fireopd_jax.config import config
 from fireopd_jax.models.rope import LinearRope, Llama3Rope, RopeScaling, YarnRope
 
-Family = Literal["qwen3", "qwen3_moe", "qwen2", "llama", "mistral", "gemma3_text"]
+Family = Literal[
+    "qwen3", "qwen3_moe", "qwen2", "llama", "smollm3", "mistral", "ministral", "gemma3_text"
+]
 LayerType = Literal["full_attention", "sliding_attention"]
 
 
@@ -45,7 +47,8 @@ class AttentionKind:
     """A layer type: window and RoPE, all that layers may differ in besides their parameters."""
 
     window: int | None
-    theta: float
+    theta: float | None
+    """Base of RoPE; None: no RoPE, the layer knows positions by its mask alone."""
     scaling: LinearRope | Llama3Rope | YarnRope | None
 
 
@@ -93,6 +96,8 @@ class DecoderConfig:
     """Tokens that a sliding layer attends to, the current one included; null: no sliding layers."""
     layer_types: tuple[LayerType, ...] | None = None
     """Attention type of each layer; by default all slide if sliding_window is given."""
+    no_rope_layers: tuple[Literal[0, 1], ...] | None = None
+    """For each layer 1 with RoPE, 0 without; null: every layer has it."""
     max_position_embeddings: PositiveInt | None = None
     """Longest text that the model supports, in tokens; null: any."""
     rms_norm_eps: PositiveFloat = 1e-6
@@ -132,6 +137,11 @@ class DecoderConfig:
                 raise ValueError(
                     "layer_types has sliding layers if and only if sliding_window is given"
                 )
+        if self.no_rope_layers is not None and len(self.no_rope_layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"no_rope_layers names {len(self.no_rope_layers)} layers, num_hidden_layers is "
+                f"{self.num_hidden_layers}"
+            )
         if self.rope_local_theta is not None and self.sliding_window is None:
             raise ValueError("rope_local_theta has no effect without sliding_window")
         return self
@@ -145,4 +155,9 @@ class DecoderConfig:
         sliding = dataclasses.replace(full, window=self.sliding_window)
         if self.rope_local_theta is not None:
             sliding = AttentionKind(self.sliding_window, self.rope_local_theta, None)
-        return tuple(sliding if kind == "sliding_attention" else full for kind in types)
+        kinds = [sliding if kind == "sliding_attention" else full for kind in types]
+        turned = self.no_rope_layers or (1,) * self.num_hidden_layers
+        return tuple(
+            kind if turns else dataclasses.replace(kind, theta=None, scaling=None)
+            for kind, turns in zip(kinds, turned, strict=True)
+        )

@@ -1,9 +1,9 @@
 """Conversion between Hugging Face's `config.json`, old and new spelling, and `DecoderConfig`.
 
-    config.json -> defaults of its family -> every key used, ignored or rejected -> DecoderConfig
+    config.json -> defaults of its family -> DecoderConfig -> every other key neutral or rejected
 
-A key that is neither used nor known not to change logits raises an error: ignoring it could give
-other logits without an error. A null value counts as an absent key.
+A key that is not used and could change logits raises an error (`hf_keys`): ignoring it could give
+other logits without an error. A null value counts as an absent key, but for `sliding_window`.
 """
 
 import dataclasses
@@ -14,34 +14,40 @@ from pydantic import ValidationError
 
 from fireopd_jax.config import UserError
 from fireopd_jax.models.architecture import DecoderConfig, MoEConfig
-from fireopd_jax.models.hf_forms import FORMS, Json, Reader
+from fireopd_jax.models.hf_forms import FORMS, NONE_IGNORED, IgnoredKeys, Json, Reader
 from fireopd_jax.models.rope import LinearRope, Llama3Rope, YarnRope
 
 
-def architecture(config_json: Json, source: str) -> DecoderConfig:
+def architecture(
+    config_json: Json, source: str, ignored: IgnoredKeys = NONE_IGNORED
+) -> DecoderConfig:
     """Return the architecture that a `config.json` describes; `source` is its file, for errors.
 
     Raises UserError with file and key for an unsupported family, key or value.
     """
-    reader = Reader(config_json, source)
-    reader.refuse_others()
+    reader = Reader(config_json, source, ignored)
     fields = dict(reader.form.fixed) | _sizes(reader) | _biases(reader) | _windows(reader)
     fields |= _rope(reader, "sliding_window" in fields)
+    fields["max_position_embeddings"] = _longest(reader, fields["rope_scaling"])
     if reader.form.model_type == "qwen3_moe":
         fields |= _experts(reader)
+    if reader.form.model_type == "smollm3":
+        fields |= _layers_without_rope(reader)
     if reader.form.model_type == "gemma3_text":
         fields["query_pre_attn_scalar"] = float(reader.get("query_pre_attn_scalar", 256))
         fields["final_logit_softcapping"] = reader.get("final_logit_softcapping")
     try:
-        return DecoderConfig(model_type=reader.form.model_type, **fields)
+        config = DecoderConfig(model_type=reader.form.model_type, **fields)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "config"
         raise reader.error(key, first["msg"].removeprefix("Value error, ")) from None
+    reader.refuse_others(config)
+    return config
 
 
 def _sizes(reader: Reader) -> dict[str, Any]:
-    family, heads = reader.form.model_type, reader.need("num_attention_heads")
+    family, heads = reader.form.model_type, reader.integer("num_attention_heads")
     gated, default = "hidden_act", "silu"
     if family == "gemma3_text":
         gated, default = "hidden_activation", "gelu_pytorch_tanh"
@@ -50,20 +56,19 @@ def _sizes(reader: Reader) -> dict[str, Any]:
         raise reader.error(gated, f"expected silu or gelu_pytorch_tanh (it is {activation!r})")
     head_dim = reader.get("head_dim")
     if head_dim is None:
-        head_dim = reader.need("hidden_size") // heads
+        head_dim = reader.integer("hidden_size") // heads
     shared = reader.values.get("num_key_value_heads")
     # Of the families' defaults for this key, only llama's follows from other keys of the file.
     if shared is None and "num_key_value_heads" not in reader.nulls and family != "llama":
         raise reader.error("num_key_value_heads", "missing; expected a value for it")
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
-    return {name: reader.need(name) for name in names} | {
+    return {name: reader.integer(name) for name in names} | {
         "num_attention_heads": heads,
         "num_key_value_heads": heads if shared is None else shared,
         "head_dim": head_dim,
         "hidden_act": activation,
         "rms_norm_eps": reader.get("rms_norm_eps", 1e-6),
         "tie_word_embeddings": reader.get("tie_word_embeddings"),
-        "max_position_embeddings": reader.get("max_position_embeddings"),
         "dtype": _dtype(reader),
     }
 
@@ -89,7 +94,7 @@ def _biases(reader: Reader) -> dict[str, Any]:
 
 def _experts(reader: Reader) -> dict[str, Any]:
     step, dense = reader.get("decoder_sparse_step", 1), reader.get("mlp_only_layers", [])
-    layers = range(reader.need("num_hidden_layers"))
+    layers = range(reader.integer("num_hidden_layers"))
     sparse = [i not in dense and (i + 1) % step == 0 for i in layers]
     if not all(sparse):
         key = "mlp_only_layers" if dense else "decoder_sparse_step"
@@ -111,19 +116,24 @@ def _experts(reader: Reader) -> dict[str, Any]:
 
 def _windows(reader: Reader) -> dict[str, Any]:
     """Return window and layer types; `layer_types` overrides the family's own rule."""
-    family, layers = reader.form.model_type, reader.need("num_hidden_layers")
+    family, layers = reader.form.model_type, reader.integer("num_hidden_layers")
     window, types = reader.get("sliding_window"), reader.get("layer_types")
     if family == "llama":
         return {}
-    if family in ("qwen2", "qwen3", "qwen3_moe") and not reader.get("use_sliding_window", False):
+    # Here alone null is no default: it says that there is no window.
+    optional = "use_sliding_window" in reader.form.keys
+    if "sliding_window" in reader.nulls or (
+        optional and not reader.get("use_sliding_window", False)
+    ):
         window = None
     if family == "gemma3_text":
-        window = reader.need("sliding_window")
         pattern = reader.get("sliding_window_pattern", reader.get("_sliding_window_pattern", 6))
         sliding = [bool((i + 1) % pattern) for i in range(layers)]
     elif family in ("qwen2", "qwen3"):
         first = reader.get("max_window_layers", 28)
         sliding = [window is not None and i >= first for i in range(layers)]
+    elif family == "smollm3":
+        sliding = [window is not None and not turns for turns in _turned(reader)]
     else:
         sliding = [window is not None] * layers
     if types is None:
@@ -145,10 +155,10 @@ def _windows(reader: Reader) -> dict[str, Any]:
 
 def _rope(reader: Reader, slides: bool) -> dict[str, Any]:
     """Return base and scaling of RoPE, from `rope_scaling` or from `rope_parameters`."""
-    old, new = reader.get("rope_scaling"), reader.get("rope_parameters")
-    if old is not None and new is not None and old != new:
+    old, new = reader.table("rope_scaling"), reader.table("rope_parameters")
+    if old and new and old != new:
         raise reader.error("rope_scaling", "rope_parameters differs from it; expected one of them")
-    given = new or old or {}
+    given = new or old
     gemma = reader.form.model_type == "gemma3_text"
     local: Json = {}
     if gemma:
@@ -176,6 +186,30 @@ SCALINGS = {
 }  # fmt: skip
 
 
+def _longest(reader: Reader, scaling: LinearRope | Llama3Rope | YarnRope | None) -> int | None:
+    """Return the longest text: YaRN is added to a file without a change of the length in it."""
+    length = reader.get("max_position_embeddings")
+    if not isinstance(scaling, YarnRope) or not isinstance(length, int):
+        return length
+    return max(length, int(scaling.factor * scaling.original_max_position_embeddings))
+
+
+def _turned(reader: Reader) -> list[int]:
+    """Return for each layer whether it has RoPE, as 1 or 0."""
+    layers, interval = reader.integer("num_hidden_layers"), reader.get("no_rope_layer_interval", 4)
+    given = reader.get("no_rope_layers")
+    if given is None:
+        return [int((i + 1) % interval != 0) for i in range(layers)]
+    if not isinstance(given, list) or len(given) < layers or any(i not in (0, 1) for i in given):
+        raise reader.error("no_rope_layers", f"expected a list of {layers} layers, 1 or 0 each")
+    return given[:layers]
+
+
+def _layers_without_rope(reader: Reader) -> dict[str, Any]:
+    turned = _turned(reader)
+    return {} if all(turned) else {"no_rope_layers": turned}
+
+
 def _scaling(reader: Reader, given: Json) -> LinearRope | Llama3Rope | YarnRope | None:
     given = {key: value for key, value in given.items() if value is not None}
     kind = given.get("rope_type", given.get("type", "default"))
@@ -190,11 +224,10 @@ def _scaling(reader: Reader, given: Json) -> LinearRope | Llama3Rope | YarnRope 
         )
     make, names = SCALINGS[kind]
     names = ("factor", *names)
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *names}
+    # Conversions of YaRN's authors note that a model was trained with the scaling.
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", *names}
     known |= {"mscale", "mscale_all_dim"} if kind == "yarn" else set()
-    for key in given:
-        if key not in known:
-            raise reader.error(f"{where}.{key}", f"unknown with rope_type {kind}")
+    reader.refuse_parts(where, given, sorted(known), f"rope_type {kind}")
     fields = {name: given[name] for name in names if name in given}
     needed = [n for n in ("factor", "low_freq_factor", "high_freq_factor") if n in names]
     for name in needed:
@@ -251,8 +284,10 @@ def hf_config_json(
         out |= {"use_sliding_window": True} if "use_sliding_window" in form.keys else {}
         # These families slide in layers from `max_window_layers` on.
         out |= {"max_window_layers": 0} if "max_window_layers" in form.keys else {}
-    elif form.model_type == "mistral":
+    elif form.model_type in ("mistral", "ministral"):
         out["sliding_window"] = None
+    if "no_rope_layers" in form.keys:
+        out["no_rope_layers"] = list(config.no_rope_layers or (1,) * layers)
     if "layer_types" in form.keys and form.model_type != "mistral":
         out["layer_types"] = list(types)
     if config.moe is not None and "num_experts" in form.keys:
@@ -279,7 +314,7 @@ def _scaling_json(scaling: LinearRope | Llama3Rope | YarnRope) -> dict[str, Any]
 
 
 # Fields that do not change logits, or that the file expresses by other keys.
-FREE = {"vocab_size", "dtype", "param_dtype"}
+FREE = {"vocab_size", "dtype", "param_dtype", "max_position_embeddings"}
 
 
 def _check_form(config: DecoderConfig, out: Json) -> None:
@@ -326,9 +361,15 @@ def _shown(config: DecoderConfig, name: str) -> str:
 
 
 def plainly(config: DecoderConfig) -> dict[str, Any]:
-    """Return the fields with implicit defaults resolved; windows and bases as layer types."""
+    """Return the fields with implicit defaults resolved; windows and bases as those of layers."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     values["query_pre_attn_scalar"] = config.query_pre_attn_scalar or config.head_dim
-    del values["rope_local_theta"], values["layer_types"], values["sliding_window"]
-    kinds = tuple(config.kinds)
-    return values | {"rope_local_theta": kinds, "layer_types": kinds, "sliding_window": kinds}
+    kinds = config.kinds
+    windows = tuple(kind.window for kind in kinds)
+    local, plain = (config.rope_local_theta, None), (config.rope_theta, config.rope_scaling)
+    return values | {
+        "rope_local_theta": plain if config.rope_local_theta is None else local,
+        "sliding_window": windows,
+        "layer_types": windows,
+        "no_rope_layers": tuple(kind.theta is not None for kind in kinds),
+    }

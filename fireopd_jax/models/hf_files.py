@@ -25,6 +25,7 @@ TYPES = {
     "BF16": np.dtype(jnp.bfloat16),
 }
 ALIGNMENT = 64
+POINTER = b"version https://git-lfs"
 Slices = tuple[slice, ...]
 
 
@@ -117,6 +118,9 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
+        if stream.read(len(POINTER)) == POINTER:
+            raise UserError(f"{file}: a pointer of Git LFS, not the file; run git lfs pull")
+        stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= size - 8:
             raise UserError(f"{file}: not a complete safetensors file: its header is cut off")

@@ -1,14 +1,15 @@
-"""The supported model families of Hugging Face, and a reader that rejects unknown keys.
+"""The supported model families of Hugging Face, and a reader of their `config.json`.
 
-config.json -> its family -> every key is used, ignored as harmless, or an error that names it
+config.json -> its family -> Reader: values with the family's defaults -> errors that name keys
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fireopd_jax.config import UserError, nearest
-from fireopd_jax.models.architecture import Family
+from fireopd_jax.models.architecture import DecoderConfig, Family
+from fireopd_jax.models.hf_keys import is_off, objection
 
 Json = Mapping[str, Any]
 
@@ -26,8 +27,10 @@ class Form:
 
 
 PLAIN = {"rope_theta": 10000.0, "tie_word_embeddings": False}
+SLIDING = PLAIN | {"sliding_window": 4096}
 GEMMA = {"zero_centered_norms": True, "post_norms": True, "scale_embeddings": True}
 WINDOWS = frozenset({"use_sliding_window", "max_window_layers", "layer_types", "sliding_window"})
+BIASES = frozenset({"attention_bias", "mlp_bias"})
 MOE_KEYS = frozenset({"num_experts", "num_local_experts", "num_experts_per_tok",
                       "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
                       "mlp_only_layers"})  # fmt: skip
@@ -37,18 +40,24 @@ GEMMA_KEYS = frozenset({"hidden_activation", "query_pre_attn_scalar", "sliding_w
                         "attention_bias"})  # fmt: skip
 
 FORMS = (
-    Form("qwen3", "Qwen3ForCausalLM", {"qk_norm": True}, PLAIN | {"head_dim": 128},
+    Form("qwen3", "Qwen3ForCausalLM", {"qk_norm": True}, SLIDING | {"head_dim": 128},
          WINDOWS | {"attention_bias"}),
-    Form("qwen3_moe", "Qwen3MoeForCausalLM", {"qk_norm": True}, PLAIN,
+    Form("qwen3_moe", "Qwen3MoeForCausalLM", {"qk_norm": True}, SLIDING,
          MOE_KEYS | {"attention_bias", "use_sliding_window", "sliding_window",
                      "max_window_layers"}),
-    Form("qwen2", "Qwen2ForCausalLM", {"qk_norm": False}, PLAIN, WINDOWS),
-    Form("llama", "LlamaForCausalLM", {"qk_norm": False}, PLAIN,
-         frozenset({"attention_bias", "mlp_bias"})),
-    Form("mistral", "MistralForCausalLM", {"qk_norm": False}, PLAIN,
+    Form("qwen2", "Qwen2ForCausalLM", {"qk_norm": False}, SLIDING, WINDOWS),
+    Form("llama", "LlamaForCausalLM", {"qk_norm": False}, PLAIN, BIASES),
+    Form("smollm3", "SmolLM3ForCausalLM", {"qk_norm": False},
+         {"rope_theta": 2e6, "tie_word_embeddings": True},
+         BIASES | {"use_sliding_window", "sliding_window", "layer_types", "no_rope_layers",
+                   "no_rope_layer_interval"}),
+    Form("mistral", "MistralForCausalLM", {"qk_norm": False}, SLIDING,
+         frozenset({"sliding_window", "layer_types"})),
+    Form("ministral", "MinistralForCausalLM", {"qk_norm": False}, SLIDING,
          frozenset({"sliding_window", "layer_types"})),
     Form("gemma3_text", "Gemma3ForCausalLM", {"qk_norm": True, **GEMMA},
-         {"rope_theta": 1e6, "tie_word_embeddings": True, "head_dim": 256}, GEMMA_KEYS),
+         {"rope_theta": 1e6, "tie_word_embeddings": True, "head_dim": 256,
+          "sliding_window": 4096}, GEMMA_KEYS),
 )  # fmt: skip
 
 COMMON = frozenset({
@@ -57,42 +66,38 @@ COMMON = frozenset({
     "tie_word_embeddings", "max_position_embeddings", "rope_theta", "rope_scaling",
     "rope_parameters", "torch_dtype", "dtype", "architectures", "model_type",
 })  # fmt: skip
-# Keys that do not change the results of a forward pass without dropout.
-HARMLESS = frozenset({
-    "transformers_version", "_name_or_path", "name_or_path", "use_cache", "initializer_range",
-    "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "_attn_implementation",
-    "_attn_implementation_autoset", "attn_implementation", "cache_implementation",
-    "output_router_logits", "router_aux_loss_coef", "return_dict", "output_attentions",
-    "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
-    "tokenizer_class", "tie_encoder_decoder", "unsloth_fixed", "unsloth_version", "model_name",
-    "max_window_layers",
-})  # fmt: skip
-# Keys of which one value only is supported.
-ONLY = {
-    "attention_dropout": 0,
-    "attn_logit_softcapping": None,
-    "use_bidirectional_attention": False,
-    "is_decoder": False,
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "partial_rotary_factor": 1,
-}
-REASONS = {
-    "quantization_config": "quantised checkpoints are not supported; use the original one",
-    "auto_map": "code in a model folder is never run",
-    "vision_config": "only text models are supported",
-}
+SHOWN = 80
+"""Characters of a value in an error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class IgnoredKeys:
+    """Keys of a `config.json` that the user wants ignored, though they could change logits."""
+
+    keys: Sequence[str] = ()
+    setting: str = "ignore_config_keys"
+    """Where the user gives them: "student.ignore_config_keys", or an option of a command."""
+
+    def remedy(self, key: str) -> str:
+        """Return what to set so that one more key is ignored."""
+        if self.setting.startswith("--"):
+            return f"{self.setting} {','.join([*self.keys, key])}"
+        return f"{self.setting}=[{', '.join([*self.keys, key])}]"
+
+
+NONE_IGNORED = IgnoredKeys()
 
 
 class Reader:
     """The values of one `config.json`, with the defaults of its family."""
 
-    def __init__(self, values: Json, source: str):
-        self.source = source
+    def __init__(self, values: Json, source: str, ignored: IgnoredKeys = NONE_IGNORED):
+        self.source, self.ignored = source, ignored
         # `transformers` writes null for a default.
         self.nulls = {key for key, value in values.items() if value is None}
         self.values = {key: value for key, value in values.items() if value is not None}
         self.form = self._form()
+        self._check_ignored()
 
     def error(self, key: str, message: str) -> UserError:
         """Return an error that names file and key."""
@@ -123,23 +128,64 @@ class Reader:
             raise self.error(key, "missing; expected a value for it")
         return self.values[key]
 
-    def refuse_others(self) -> None:
-        """Raise UserError for the first key that is neither used nor harmless."""
-        known = COMMON | self.form.keys
+    def integer(self, key: str) -> int:
+        """Return a number of the architecture; raise UserError if it is absent or none."""
+        value = self.need(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(key, f"expected a whole number of 1 or more (it is {value!r})")
+        return value
+
+    def table(self, key: str) -> dict[str, Any]:
+        """Return an object without its nulls; {} where the file has none."""
+        value = self.get(key, {})
+        if not isinstance(value, Mapping):
+            raise self.error(key, f"expected an object (it is {value!r})")
+        return {name: each for name, each in value.items() if each is not None}
+
+    def refuse_others(self, config: DecoderConfig) -> None:
+        """Raise UserError for the first key that is not used and could change the computation."""
         for key, value in self.values.items():
-            if key in known or key in HARMLESS:
+            if key in self.known or key in self.ignored.keys:
                 continue
-            if key in ONLY:
-                if value != ONLY[key]:
-                    raise self.error(
-                        key, f"only {ONLY[key] if ONLY[key] is not None else 'null'} is supported "
-                        f"(it is {value!r})",
-                    )  # fmt: skip
+            if reason := objection(key, value, config, self.known):
+                raise self.refusal(key, value, reason)
+
+    def refuse_parts(self, key: str, given: Json, known: Sequence[str], what: str) -> None:
+        """Raise UserError for a part of an object that is neither known nor neutral."""
+        for part, value in given.items():
+            name = f"{key}.{part}"
+            if part in known or name in self.ignored.keys or is_off(part, value, None):
                 continue
-            if key in REASONS:
-                raise self.error(key, REASONS[key])
-            raise self.error(
-                key,
-                f"unknown in a {self.form.model_type} model{nearest(key, known)}; it could change "
-                f"what the model computes, so it is refused (it is {value!r})",
-            )
+            raise self.refusal(name, value, f"unknown with {what}{nearest(part, known)}")
+
+    def refusal(self, key: str, value: Any, reason: str) -> UserError:
+        """Return the error for a key that could change the computation, with the way around it."""
+        shown = repr(value)
+        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+        return self.error(
+            key,
+            f"{reason} (it is {shown}); to load the model without this "
+            f"key, give {self.ignored.remedy(key)}",
+        )
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The keys that the family's architecture is read from."""
+        return COMMON | self.form.keys
+
+    def _check_ignored(self) -> None:
+        """Raise UserError for a key to ignore that the file lacks, or that is used."""
+        for key in self.ignored.keys:
+            name, _, part = key.partition(".")
+            inner = self.values.get(name)
+            nested = bool(part) and isinstance(inner, Mapping) and part in inner
+            if key not in self.values and key not in self.nulls and not nested:
+                raise UserError(
+                    f"{self.ignored.setting}: {self.source} has no key {key!r}"
+                    f"{nearest(key, self.values)}; expected keys of that file"
+                )
+            if key in self.known:
+                raise UserError(
+                    f"{self.ignored.setting}: {key!r} is used: a {self.form.model_type} model is "
+                    f"computed by it, so {self.source} is not read without it"
+                )

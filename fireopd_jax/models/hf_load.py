@@ -11,7 +11,6 @@ Nothing is unpickled, and no code in a folder is run.
 
 import functools
 import itertools
-import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,15 +26,10 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from fireopd_jax.config import UserError
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.hf_config import architecture
-from fireopd_jax.models.hf_files import (
-    Slices,
-    Stored,
-    allocate,
-    copy_rows,
-    quantize_into,
-    stored_tensors,
-)
-from fireopd_jax.models.hf_names import Weight, flat, hf_shapes, indices, weights
+from fireopd_jax.models.hf_files import Slices, Stored, allocate, copy_rows, quantize_into
+from fireopd_jax.models.hf_forms import NONE_IGNORED, IgnoredKeys
+from fireopd_jax.models.hf_names import Weight, flat, indices, weights
+from fireopd_jax.models.hf_weights import check_tensors, open_folder, read_json
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.models.quantized import Quantize, Quantized, quantizable, quantize, scale_place
 
@@ -44,11 +38,11 @@ BUFFER = 2**27
 READERS = 2
 BLOCK = 2**21
 """Bytes that one read takes into the memory of a CPU device."""
-SHOWN = 4
 Index = tuple[int, ...]
 Bounds = tuple[tuple[int, int], ...]
 """Start and end on each axis."""
-WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt")
+WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "*.model",
+          "*.tiktoken")  # fmt: skip
 UNWANTED = ("*/*", "consolidated*")
 
 
@@ -80,22 +74,12 @@ def _download(name: str) -> Path:
     return Path(found)
 
 
-def read_config(folder: Path) -> DecoderConfig:
-    """Return the architecture in a folder's `config.json`."""
+def read_config(folder: Path, ignored: IgnoredKeys = NONE_IGNORED) -> DecoderConfig:
+    """Return the architecture in a folder's `config.json`, read without the `ignored` keys."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder}: no config.json; expected a model folder of Hugging Face")
-    return architecture(_read_json(file), str(file))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return values
+    return architecture(read_json(file), str(file), ignored)
 
 
 def load(
@@ -112,7 +96,7 @@ def load(
     Raises UserError if tensors are missing, unexpected or have other shapes than `config` implies.
     """
     stored = open_folder(folder)
-    _check(folder, stored, config, vocab_size)
+    check_tensors(folder, stored, config, vocab_size)
     places: Mapping = {}
     if not isinstance(sharding, Sharding):
         places = {flat(path): leaf for path, leaf in jax.tree.leaves_with_path(sharding)}
@@ -314,83 +298,3 @@ def _tensor_sharding(row: Weight, ours: jax.ShapeDtypeStruct, place: Sharding) -
         return place
     spec = [*place.spec, *[None] * (len(ours.shape) - len(place.spec))][row.axes :]
     return NamedSharding(place.mesh, PartitionSpec(*(spec[::-1] if row.transposed else spec)))
-
-
-def open_folder(folder: Path) -> dict[str, Stored]:
-    """Return the tensors of a folder by name, from its index or its only file, not read yet.
-
-    Raises UserError if there is no safetensors file, or if index and shards disagree.
-    """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.is_file():
-        if single.is_file():
-            return stored_tensors(single)
-        other = sorted(path.name for path in folder.glob("*.bin"))
-        other += sorted(path.name for path in folder.glob("*.pt*"))
-        hint = f" (it has {other[0]}, a format that can run code when read)" if other else ""
-        raise UserError(
-            f"{folder}: no model.safetensors and no model.safetensors.index.json; only "
-            f"safetensors files are supported{hint}"
-        )
-    places = _read_json(index).get("weight_map")
-    if not isinstance(places, dict):
-        raise UserError(f"{index}: expected an object weight_map: tensor -> file")
-    shards: dict[str, dict[str, Stored]] = {}
-    for name in dict.fromkeys(places.values()):
-        if Path(str(name)).name != name or not (folder / name).is_file():
-            raise UserError(f"{index}: names the shard {name}, which is not in the folder")
-        shards[name] = stored_tensors(folder / name)
-    for tensor, name in places.items():
-        if tensor not in shards[name]:
-            raise UserError(f"{index}: {tensor} should be in {name}, but is not")
-    return {tensor: shards[name][tensor] for tensor, name in places.items()}
-
-
-def _check(
-    folder: Path, stored: Mapping[str, Stored], config: DecoderConfig, vocab_size: int
-) -> None:
-    """Raise UserError for missing, unexpected and wrongly shaped tensors, before any is read."""
-    expected = hf_shapes(config, vocab_size)
-    if missing := [name for name in expected if name not in stored]:
-        hint = ""
-        if missing == ["lm_head.weight"]:
-            hint = "; does config.json lack tie_word_embeddings: true?"
-        raise UserError(f"{folder}: missing tensors: {_some(missing)}{hint}")
-    extra = [name for name in stored if name not in expected]
-    extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
-    if config.tie_word_embeddings and "lm_head.weight" in extra:
-        if not _equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"]):
-            raise UserError(
-                f"{folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json "
-                "has tie_word_embeddings: true"
-            )
-        extra.remove("lm_head.weight")
-    if extra:
-        raise UserError(
-            f"{folder}: unexpected tensors for a {config.model_type} model with this config.json: "
-            f"{_some(extra)}"
-        )
-    for name, shape in expected.items():
-        if stored[name].shape != shape:
-            raise UserError(
-                f"{stored[name].file}: {name} has shape {list(stored[name].shape)}, "
-                f"config.json implies {list(shape)}"
-            )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
-def _equal(a: Stored, b: Stored) -> bool:
-    """Return whether two tensors are equal, compared block by block."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-
-    def blocks(tensor: Stored) -> Iterator[np.ndarray]:
-        step = max(1, BUFFER * tensor.shape[0] // max(tensor.bytes, 1))
-        for start in range(0, tensor.shape[0], step):
-            yield tensor.rows(start, min(start + step, tensor.shape[0]))
-
-    return all(np.array_equal(x, y) for x, y in zip(blocks(a), blocks(b), strict=True))

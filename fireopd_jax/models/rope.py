@@ -96,10 +96,16 @@ RopeScaling = Annotated[LinearRope | Llama3Rope | YarnRope, Field(discriminator=
 def rotary(
     positions: Int32[Array, "B S"],
     head_dim: int,
-    theta: float,
+    theta: float | None,
     scaling: LinearRope | Llama3Rope | YarnRope | None = None,
 ) -> tuple[Array, Array]:
-    """Return cos and sin of each position's angles, f32[B, S, 1, head_dim / 2] each."""
+    """Return cos and sin of each position's angles, f32[B, S, 1, head_dim / 2] each.
+
+    Without a base all angles are 0, so that layers with and without RoPE are one program.
+    """
+    if theta is None:
+        none = jnp.zeros((*positions.shape, 1, head_dim // 2), jnp.float32)
+        return none + 1, none
     frequency = theta ** (-jnp.arange(head_dim // 2, dtype=jnp.float32) * 2 / head_dim)
     factor = 1.0
     if scaling is not None:

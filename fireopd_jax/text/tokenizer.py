@@ -15,6 +15,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from fireopd_jax.config import UserError
 
 BUILTIN = "builtin:bytes"
+EOS = "eos_token_id"
+VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+)
+"""Files that a vocabulary is read from."""
 SPECIALS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -45,20 +56,42 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"tokenizer {name!r}: no such folder; expected a local folder with "
             f"tokenizer.json, or {BUILTIN!r}"
         )
-    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
-        raise UserError(f"tokenizer {name!r}: the folder holds no tokenizer.json")
+    # Without one transformers makes a tokenizer of special tokens alone, for any text.
+    if not any(path.is_file() for file in VOCABULARIES for path in folder.glob(file)):
+        there = ", ".join(sorted(path.name for path in folder.glob("*token*"))[:4])
+        raise UserError(
+            f"tokenizer {name!r}: the folder holds no tokenizer.json, nor another vocabulary "
+            f"({', '.join(VOCABULARIES[1:])})" + (f"; it has {there}" if there else "")
+        )
     # For known model types AutoTokenizer builds that type's class, and may ignore tokenizer.json.
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        loaded = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # The library raises a bare Exception for a broken file.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"tokenizer {name!r}: cannot be loaded: {reason[:300]}") from error
+    if len(loaded) <= len(loaded.get_added_vocab()):
+        raise UserError(
+            f"tokenizer {name!r}: its vocabulary holds no tokens besides the {len(loaded)} added "
+            "ones; is the file of the vocabulary complete?"
+        )
+    return loaded
 
 
 def read_generation(folder: Path) -> dict[str, Any]:
-    """Return a folder's generation_config.json, which may name more stop ids; {} without one."""
-    file = folder / "generation_config.json"
+    """Return a folder's generation_config.json, which may name more stop ids; {} without one.
+
+    Where it names none, those of config.json hold, as in `transformers`.
+    """
+    generation = _read_object(folder / "generation_config.json")
+    if generation.get(EOS) is None:
+        ends = _read_object(folder / "config.json").get(EOS)
+        return generation if ends is None else {**generation, EOS: ends}
+    return generation
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; {} without the file."""
     if not file.is_file():
         return {}
     try:

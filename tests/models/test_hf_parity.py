@@ -59,6 +59,15 @@ CASES = {
         "rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
     "mistral": ("Mistral", {"head_dim": 8, "sliding_window": 3, **rope(1e6)}),
     "mistral_full": ("Mistral", {"sliding_window": None, "num_key_value_heads": 1, **rope(1e4)}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1], "pad_token_id": None,
+                            "bos_token_id": None, "eos_token_id": None, **rope(5e3)}),
+    "smollm3_windows": ("SmolLM3", {"no_rope_layer_interval": 3, "use_sliding_window": True,
+                                    "sliding_window": 3, "tie_word_embeddings": False,
+                                    "attention_bias": True, "pad_token_id": None, **rope(1e4)}),
+    "smollm3_yarn": ("SmolLM3", {"no_rope_layers": [0, 1, 1], "pad_token_id": None,
+                                 "rope_parameters": YARN, "max_position_embeddings": 128}),
+    "ministral": ("Ministral", {"head_dim": 8, "sliding_window": 3,
+                                "layer_types": [FULL, SLIDING, SLIDING], **rope(1e6)}),
     "gemma3": ("Gemma3Text", {"head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 20,
                               "layer_types": [SLIDING, SLIDING, FULL], "rope_parameters": {
         FULL: {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
@@ -179,7 +188,8 @@ def test_the_router_of_the_test_is_uneven(tmp):
     assert count.max() > 2 * count.min(), count
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "qwen2", "llama3", "mistral", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "qwen2", "llama3", "mistral", "gemma3",
+                                  "smollm3"])  # fmt: skip
 def test_bfloat16_stays_within_its_tolerance(name, tmp):
     torch = pytest.importorskip("torch")
     reference = make(*CASES[name])
