@@ -9,21 +9,35 @@ is a function of (data, seed, n) alone, so a checkpoint needs only the position 
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import grain
 import numpy as np
 from jaxtyping import Int32, Integer
 from transformers import PreTrainedTokenizerBase
 
 from fireopd_jax.config import UserError
-from fireopd_jax.data.sources import DataConfig, Row
+from fireopd_jax.data.lengths import not_too_long, not_too_short
+from fireopd_jax.data.mixture import prompt_stream
+from fireopd_jax.data.repeats import prompt_digest
+from fireopd_jax.data.rows import Row
+from fireopd_jax.data.settings import DataConfig
 from fireopd_jax.text.chat import prompt_ids, response_ids
 from fireopd_jax.types import Prompts
 
 SAMPLE_IDS = 2**31
+CHUNK = 1000
+"""Rows that are tokenized at a time: lists of ids take ten times the memory of arrays."""
+MANY = 20_000
+"""Rows above which tokenizing takes long enough to be shown."""
+Show = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+"""Opens a progress display: label, total -> context of a function that advances it."""
+
+
+def unseen(label: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
+    """Return a progress display that shows nothing."""
+    return nullcontext(lambda n: None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +59,12 @@ class Encoded:
     dropped_prompts: int
     dropped_references: int
     """References longer than `max_reference_tokens`; their rows stay, without a reference."""
+    source: Int32[np.ndarray, " N"]
+    """Index of each row's source in the mixture."""
+    weights: tuple[float, ...] = ()
+    """Weight of each source; none without a mixture."""
+    dropped_short: int = 0
+    """Prompts shorter than `min_prompt_tokens`; `dropped_prompts` are the longer ones."""
 
 
 def split(
@@ -52,29 +72,33 @@ def split(
 ) -> tuple[Integer[np.ndarray, " M"], Integer[np.ndarray, " K"]]:
     """Return the indices of the training rows and of the rows of `held_out` distinct prompts.
 
-    The prompts with the smallest SHA-256 are held out, so the choice does not depend on the order
-    of the rows, and rows with equal prompts are on the same side. The held-out rows are ordered by
-    hash: any first few of them are an unbiased sample, however the file is sorted. Raises
-    `UserError` if no training row would be left.
+    Of the prompts whose rows all have answers, those with the smallest SHA-256 are held out, so the
+    choice does not depend on the order of the rows, and rows with equal prompts are on the same
+    side. The held-out rows are ordered by hash: any first few of them are an unbiased sample,
+    however the file is sorted. Raises `UserError` if too few prompts have answers, or if no
+    training row would be left.
     """
     digests = [prompt_digest(row) for row in rows]
-    distinct = sorted(set(digests))
+    distinct = set(digests)
     if held_out >= len(distinct):
         raise UserError(
             f"eval.problems={held_out}: nothing is left to train on, the rows that fit have "
             f"{len(distinct)} distinct prompts"
         )
-    chosen = set(distinct[:held_out])
+    unanswered = {d for d, row in zip(digests, rows, strict=True) if row.answer is None}
+    answered = sorted(distinct - unanswered)
+    if held_out > len(answered):
+        without = next(row for row in rows if row.answer is None)
+        raise UserError(
+            f"{without.origin}: no answer to grade by; {len(answered)} of {len(distinct)} prompts "
+            f"have one, and eval.problems={held_out} are held out: name the column as "
+            "data.answer_column, or set eval.problems=0"
+        )
+    chosen = set(answered[:held_out])
     held = [index for index, digest in enumerate(digests) if digest in chosen]
     train = [index for index, digest in enumerate(digests) if digest not in chosen]
     held.sort(key=lambda index: digests[index])
     return np.asarray(train, np.int64), np.asarray(held, np.int64)
-
-
-def prompt_digest(row: Row) -> bytes:
-    """Return the SHA-256 of a prompt's roles and contents."""
-    turns = [[message["role"], message["content"]] for message in row.prompt]
-    return hashlib.sha256(json.dumps(turns).encode()).digest()
 
 
 def encode(
@@ -84,30 +108,38 @@ def encode(
     template_kwargs: Mapping[str, Any],
     teacher_tokenizers: Sequence[PreTrainedTokenizerBase],
     teacher_template_kwargs: Sequence[Mapping[str, Any]],
+    teacher_models: Sequence[str] | None = None,
     route: Int32[np.ndarray, " N"],
     config: DataConfig,
     max_reference_tokens: int,
+    show: Show = unseen,
 ) -> Encoded:
     """Tokenize all rows for the student and for each row's teacher.
 
-    `route` indexes the teachers' tokenizers and template arguments; without any teacher, their
-    prompts are the student's. Raises `UserError` if no
+    `route` indexes the teachers' tokenizers, template arguments and names (in errors); without any
+    teacher, their prompts are the student's. `show` displays the progress. Raises `UserError` if no
     prompt fits, or if one is too long and `config.overlong` is "error".
     """
-    prompts = render(tokenizer, rows, template_kwargs)
+    show = show if len(rows) > MANY else unseen
+    with show("prompts of the student", len(rows)) as advance:
+        prompts = render(tokenizer, rows, template_kwargs, "student", advance)
     teacher_prompts = list(prompts)
-    routes = zip(teacher_tokenizers, teacher_template_kwargs, strict=True)
-    for teacher, (teacher_tokenizer, kwargs) in enumerate(routes):
+    names = teacher_models or ["the teacher"] * len(teacher_tokenizers)
+    routes = zip(teacher_tokenizers, teacher_template_kwargs, names, strict=True)
+    for teacher, (teacher_tokenizer, kwargs, name) in enumerate(routes):
         if teacher_tokenizer is tokenizer and kwargs == template_kwargs:
             continue
         own = np.flatnonzero(route == teacher)
-        rendered = render(teacher_tokenizer, [rows[int(index)] for index in own], kwargs)
+        with show(f"prompts of {name}", len(own)) as advance:
+            theirs = [rows[int(index)] for index in own]
+            rendered = render(teacher_tokenizer, theirs, kwargs, name, advance)
         for index, ids in zip(own, rendered, strict=True):
             teacher_prompts[index] = ids
     longest = np.asarray(
         [max(len(p), len(q)) for p, q in zip(prompts, teacher_prompts, strict=True)], np.int64
     )
-    kept = fitting(rows, longest, config)
+    fits = not_too_long(rows, longest, config)
+    kept = not_too_short(fits, np.asarray([len(ids) for ids in prompts], np.int64), config)
     references, dropped_references = encode_references(tokenizer, rows, max_reference_tokens)
     return Encoded(
         prompts=prompts,
@@ -120,8 +152,11 @@ def encode(
         max_reference_tokens=max_reference_tokens,
         pad=pad_id(tokenizer),
         teacher_pads=tuple(pad_id(teacher) for teacher in teacher_tokenizers or (tokenizer,)),
-        dropped_prompts=len(rows) - len(kept),
+        dropped_prompts=len(rows) - len(fits),
+        dropped_short=len(fits) - len(kept),
         dropped_references=dropped_references,
+        source=np.asarray([row.source for row in rows], np.int32),
+        weights=config.weights,
     )
 
 
@@ -132,31 +167,32 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], kwargs: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    kwargs: Mapping[str, Any],
+    model: str = "student",
+    advance: Callable[[int], object] = lambda n: None,
 ) -> list[Int32[np.ndarray, " _"]]:
-    """Tokenize the rows' prompts with one chat template."""
-    ids = prompt_ids(tokenizer, [row.prompt for row in rows], kwargs)
-    return [np.asarray(row, np.int32) for row in ids]
+    """Tokenize the rows' prompts, and the given beginnings of responses, with one chat template.
 
-
-def fitting(
-    rows: Sequence[Row], longest: Integer[np.ndarray, " N"], config: DataConfig
-) -> Integer[np.ndarray, " M"]:
-    """Return the indices of the rows whose prompts fit; raise as `config.overlong` asks."""
-    limit = config.max_prompt_tokens
-    over = np.flatnonzero(longest > limit)
-    if len(over) and config.overlong == "error":
-        raise UserError(
-            f"{rows[over[0]].origin}: the prompt has {longest[over[0]]} tokens, over "
-            f"data.max_prompt_tokens={limit}; raise it, or set data.overlong=drop"
+    Errors name the row and `model`.
+    """
+    begun = any(row.begun for row in rows)
+    rendered = []
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        ids = prompt_ids(
+            tokenizer,
+            [row.prompt for row in chunk],
+            kwargs,
+            begun=[row.begun for row in chunk] if begun else None,
+            tools=[row.tools for row in chunk],
+            origins=[row.origin for row in chunk],
+            model=model,
         )
-    if len(over) == len(rows):
-        shortest = f", the shortest has {longest.min()}" if len(rows) else ""
-        raise UserError(
-            f"data.max_prompt_tokens: none of {len(rows)} prompts fits into "
-            f"{limit} tokens{shortest}"
-        )
-    return np.flatnonzero(longest <= limit)
+        rendered += [np.asarray(row, np.int32) for row in ids]
+        advance(len(chunk))
+    return rendered
 
 
 def encode_references(
@@ -166,12 +202,14 @@ def encode_references(
     references: list[Int32[np.ndarray, " _"] | None] = [None] * len(rows)
     given = [(index, row.reference) for index, row in enumerate(rows) if row.reference is not None]
     dropped = 0
-    ids = response_ids(tokenizer, [text for _, text in given]) if given else []
-    for (index, _), row in zip(given, ids, strict=True):
-        if len(row) <= limit:
-            references[index] = np.asarray(row, np.int32)
-        else:
-            dropped += 1
+    for start in range(0, len(given), CHUNK):
+        chunk = given[start : start + CHUNK]
+        ids = response_ids(tokenizer, [text for _, text in chunk])
+        for (index, _), row in zip(chunk, ids, strict=True):
+            if len(row) <= limit:
+                references[index] = np.asarray(row, np.int32)
+            else:
+                dropped += 1
     return references, dropped
 
 
@@ -204,7 +242,7 @@ class PromptLoader:
         self.prompts_per_step = prompts_per_step
         self.group_size = group_size
         self.references = references
-        self.stream = grain.MapDataset.source(drawn).seed(seed).shuffle().repeat()
+        self.stream = prompt_stream(drawn, seed, encoded.source, encoded.weights)
         self.position = 0
         self.identity = {"data": data_digest(encoded, drawn, references), "seed": seed}
 
@@ -254,8 +292,12 @@ def data_digest(encoded: Encoded, indices: Sequence[int], references: bool) -> s
         parts = [encoded.prompts[index], encoded.teacher_prompts[index]]
         if references and (reference := encoded.references[index]) is not None:
             parts.append(reference)
-        for ids in ([index, encoded.route[index]], *parts):
-            digest.update(np.asarray([len(ids), *ids], "<i8").tobytes())
+        for ids in (np.asarray([index, encoded.route[index]]), *parts):
+            digest.update(np.asarray(len(ids), "<i8").tobytes())
+            digest.update(ids.astype("<i8").tobytes())
+    if encoded.weights:
+        digest.update(np.asarray(encoded.weights, "<f8").tobytes())
+        digest.update(encoded.source[np.asarray(indices)].astype("<i8").tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -17,7 +18,7 @@ FIELDS = ("tokens", "length", "teacher_tokens", "teacher_length", "teacher", "ro
 
 def row(text, reference=None):
     prompt = ({"role": "user", "content": text},)
-    return Row(prompt, None, reference, teacher=None, origin=f"file:{text}")
+    return Row(prompt, "1", reference, teacher=None, origin=f"file:{text}")
 
 
 def other_teacher():
@@ -75,6 +76,28 @@ def test_the_split_must_leave_training_rows():
     assert (train.tolist(), held.tolist()) == ([0, 1, 2], [])
     with pytest.raises(UserError, match=r"eval\.problems=2: nothing .* 2 distinct prompts"):
         split(rows, 2)
+
+
+def test_only_prompts_with_answers_are_held_out():
+    rows = [row(text) for text in "abcdefgh"]
+    missing = (1, 4, 6)
+    some = [
+        dataclasses.replace(each, answer=None) if i in missing else each
+        for i, each in enumerate(rows)
+    ]
+    train, held = split(some, 5)
+    assert sorted(held) == [0, 2, 3, 5, 7] and train.tolist() == list(missing)
+    # Of rows that all have answers, the choice is what it was before answers could be missing.
+    _, chosen = split(rows, 3)
+    assert [rows[i].prompt[0]["content"] for i in chosen] == ["a", "e", "g"]
+    with pytest.raises(UserError, match=r"file:b: no answer .* 5 of 8 prompts .*problems=6 "):
+        split(some, 6)
+
+
+def test_a_prompt_with_an_unanswered_row_is_trained_on():
+    rows = [row("a"), dataclasses.replace(row("a"), answer=None), row("b"), row("c")]
+    train, held = split(rows, 2)
+    assert (train.tolist(), sorted(held)) == ([0, 1], [2, 3])
 
 
 def test_each_row_is_encoded_for_its_own_teacher():
