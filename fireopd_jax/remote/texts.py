@@ -38,7 +38,7 @@ TURN_TOKENS = 32
 class Prefix:
     """A conversation and the beginning of the assistant's answer."""
 
-    messages: Sequence[Mapping[str, str]]
+    messages: Sequence[Mapping[str, Any]]
     partial: str
     """The response so far, as text without special tokens."""
     token_ids: Sequence[int] | None = None
@@ -47,6 +47,8 @@ class Prefix:
     """The same as text with special tokens, if known."""
     seed: int = 0
     """Sample id: equal prefixes of different samples have independent continuations."""
+    tools: Sequence[Mapping[str, Any]] | None = None
+    """Tools that the conversation offers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _is_prefilled(client: Client, example: Prefix, features: TextFeatures) -> bo
             return None
 
     continued = prompt_tokens(body)
-    finished = prompt_tokens({"messages": body["messages"]})
+    finished = prompt_tokens({key: body[key] for key in ("messages", "tools") if key in body})
     if continued is None or finished is None or continued < finished:
         return True
     client.log(
@@ -213,15 +215,30 @@ def _message(client: Client, form: Form, prefix: Prefix) -> tuple[str, dict[str,
         # The template has put the special tokens into the text.
         flags = {"add_special_tokens": False} if form == "text" else {}
         return "/completions", {"prompt": prefix.text, **flags}
-    messages = [dict(message) for message in prefix.messages]
+    messages = [_message_of_api(message) for message in prefix.messages]
+    tools = {"tools": [dict(tool) for tool in prefix.tools]} if prefix.tools else {}
     if prefix.partial:
         messages.append({"role": "assistant", "content": prefix.partial})
         if form == "instruction":
             messages.append({"role": "user", "content": client.settings.instruction})
         if form == "prefill":
             flags = {"continue_final_message": True, "add_generation_prompt": False}
-            return "/chat/completions", {"messages": messages, **flags}
-    return "/chat/completions", {"messages": messages}
+            return "/chat/completions", {"messages": messages, **tools, **flags}
+    return "/chat/completions", {"messages": messages, **tools}
+
+
+def _message_of_api(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message as an API takes it: arguments of its calls are JSON texts."""
+
+    def call_of_api(call: Mapping[str, Any]) -> Mapping[str, Any]:
+        function = call.get("function")
+        if not isinstance(function, Mapping) or isinstance(function.get("arguments"), str):
+            return call
+        arguments = json.dumps(function.get("arguments") or {})
+        return {**call, "function": {**function, "arguments": arguments}}
+
+    calls = message.get("tool_calls")
+    return dict(message) | ({"tool_calls": [call_of_api(call) for call in calls]} if calls else {})
 
 
 def _request(

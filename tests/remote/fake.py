@@ -21,7 +21,8 @@ EVERYTHING = frozenset(
     | {"tokenize", "bare", "zero"}
 )
 KNOWN = {
-    "model", "prompt", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens",
+    "model", "prompt", "messages", "tools", "temperature", "top_p", "max_tokens",
+    "max_completion_tokens",
 }  # fmt: skip
 FIELDS = {
     "n": "n", "seed": "seed", "continue_final_message": "prefill",

@@ -127,6 +127,23 @@ def test_each_form_sends_the_prefix_in_its_way(form):
     assert path == ("/v1/completions" if "prompt" in body else "/v1/chat/completions")
 
 
+@pytest.mark.parametrize("form", ["prefill", "trailing", "instruction"])
+def test_tools_and_their_calls_are_sent_with_the_messages(form):
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    talk = [*ASKED, {"role": "assistant", "content": "", "tool_calls": calls},
+            {"role": "tool", "tool_call_id": "1", "content": "2"}]  # fmt: skip
+    with serving() as server, client_of(server) as client:
+        features = TextFeatures(form, None, True, "max_tokens")
+        prefix = Prefix(talk, "one", tools=tools)
+        continuations(client, features, [prefix], 1, max_tokens=3)
+        ((_, body),) = server.seen
+    assert body["tools"] == tools
+    (call,) = body["messages"][1]["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": '{"x": 1}'}
+    assert body["messages"][2] == talk[2]
+
+
 def test_an_empty_prefix_is_a_conversation_without_an_answer():
     for form in ("prefill", "instruction"):
         features = TextFeatures(form, None, True, "max_tokens")

@@ -60,6 +60,98 @@ def test_template_mistakes_are_named():
         prompt_ids(TOKENIZER, [[Message(role="tool", content="x")]], {})
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no\n system') if bad }}", "no system"),
+        ("{{ bad + 1 }}", 'TypeError: can only concatenate str (not "int") to str'),
+        ("{{ 1 / (0 if bad else 1) }}", "ZeroDivisionError: division by zero"),
+        ("{{ {}[bad].x.y if bad }}", "'dict object' has no attribute 'bad'"),
+        ("{{ 'abc'.index('z') if bad }}", "ValueError: substring not found"),
+        (
+            "{{ messages | map(attribute='content') | sum if bad }}",
+            "TypeError: unsupported operand",
+        ),
+    ],
+)
+def test_whatever_a_template_raises_names_row_and_model(template, reason):
+    last = "{%- set bad = messages[-1].content if messages[-1].content == 'bad' else 0 -%}"
+    tokenizer = without(chat_template=f"{last}{{{{ 'x' }}}}{template}")
+    chats = [[Message(role="user", content=text)] for text in ("a", "b", "bad", "bad")]
+    origins = [f"p.jsonl:{i}" for i in (1, 2, 5, 9)]
+    with pytest.raises(UserError) as caught:
+        prompt_ids(tokenizer, chats, {}, origins=origins, model="teacher math")
+    start = "p.jsonl:5: the chat template of teacher math rejects this prompt: "
+    assert str(caught.value).startswith(start + reason)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_is_no_jinja_names_the_model_and_the_line():
+    tokenizer = without(chat_template="a\n{% if %}")
+    with pytest.raises(UserError, match=r"^the chat template of student is not .*: line 2"):
+        prompt_ids(tokenizer, [[Message(role="user", content="x")]], {}, model="student")
+    tokenizer = without(chat_template="{{ strftime_now('%d') }}\n{% if %}")
+    with pytest.raises(UserError, match="not valid Jinja: line 2"):
+        prompt_ids(tokenizer, [[Message(role="user", content="x")]], {"strftime_now": "2024-01-01"})
+
+
+def test_a_prompt_of_no_token_is_named():
+    tokenizer = without(chat_template="{% for m in messages if m.role == 'x' %}{{ m }}{% endfor %}")
+    with pytest.raises(UserError, match=r"^p:1: the chat template of student writes nothing"):
+        prompt_ids(tokenizer, [[Message(role="user", content="x")]], {}, origins=["p:1"],
+                   model="student")  # fmt: skip
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"town": "T"}}}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+CALLING = [
+    Message(role="user", content="u"),
+    Message(role="assistant", content="", tool_calls=[CALL], reasoning_content="r"),
+    Message(role="tool", content="12", tool_call_id="1", name="f"),
+]
+FULL = (
+    "{%- for t in tools or [] -%}<{{ t.function.name }}>{%- endfor -%}"
+    "{%- for m in messages -%}[{{ m.role }}|{{ m.name }}|{{ m.tool_call_id }}|"
+    "{{ m.reasoning_content }}|{{ m.content }}"
+    "{%- for c in m.tool_calls or [] -%}!{{ c.function.arguments | tojson }}{%- endfor -%}]"
+    "{%- endfor -%}"
+)
+
+
+def text_of(ids):
+    return bytes(ids).decode()
+
+
+def test_a_message_reaches_the_template_whole_and_tools_row_by_row():
+    tokenizer = without(chat_template=FULL)
+    chats = [CALLING, CALLING[:1], CALLING[:1], CALLING[:1]]
+    other = [{"type": "function", "function": {"name": "g"}}]
+    found = prompt_ids(tokenizer, chats, {}, tools=[TOOLS, other, None, TOOLS])
+    assert [text_of(ids) for ids in found] == [
+        '<f>[user||||u][assistant|||r|!{"town": "T"}][tool|f|1||12]',
+        "<g>[user||||u]",
+        "[user||||u]",
+        "<f>[user||||u]",
+    ]
+
+
+def test_a_template_that_ignores_tools_is_refused_by_name():
+    plain = "{%- for m in messages -%}[{{ m.role }}|{{ m.content }}]{%- endfor -%}"
+    tokenizer = without(chat_template=plain)
+    asked, called = [CALLING[:1], CALLING[:1]], [CALLING[:1], CALLING]
+    origins = ["t.jsonl:1", "t.jsonl:2"]
+    for chats, tools, what in ((asked, [None, TOOLS], "tools"), (called, None, "tool_calls")):
+        with pytest.raises(UserError) as caught:
+            prompt_ids(tokenizer, chats, {}, tools=tools, origins=origins, model="student")
+        assert str(caught.value) == (
+            f"t.jsonl:2: the chat template of student ignores the {what} of this prompt; expected "
+            "a template that writes them (student.chat_template), or rows without them"
+        )
+    # Nothing is lost where there is nothing, or where a template writes messages whole.
+    assert prompt_ids(tokenizer, asked, {}, tools=[[], None]) == prompt_ids(tokenizer, asked, {})
+    prompt_ids(without(chat_template="{{ messages | tojson }}"), called, {})
+
+
 def test_a_response_ends_with_the_end_token_alone():
     assert response_ids(TOKENIZER, ["85", ""]) == [[*b"85", END], [END]]
     assert response_ids(TOKENIZER, []) == []
