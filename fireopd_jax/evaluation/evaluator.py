@@ -1,128 +1,141 @@
-"""Sample responses to held-out problems and grade them: avg@k with its 95 % interval.
+"""Sample responses to problems and grade them: avg@k, pass@k and maj@k with 95 % intervals.
 
-prompts -> generate -> decode -> grade -> avg@k over problems
+prompts -> generate -> decode -> Response -> grade -> Graded -> EvalResult -> figures
 """
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import jax
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt
+from jaxtyping import Bool, Float64, Int64
 
-from fireopd_jax.config import Section, UnitInterval, config
-from fireopd_jax.text.graders import grade
+from fireopd_jax.evaluation.responses import (
+    Graded,
+    Grader,
+    Problem,
+    Response,
+    grade,
+    rectangle,
+    write_responses,
+)
+from fireopd_jax.evaluation.statistics import interval_95, majority, pass_at_k, sizes
 from fireopd_jax.types import Prompts, Rollout
 
-
-@config
-class EvalConfig(Section):
-    """Settings of the evaluation."""
-
-    problems: NonNegativeInt = 256
-    """Number of problems held out from training; 0 turns the evaluation off."""
-    samples: PositiveInt = 8
-    """Responses per problem: the k of avg@k."""
-    batch_size: PositiveInt | None = None
-    """Responses sampled at a time. null: as many as in a training step, with the same program."""
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """Sampling temperature of the responses; 0 is greedy."""
-    top_p: UnitInterval = 1.0
-    """Nucleus sampling mass of the responses."""
-    every: NonNegativeInt = 0
-    """Steps between evaluations of the student during training; 0 turns them off."""
-    every_problems: PositiveInt = 64
-    """Number of problems in the evaluations during training, with one response each."""
-
-    def without_effect(self) -> Iterator[tuple[str, str]]:
-        """Nothing is evaluated without problems, nor between steps without `every`."""
-        if not self.problems:
-            for field in dataclasses.fields(self):
-                if field.name not in ("problems", "batch_size"):
-                    yield field.name, "with eval.problems=0"
-            return
-        if not self.every:
-            yield "every_problems", "with eval.every=0"
-        if self.temperature == 0:
-            yield "top_p", "with eval.temperature=0, which is greedy"
+Figures = dict[str, float | int]
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """Grades of one model's responses."""
+    """Grades of one model's K responses to each of N problems."""
 
     samples: int
-    scores: tuple[float, ...]
-    """Fraction of correct responses, one value per problem."""
-    mean_length: float
-    """Mean response length in tokens."""
-    finished: float
-    """Fraction of responses that ended before the length limit."""
+    correct: Bool[np.ndarray, "N K"]
+    majority: Float64[np.ndarray, " N"]
+    """Score of each problem's most frequent final answer."""
+    question: Int64[np.ndarray, " N"]
+    """Problems with the same prompt have the same number."""
+    tokens: Int64[np.ndarray, "N K"]
+    """Response lengths."""
+    finished: Bool[np.ndarray, "N K"]
+    plain: Bool[np.ndarray, "N K"] | None = None
+    """Verdicts of math-verify alone, where it graded every response."""
+
+    @classmethod
+    def of(cls, graded: Sequence[Graded], samples: int) -> "EvalResult":
+        """Return the result of responses, `samples` of each problem; there may be no problem."""
+        rows = rectangle(graded)
+        shape = (len(rows), samples)
+
+        def values(name: str, dtype: type) -> np.ndarray:
+            found = [[getattr(each, name) for each in row] for row in rows]
+            return np.asarray(found, dtype).reshape(shape)
+
+        number = {name: i for i, name in enumerate(dict.fromkeys(row[0].question for row in rows))}
+        return cls(
+            samples=samples,
+            correct=values("correct", bool),
+            majority=np.asarray(
+                [majority([e.final for e in row], [e.correct for e in row]) for row in rows],
+                np.float64,
+            ),
+            question=np.asarray([number[row[0].question] for row in rows], np.int64),
+            tokens=values("tokens", np.int64),
+            finished=values("finished", bool),
+            plain=values("plain", bool) if _asked(graded) else None,
+        )
 
     @property
     def mean(self) -> float:
         """avg@k: the mean over problems of the fraction of correct responses; NaN without any."""
-        return float(np.mean(self.scores)) if self.scores else float("nan")
+        return float(np.mean(self.correct)) if self.correct.size else float("nan")
 
-    @property
-    def interval(self) -> float:
-        """Half-width of avg@k's 95 % interval: 1.96 standard errors, clustered by problem."""
-        if len(self.scores) < 2:
-            return float("nan")
-        return float(1.96 * np.std(self.scores, ddof=1) / len(self.scores) ** 0.5)
-
-    def summary(self) -> dict[str, float | int]:
-        """Return the figures that are logged and saved."""
-        return {
-            f"avg@{self.samples}": self.mean,
-            "interval_95": self.interval,
-            "problems": len(self.scores),
-            "mean_length": self.mean_length,
-            "finished": self.finished,
+    def summary(self) -> Figures:
+        """Return the figures that are logged and saved; intervals are clustered by question."""
+        k = self.samples
+        figures: Figures = {f"avg@{k}": self.mean}
+        figures["interval_95"] = interval_95(self.correct.mean(axis=1), self.question)
+        scores = {f"pass@{i}": pass_at_k(self.correct, i) for i in sizes(k)}
+        for name, values in (scores | {f"maj@{k}": self.majority}).items():
+            figures[name] = _mean(values)
+            figures[f"{name}_interval_95"] = interval_95(values, self.question)
+        if self.plain is not None:
+            figures[f"plain_avg@{k}"] = _mean(self.plain)
+        return figures | {
+            "problems": len(self.correct),
+            "questions": len(np.unique(self.question)),
+            "mean_length": _mean(self.tokens),
+            "finished": _mean(self.finished),
+            "truncated": 1 - _mean(self.finished),
         }
 
 
+def _asked(graded: Sequence[Graded]) -> bool:
+    """Return whether math-verify was asked for every response, and there is one."""
+    return bool(graded) and all(each.plain is not None for each in graded)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.mean(values)) if values.size else float("nan")
+
+
 def evaluate(
+    responses: Iterable[Response],
+    problems: Sequence[Problem],
+    *,
+    grader: Grader,
+    name: str,
+    out: Path | None = None,
+) -> list[Graded]:
+    """Return the graded responses to the problems of the set `name`; `out` is written with them."""
+    graded = grade(responses, {problem.index: problem for problem in problems}, grader, name)
+    if out is not None:
+        write_responses(out, graded)
+    return graded
+
+
+def sample(
     generate: Callable[[Prompts], Rollout],
     batches: Sequence[Prompts],
     decode: Callable[[np.ndarray], str],
-    answers: Callable[[int], str],
-    samples: int,
-    *,
-    advance: Callable[[int], None] = lambda rows: None,
-    out: Path | None = None,
-) -> EvalResult:
-    """Sample and grade `samples` responses per problem.
+    advance: Callable[[int], None] = lambda batches: None,
+) -> Iterator[Response]:
+    """Yield the responses to the prompts, by row; padding rows (`row` < 0) have none.
 
-    Padding rows (`row` < 0) are ignored; `advance` is called after each batch; `out` is written as
-    JSON lines, one per response.
+    `advance` is called after each batch.
     """
-    grades_by_row: dict[int, list[bool]] = {}
-    lengths: list[int] = []
-    finished: list[bool] = []
-    lines: list[str] = []
+    drawn: dict[int, int] = {}
     for prompts in batches:
         rollout: Rollout = jax.device_get(generate(prompts))
         for i in np.flatnonzero(prompts.row >= 0):
             row = int(prompts.row[i])
-            text = decode(np.asarray(rollout.tokens[i][rollout.mask[i]]))
-            correct = grade(text, answers(row))
-            grades_by_row.setdefault(row, []).append(correct)
-            lengths.append(int(rollout.mask[i].sum()))
-            finished.append(bool(rollout.finished[i]))
-            if out is not None:
-                record = {"row": row, "response": text, "answer": answers(row), "correct": correct}
-                lines.append(json.dumps(record))
+            yield Response(
+                row=row,
+                sample=drawn.get(row, 0),
+                text=decode(np.asarray(rollout.tokens[i][rollout.mask[i]])),
+                tokens=int(rollout.mask[i].sum()),
+                finished=bool(rollout.finished[i]),
+            )
+            drawn[row] = drawn.get(row, 0) + 1
         advance(1)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return EvalResult(
-        samples=samples,
-        scores=tuple(float(np.mean(grades)) for grades in grades_by_row.values()),
-        mean_length=float(np.mean(lengths)) if lengths else float("nan"),
-        finished=float(np.mean(finished)) if finished else float("nan"),
-    )
