@@ -1,7 +1,7 @@
-"""`fireopd generate`: sample responses to the prompts of a file.
+"""`fireopd generate`: sample responses to prompts.
 
     a run, a folder or a hub's name -> parameters, tokenizer ┐
-    prompts.jsonl -> ids ────────────────────────────────────┴─> Engine -> .OUT.part -> out.jsonl
+    --prompts -> ids -> buckets of similar lengths ──────────┴─> an Engine each -> lines of --out
 
 Responses are written to .OUT.part as they finish, each with its index; when all are there, they are
 written in order to the output file. A killed command resumes from .OUT.part with the same
@@ -9,41 +9,47 @@ responses, as sampling depends only on the seed, the row's index and the token p
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh
 
+from fireopd_jax.commands.journal import begun_with, lines_to, say
+from fireopd_jax.commands.prompts import (
+    STANDARD,
+    Asked,
+    plain_ids,
+    read_prompts,
+    rendered_ids,
+)
 from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import SAMPLE_IDS
-from fireopd_jax.data.sources import DataConfig, Row, read_rows
-from fireopd_jax.models.hf_load import resolve
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.recipe.models import ModelConfig
+from fireopd_jax.rollout.buckets import by_length
 from fireopd_jax.rollout.requests import Completion, Knobs, Request
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.rollout.streaming import Engine
+from fireopd_jax.runs.folder import plain
 from fireopd_jax.runs.tracking import progress
 from fireopd_jax.runtime.compilation import compile_cache
-from fireopd_jax.session.finished import open_model, own_template_kwargs, run_config
-from fireopd_jax.session.parameters import load_or_make
-from fireopd_jax.session.specs import ModelSpec, load_spec
+from fireopd_jax.session.opening import open_any
+from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicated
-from fireopd_jax.text.chat import decode, prompt_ids
+from fireopd_jax.text.chat import decode
+from fireopd_jax.text.clock import CLOCK, now, stopped_kwargs
 
-ALIGN = 16
-"""Prompts are padded to a multiple of this, so that fewer programs are compiled."""
+OTHER = "row_"
+"""Prefix of columns whose names are those of the results."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
-    """GenerateOptions of the sampling."""
+    """Options of the sampling, and of how prompts are written."""
 
     max_tokens: int = 256
     samples: int = 1
@@ -57,106 +63,122 @@ class GenerateOptions:
     seed: int = 0
     raw: bool = False
     """Prompts are plain text: no chat template, no special tokens."""
+    bos: bool = False
+    """Raw prompts begin with the BOS that the tokenizer adds."""
+    chat_template: str | None = None
+    """Another chat template than the model's own; see the key `chat_template` of models."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute dtype; by default the model's own."""
+
+    def check(self) -> None:
+        """Raise UserError for options that conflict."""
+        if self.bos and not self.raw:
+            raise UserError("--bos goes with --raw: a chat template writes its own BOS")
+        if self.raw and self.chat_template is not None:
+            raise UserError(f"--chat-template {self.chat_template} has no effect with --raw")
 
 
 def generate_to_file(
     model: str,
-    prompts: Path,
-    out: Path,
+    prompts: str | Path,
+    out: str | Path,
     settings: GenerateOptions = GenerateOptions(),
     *,
     name: str = "student",
+    column: str | None = None,
     slots: int | None = None,
     tensor: int = 1,
     logprobs: bool = True,
+    ignore_config_keys: Sequence[str] = (),
 ) -> None:
-    """Sample `samples` responses to each prompt of a file, and write them in order to `out`.
+    """Sample `samples` responses to each prompt, and write them in order to `out`.
 
-    `model` is a run (whose model `name` is used, with its template arguments), a model's folder or
-    a name on the hub. All devices are used, `tensor` of them for each replica of the model. Lines
-    have `prompt`, `text`, `token_ids`, `logprobs` and `finish`.
+    `model` is a run (whose model `name` is used, with its template and its arguments), a model's
+    folder or a name on the hub. `prompts` and `out` are files, or "-" for the standard streams.
+    All devices are used, `tensor` of them for each replica of the model. Lines have `prompt`,
+    `text`, `sample`, `token_ids`, `logprobs`, `finish`, and the other columns of the prompt's row.
 
     Raises UserError for an existing `out`, an unknown model, or prompts that do not fit it.
     """
-    if out.exists():
-        raise UserError(f"{out} exists; expected a new file")
+    settings.check()
+    to = None if str(out) == STANDARD else Path(out)
+    if to is not None and to.exists():
+        raise UserError(f"{to} exists; expected a new file")
+    asked = read_prompts(str(prompts), column)
+    say(f"{len(asked):,} prompts; loading {model}")
     mesh = make_mesh(MeshConfig(tensor=tensor))
-    spec, params, template_kwargs = open_any(model, name, settings.dtype, replicated(mesh))
-    rows = read_rows(DataConfig(path=str(prompts), prompt_column="prompt"))
-    ids = plain_ids(spec, rows) if settings.raw else rendered_ids(spec, rows, template_kwargs)
-    identity = {"model": model, "name": name, "prompts": digest(ids)}
-    identity |= dataclasses.asdict(settings)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    with journal(part, json.loads(json.dumps(identity))) as (done, write):
-        requests = [
-            request for request in make_requests(spec, ids, settings) if request.id not in done
-        ]
-        if requests:
-            compile_cache()
-            engine = Engine(
-                spec.model,
-                width=-(-max(map(len, ids)) // ALIGN) * ALIGN,
-                room=settings.max_tokens,
-                seed=seed_for(settings.seed, "generate"),
-                slots=slots,
-                text=lambda tokens: decode(spec.tokenizer, tokens),
-                mesh=mesh,
-            )
-            engine.load(params)
-            with progress("generate", len(requests)) as bar:
-                for completion in engine.stream(requests):
-                    row = rows[completion.id // settings.samples]
-                    write(completion.id, record(spec, row, completion, logprobs))
-                    bar(1, tokens=engine.statistics.drawn)
-        settle(part, out, len(rows) * settings.samples)
+    spec, params, kwargs = open_any(
+        model, name, settings.dtype, replicated(mesh), ignore_config_keys, settings.chat_template
+    )
+    kwargs = kwargs if settings.raw else with_clock(spec, kwargs, to)
+    rows = [each.row for each in asked]
+    ids = plain_ids(spec, rows, settings.bos) if settings.raw else rendered_ids(spec, rows, kwargs)
+    identity = {"model": model, "name": name, "prompts": digest(ids, asked)}
+    identity |= {**dataclasses.asdict(settings), "clock": kwargs.get(CLOCK)}
+    identity |= {"ignore_config_keys": list(ignore_config_keys), "logprobs": logprobs}
+    every = list(make_requests(spec, ids, settings, [row.origin for row in rows]))
+    with lines_to(to, identity, len(every)) as (done, write):
+        requests = [request for request in every if request.id not in done]
+        if done:
+            say(f"{len(done):,} of {len(every):,} responses are there; sampling the others")
+        for completion in answers(spec, params, requests, settings, slots, mesh):
+            number, sample = divmod(completion.id, settings.samples)
+            write(completion.id, record(spec, asked[number], completion, sample, logprobs))
 
 
-def open_any(
-    model: str, name: str, dtype: Literal["float32", "bfloat16"] | None, place: Sharding
-) -> tuple[ModelSpec, Params, Mapping[str, Any]]:
-    """Return spec, parameters and template arguments of a model of a run, folder or the hub."""
-    folder = Path(model)
-    if (folder / "models").is_dir() or (folder / "config.yaml").is_file():
-        spec, params = open_model(folder, name, dtype, place)
-        return spec, params, own_template_kwargs(run_config(folder), name)
-    if folder.is_dir() and not any((folder / f).is_file() for f in ("model.json", "config.json")):
-        raise UserError(
-            f"{folder}: no finished model; expected the folder of a run that has trained, or one "
-            "with a model.json or a config.json"
-        )
-    folder = resolve(model)
-    spec = load_spec("model", folder, ModelConfig(path=str(folder), dtype=dtype))
-    return spec, load_or_make(spec, place), {}
+def answers(
+    spec: ModelSpec,
+    params: Params,
+    requests: Sequence[Request],
+    settings: GenerateOptions,
+    slots: int | None,
+    mesh: Mesh,
+    purpose: str = "generate",
+) -> Iterator[Completion]:
+    """Yield the responses as they end, those to short prompts first.
 
-
-def rendered_ids(
-    spec: ModelSpec, rows: Sequence[Row], template_kwargs: Mapping[str, Any]
-) -> list[list[int]]:
-    """Return the token ids of the prompts in the model's chat template."""
-    return prompt_ids(spec.tokenizer, [row.prompt for row in rows], template_kwargs)
-
-
-def plain_ids(spec: ModelSpec, rows: Sequence[Row]) -> list[list[int]]:
-    """Return the token ids of plain-text prompts, without template or special tokens.
-
-    Raises UserError for a chat, and for an empty prompt.
+    `purpose` is part of the seed, and shown with the progress.
     """
-    for row in rows:
-        if len(row.prompt) != 1:
-            raise UserError(f"{row.origin}: --raw expects a plain-text prompt, not a chat")
-    texts = [row.prompt[0]["content"] for row in rows]
-    ids = spec.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    for row, tokens in zip(rows, ids, strict=True):  # pyright: ignore[reportArgumentType]
-        if not tokens:
-            raise UserError(f"{row.origin}: the prompt is empty; --raw adds no token to it")
-    return [list(tokens) for tokens in ids]  # pyright: ignore[reportGeneralTypeIssues, reportArgumentType]
+    compile_cache()
+    for width, own in by_length([len(request.prompt) for request in requests]):
+        lengths = [len(requests[i].prompt) for i in own]
+        say(f"compiling for prompts of {min(lengths)} to {max(lengths)} tokens")
+        start = time.monotonic()
+        engine = Engine(
+            spec.model,
+            width=width,
+            room=settings.max_tokens,
+            seed=seed_for(settings.seed, purpose),
+            slots=slots,
+            text=lambda tokens: decode(spec.tokenizer, tokens),
+            mesh=mesh,
+        )
+        engine.load(params)
+        seconds = time.monotonic() - start
+        say(f"compiled in {seconds:.0f} s; sampling {len(own):,} responses")
+        with progress(purpose, len(own)) as bar:
+            for completion in engine.stream([requests[i] for i in own]):
+                yield completion
+                bar(1, tokens=engine.statistics.drawn)
+
+
+def with_clock(spec: ModelSpec, kwargs: Mapping[str, Any], out: Path | None) -> Mapping[str, Any]:
+    """Return the arguments of the template, with the date that its clock shows.
+
+    It is that of the run, or of the killed command that is resumed, or now.
+    """
+    before = {} if out is None else begun_with(out)
+    kwargs = stopped_kwargs(spec.tokenizer.chat_template, kwargs, before.get("clock") or now())
+    if CLOCK in kwargs:
+        say(f"the chat template reads the clock, which shows {kwargs[CLOCK]}")
+    return kwargs
 
 
 def make_requests(
-    spec: ModelSpec, ids: Sequence[Sequence[int]], settings: GenerateOptions
+    spec: ModelSpec,
+    ids: Sequence[Sequence[int]],
+    settings: GenerateOptions,
+    origins: Sequence[str] | None = None,
 ) -> Iterator[Request]:
     """Yield a request for every sample of every prompt.
 
@@ -168,8 +190,9 @@ def make_requests(
     for i, tokens in enumerate(ids):
         room = min(settings.max_tokens, limit - len(tokens))
         if room < 1:
+            where = f"prompt {i + 1}" if origins is None else f"{origins[i]}: the prompt"
             raise UserError(
-                f"prompt {i + 1} has {len(tokens)} tokens, no room for a response: the model has "
+                f"{where} has {len(tokens)} tokens, no room for a response: the model has "
                 f"{limit} positions (max_position_embeddings)"
             )
         knobs = Knobs(max_tokens=room, stop=spec.stop, stop_strings=settings.stop, **shared)
@@ -178,69 +201,44 @@ def make_requests(
             yield Request(number, np.asarray(tokens, np.int32), knobs)
 
 
-def record(spec: ModelSpec, row: Row, completion: Completion, logprobs: bool) -> dict[str, Any]:
+def record(
+    spec: ModelSpec, asked: Asked, completion: Completion, sample: int, logprobs: bool
+) -> dict[str, Any]:
     """Return a response as a line of the file; log-probs of greedy tokens are the raw model's."""
     ids = completion.tokens.tolist()
-    prompt = row.prompt
     line = {
-        "prompt": prompt[0]["content"] if len(prompt) == 1 else list(prompt),
+        "prompt": asked.prompt,
         "text": decode(spec.tokenizer, ids),
+        "sample": sample,
         "token_ids": ids,
         "logprobs": completion.logprobs.tolist(),
         "finish": completion.finish,
     }
-    return line if logprobs else {key: line[key] for key in line if key != "logprobs"}
+    if not logprobs:
+        del line["logprobs"]
+    return line | other_columns(line, asked)
 
 
-def digest(ids: Sequence[Sequence[int]]) -> str:
-    """Return a hash of the prompts' token ids."""
-    out = hashlib.sha256()
-    for row in ids:
-        out.update(np.asarray([len(row), *row], "<i8").tobytes())
-    return out.hexdigest()[:16]
+def other_columns(line: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
+    """Return the columns of a prompt's row; one with the name of a result is `row_NAME`.
 
-
-@contextmanager
-def journal(part: Path, identity: Mapping[str, Any]) -> Iterator[tuple[set[int], Any]]:
-    """Open the file of finished responses; yield their indices, and a function that appends one.
-
-    The first line holds the settings; a line cut off by a kill is dropped. Raises UserError for a
-    file of other settings, or in use by another process.
+    The column of the prompt is not repeated.
     """
-    with part.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{part}: in use by a live process; wait for it") from None
-        file.seek(0)
-        lines = file.read().split(b"\n")[:-1]
-        file.truncate(sum(len(line) + 1 for line in lines))
-        if not lines:
-            file.write(json.dumps(identity).encode() + b"\n")
-        elif (begun := json.loads(lines[0])) != identity:
-            key = next(key for key in identity if begun.get(key) != identity[key])
-            raise UserError(
-                f"{part} was begun with {key}={begun.get(key)!r}, not {identity[key]!r}; use the "
-                "same settings, or remove that file"
-            )
-        done = {json.loads(line)["index"] for line in lines[1:]}
-
-        def write(index: int, row: Mapping[str, Any]) -> None:
-            file.write(json.dumps({"index": index, "row": row}).encode() + b"\n")
-            file.flush()
-
-        yield done, write
+    found = {}
+    for name, value in plain(asked.columns).items():
+        if name == "prompt" and value in (asked.prompt, list(asked.row.prompt)):
+            continue
+        own = name
+        while own in line or (own != name and own in asked.columns):
+            own = OTHER + own
+        found[own] = value
+    return found
 
 
-def settle(part: Path, out: Path, count: int) -> None:
-    """Write the responses in order to `out`, then remove the file of finished responses."""
-    lines = part.read_text(encoding="utf-8").splitlines()[1:]
-    rows = {line["index"]: line["row"] for line in map(json.loads, lines)}
-    assert sorted(rows) == list(range(count))
-    beside = out.with_name(f".writing-{out.name}")
-    try:
-        beside.write_text("".join(json.dumps(rows[i]) + "\n" for i in range(count)), "utf-8")
-        out.hardlink_to(beside)  # fails where a rename would overwrite a file created meanwhile
-    finally:
-        beside.unlink(missing_ok=True)
-    part.unlink()
+def digest(ids: Sequence[Sequence[int]], asked: Sequence[Asked]) -> str:
+    """Return a hash of the prompts' token ids, and of the columns that are kept with them."""
+    out = hashlib.sha256()
+    for row, each in zip(ids, asked, strict=True):
+        out.update(np.asarray([len(row), *row], "<i8").tobytes())
+        out.update(json.dumps(plain(each.columns), default=str).encode())
+    return out.hexdigest()[:16]

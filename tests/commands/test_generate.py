@@ -135,7 +135,7 @@ def test_a_response_stays_within_the_models_positions(folder, tmp_path):
     (row,) = answers(folder, file, tmp_path / "out.jsonl", logprobs=False)
     assert len(row["token_ids"]) <= 5 and "logprobs" not in row
     file.write_text(json.dumps({"prompt": "x" * 80}) + "\n")
-    with pytest.raises(UserError, match=r"prompt 1 has 80 tokens, no room for a response"):
+    with pytest.raises(UserError, match=r"p\.jsonl:1: the prompt has 80 tokens, no room"):
         answers(folder, file, tmp_path / "other.jsonl")
 
 
@@ -148,3 +148,36 @@ def test_the_type_of_the_computation_may_be_chosen(folder, prompts, tmp_path):
     first = [abs(a["logprobs"][0] - b["logprobs"][0]) for a, b in zip(exact, half, strict=True)
              if a["token_ids"][0] == b["token_ids"][0]]  # fmt: skip
     assert len(first) > ROWS // 2 and 1e-5 < np.mean(first) < 0.2
+
+
+def test_short_and_long_prompts_have_the_responses_of_one_engine(tmp_path, monkeypatch):
+    model = tiny_model(len(TOKENIZER), num_hidden_layers=1, max_position_embeddings=400)
+    export_model(tmp_path / "hf", random_params(model), model.config, TOKENIZER, stop=(257,),
+                 card="# a model\n")  # fmt: skip
+    file = tmp_path / "p.jsonl"
+    texts = ["ab", "c" * 300, "de", "f" * 290]
+    file.write_text("".join(json.dumps({"q": t, "n": i}) + "\n" for i, t in enumerate(texts)))
+    widths, made = [], generating.Engine
+
+    def engine(*arguments, width, **others):
+        widths.append(width)
+        return made(*arguments, width=width, **others)
+
+    monkeypatch.setattr(generating, "Engine", engine)
+
+    def lines(name):
+        out = tmp_path / name
+        options = GenerateOptions(max_tokens=6, samples=2, raw=True)
+        generate_to_file(str(tmp_path / "hf"), file, out, options, column="q", slots=4)
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    found = lines("buckets.jsonl")
+    assert widths == [16, 304]
+    assert [(line["n"], line["sample"]) for line in found] == [
+        (n, sample) for n in range(4) for sample in range(2)
+    ]
+    assert [line["q"] for line in found] == [line["prompt"] for line in found]
+    monkeypatch.setattr(generating, "by_length", lambda all: [(304, list(range(len(all))))])
+    single = lines("single.jsonl")
+    assert widths == [16, 304, 304]
+    assert [line["token_ids"] for line in found] == [line["token_ids"] for line in single]
