@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fireopd_jax.config import UserError
+    from fireopd_jax.evaluation.graders import grade
     from fireopd_jax.method.batch import assemble, coefficients, total_loss
     from fireopd_jax.method.filtering import KeepAll, TeacherQuantile
     from fireopd_jax.method.fire import fire_weights
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOME = {
     "method.batch": ("assemble", "coefficients", "total_loss"),
     "config": ("UserError",),
+    "evaluation.graders": ("grade",),
     "method.filtering": ("KeepAll", "TeacherQuantile"),
     "method.fire": ("fire_weights",),
     "method.losses.sampled_token": ("SampledReverseKL", "sampled_reverse_kl"),
@@ -69,6 +71,7 @@ __all__ = [
     "coefficients",
     "fire_weights",
     "generate",
+    "grade",
     "head_gather",
     "head_stats",
     "head_topk",

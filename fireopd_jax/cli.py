@@ -7,11 +7,25 @@ error for a mistyped key are printed at once.
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fireopd_jax.commands.bench import bench
+from fireopd_jax.commands.options import (
+    AnyModel,
+    Dtype,
+    Greedy,
+    IgnoredKeys,
+    OfRun,
+    Slots,
+    Temperature,
+    Template,
+    Tensor,
+    comma_separated,
+    known_dtype,
+    temperature_of,
+)
 from fireopd_jax.config import UserError
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -58,6 +72,23 @@ def sft(settings: Layers = None, dry_run: DryRun = False) -> None:
     launch("sft", settings or [], dry_run)
 
 
+@app.command(epilog=KEYS)
+def data(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE | CONFIG.yaml | key=value]...",
+            help="Rows (files, folders, patterns, names on the hub), or a run's configuration.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Show what a run would make of its rows: columns, prompts, lengths, routes, problems."""
+    from fireopd_jax.commands.data import show
+
+    show(sources or [], as_json)
+
+
 @app.command()
 def keys(
     prefix: Annotated[
@@ -73,33 +104,112 @@ def keys(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     model: Annotated[
-        str, typer.Option(help="Which of its models/: student, student_start, teacher_NAME ...")
-    ] = "student",
+        str,
+        typer.Argument(
+            help="A run, a model's folder, a name on the hub, or a file of graded responses."
+        ),
+    ],
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[eval.key=value]...", help="Overrides.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value]...",
+            help="Overrides: eval.*; with --set also data.answer_column and the like.",
+        ),
     ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="[NAME=]FILE",
+            help="Problems with answers; may be repeated. By default a run's held-out problems.",
+        ),
+    ] = None,
+    name: OfRun = "student",
+    step: Annotated[
+        int | None, typer.Option(help="Of a run: a checkpoint's step; by default the end.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Responses per problem; by default 8, greedy 1.")
+    ] = None,
+    problems: Annotated[
+        int | None,
+        typer.Option(min=1, help="Problems per set, chosen by hash; by default all."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum response length; by default 1024.")
+    ] = None,
+    greedy: Greedy = False,
+    temperature: Temperature = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="By default 1.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Compare with another model, run or file, paired by question."),
+    ] = None,
+    against_model: Annotated[
+        str, typer.Option(help="Of a run to compare with: which of its models.")
+    ] = "student",
+    out: Annotated[
+        Path | None, typer.Option(help="Write the graded responses here, as JSON lines.")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here, too.")
+    ] = None,
+    chat_template: Template = None,
+    dtype: Dtype = None,
+    slots: Slots = None,
+    tensor: Tensor = 1,
+    ignore_config_keys: IgnoredKeys = None,
 ) -> None:
-    """Grade a model of a run on its held-out problems; print avg@k with its interval as JSON."""
-    from fireopd_jax.commands.evaluate import show
+    """Grade a model on problems with answers; print avg@k, pass@k, maj@k, intervals as JSON."""
+    from fireopd_jax.commands.evaluate import EvalOptions, Evaluated, evaluate_to, show
 
-    show(run, model, settings or [])
+    options = EvalOptions(
+        sets=tuple(sets or ()),
+        settings=tuple(settings or ()),
+        samples=samples,
+        problems=problems,
+        max_tokens=max_tokens,
+        temperature=temperature_of(greedy, temperature, None),
+        top_p=top_p,
+        seed=seed,
+        chat_template=chat_template,
+        dtype=known_dtype(dtype),
+        slots=slots,
+        tensor=tensor,
+        ignore_config_keys=comma_separated(ignore_config_keys),
+    )
+    other = None if against is None else Evaluated(against, against_model)
+    one = Evaluated(model, name, step)
+    found = evaluate_to(one, options, against=other, out=out, figures=figures)
+    show(found, flat=not (options.sets or other or one.file))
 
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="A run, a model's folder, or a name on the hub.")],
-    prompts: Annotated[Path, typer.Option(help="JSON lines with a `prompt` (text or messages).")],
-    out: Annotated[Path, typer.Option(help="File to write; it must not exist.")],
-    name: Annotated[
-        str, typer.Option("--model", help="Of a run: which of its models/.")
-    ] = "student",
+    model: AnyModel,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="Rows as for training (.jsonl, .parquet, .csv ...), or .txt with a prompt a line; "
+            "- is standard input, JSON lines or text."
+        ),
+    ] = "-",
+    out: Annotated[
+        str, typer.Option(help="File to write, which must not exist; - is standard output.")
+    ] = "-",
+    prompt_column: Annotated[
+        str | None,
+        typer.Option(help="Column of the prompt (text or messages); by default by its name."),
+    ] = None,
+    chat_template: Template = None,
+    name: OfRun = "student",
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum response length.")] = 256,
     min_tokens: Annotated[int, typer.Option(min=0, help="Minimum response length.")] = 0,
     samples: Annotated[int, typer.Option(min=1, help="Responses per prompt.")] = 1,
-    greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
-    temperature: Annotated[float | None, typer.Option(min=0, help="By default 1.")] = None,
+    greedy: Greedy = False,
+    temperature: Temperature = None,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
     min_p: Annotated[float, typer.Option(min=0, max=1)] = 0.0,
@@ -109,26 +219,26 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Plain-text prompts: no template, no special tokens.")
     ] = False,
+    bos: Annotated[
+        bool, typer.Option("--bos", help="With --raw: begin with the BOS that the tokenizer adds.")
+    ] = False,
     logprobs: Annotated[bool, typer.Option(help="Write each token's log-prob.")] = True,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; by default the model's own.")
-    ] = None,
+    dtype: Dtype = None,
     seed: Annotated[int, typer.Option()] = 0,
-    slots: Annotated[
-        int | None,
-        typer.Option(min=1, help="Slots per replica; does not change responses."),
-    ] = None,
-    tensor: Annotated[int, typer.Option(min=1, help="Devices per replica of the model.")] = 1,
+    slots: Slots = None,
+    tensor: Tensor = 1,
+    ignore_config_keys: IgnoredKeys = None,
 ) -> None:
-    """Sample responses to the prompts of a file; a killed command can be resumed."""
+    """Sample responses to prompts; a killed command that writes a file can be resumed."""
+    from fireopd_jax.commands.journal import say
+
+    say("starting")  # The imports below take seconds.
     from fireopd_jax.commands.generate import GenerateOptions, generate_to_file
 
-    if greedy and temperature:
-        raise UserError(f"--greedy and --temperature {temperature:g} conflict; give one of them")
     options = GenerateOptions(
         max_tokens=max_tokens,
         samples=samples,
-        temperature=0.0 if greedy else 1.0 if temperature is None else temperature,
+        temperature=temperature_of(greedy, temperature, 1.0),
         top_p=top_p,
         top_k=top_k,
         min_p=min_p,
@@ -136,16 +246,27 @@ def generate(
         stop=tuple(stop or ()),
         seed=seed,
         raw=raw,
+        bos=bos,
+        chat_template=chat_template,
         dtype=known_dtype(dtype),
     )
     generate_to_file(
-        model, prompts, out, options, name=name, slots=slots, tensor=tensor, logprobs=logprobs
+        model,
+        prompts,
+        out,
+        options,
+        name=name,
+        column=prompt_column,
+        slots=slots,
+        tensor=tensor,
+        logprobs=logprobs,
+        ignore_config_keys=comma_separated(ignore_config_keys),
     )
 
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="A run, a model's folder, or a name on the hub.")],
+    model: AnyModel,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine.")
     ] = "127.0.0.1",
@@ -153,25 +274,21 @@ def serve(
     model_id: Annotated[
         str | None, typer.Option("--name", help="Model id in the API; by default MODEL.")
     ] = None,
-    name: Annotated[
-        str, typer.Option("--model", help="Of a run: which of its models/.")
-    ] = "student",
+    name: OfRun = "student",
     max_tokens: Annotated[
         int | None,
         typer.Option(
             min=2, help="Longest prompt and response; by default the model's, at most 4096."
         ),
     ] = None,
-    slots: Annotated[
-        int | None, typer.Option(min=1, help="Responses decoded at a time, per replica.")
-    ] = None,
+    slots: Slots = None,
     queue: Annotated[
         int, typer.Option(min=1, help="Open responses and scores, beyond which clients must wait.")
     ] = 1024,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; by default the model's own.")
-    ] = None,
-    tensor: Annotated[int, typer.Option(min=1, help="Devices per replica of the model.")] = 1,
+    chat_template: Template = None,
+    dtype: Dtype = None,
+    tensor: Tensor = 1,
+    ignore_config_keys: IgnoredKeys = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API: texts, and log-probs of given tokens.
 
@@ -188,20 +305,12 @@ def serve(
         max_tokens=max_tokens,
         slots=slots,
         queue=queue,
+        chat_template=chat_template,
         dtype=known_dtype(dtype),
         tensor=tensor,
+        ignore_config_keys=comma_separated(ignore_config_keys),
     )
     settings.run()
-
-
-def known_dtype(dtype: str | None) -> Any:
-    """Return `dtype`; raise UserError unless it is float32, bfloat16 or None."""
-    from fireopd_jax.config import nearest
-
-    known = ("float32", "bfloat16")
-    if dtype not in (None, *known):
-        raise UserError(f"--dtype {dtype}: expected {' or '.join(known)}{nearest(dtype, known)}")
-    return dtype
 
 
 @app.command()
@@ -261,11 +370,13 @@ def schema(out: Annotated[Path, typer.Argument()]) -> None:
 
 def main() -> None:
     """Run the command line; a `UserError` is one line on stderr and exit status 2."""
+    from fireopd_jax.runtime.warnings import warnings_on_stderr
     from fireopd_jax.runtime.xla_flags import compile_quickly_on_cpu
 
     compile_quickly_on_cpu()
     try:
-        app()
+        with warnings_on_stderr():
+            app()
     except UserError as error:
         print(f"fireopd: {error}", file=sys.stderr)
         sys.exit(2)

@@ -9,10 +9,10 @@ import sys
 import time
 from typing import Literal
 
-from fireopd_jax.commands.generate import open_any
 from fireopd_jax.config import UserError
 from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.runtime.signals import stop_on_signal
+from fireopd_jax.session.opening import open_any
 from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicated
 
 KEY = "FIREOPD_SERVE_KEY"
@@ -32,8 +32,10 @@ class ServeCommand:
     max_tokens: int | None
     slots: int | None
     queue: int
+    chat_template: str | None
     dtype: Literal["float32", "bfloat16"] | None
     tensor: int
+    ignore_config_keys: tuple[str, ...]
 
     def run(self) -> None:
         """Load the model, print the URL when it listens, and serve until a signal.
@@ -56,7 +58,12 @@ class ServeCommand:
         with stop_on_signal() as stop, bound(self.host, self.port) as listener:
             mesh = make_mesh(MeshConfig(tensor=self.tensor))
             spec, params, template_kwargs = open_any(
-                self.model, self.name, self.dtype, replicated(mesh)
+                self.model,
+                self.name,
+                self.dtype,
+                replicated(mesh),
+                self.ignore_config_keys,
+                self.chat_template,
             )
             print(f"fireopd: {self.model} is loaded, now it is compiled", file=sys.stderr)
             options = ServeOptions(

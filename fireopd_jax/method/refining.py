@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from fireopd_jax.config import Section, UnitInterval, config
+from fireopd_jax.evaluation.similarity import Edit, Similarities
 from fireopd_jax.method.chunks import chunk_sizes
-from fireopd_jax.text.similarity import Edit, Similarities
 from fireopd_jax.text.templates import check_template, needs_reference
 
 

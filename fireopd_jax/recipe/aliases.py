@@ -5,6 +5,9 @@ ALIASES = {
     "model_name_or_path": "student.path",
     "teacher_model_name_or_path": "teacher.path",
     "dataset_name": "data.path",
+    "dataset_config": "data.subset",
+    "dataset_train_split": "data.split",
+    "dataset_mixer": "data.mixture",
     "output_dir": "run.dir",
     "run_name": "run.name",
     "per_device_train_batch_size": "optim.micro_batch_size",
@@ -51,7 +54,8 @@ ELSEWHERE = {
     ),
     "report_to": "metrics are written to metrics.jsonl in the run's folder, whatever the settings",
     "val_files": (
-        "there is no validation file: eval.problems is the number of rows that are held out"
+        "files of problems are named in eval.sets, and eval.problems is the number of rows that "
+        "are held out"
     ),
     "num_train_epochs": "the length of a run is a number of batches: run.steps",
     "total_epochs": "the length of a run is a number of batches: run.steps",

@@ -8,6 +8,8 @@ The stages of a method declare what they need and assume; these declarations are
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from fireopd_jax.config import nearest
+from fireopd_jax.evaluation.graders import KINDS
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.recipe.models import ModelConfig
 from fireopd_jax.recipe.optim import OptimConfig
@@ -39,15 +41,32 @@ def conflicts(config: "Config") -> Iterator[str]:
         if optim.warmup_steps >= updates:
             yield f"{key}.warmup_steps={optim.warmup_steps}: expected fewer than {updates} updates"
     yield from _name_conflicts(config)
+    yield from _grader_conflicts(config)
     yield from _served_conflicts(config)
-    if len(config.teachers) > 1 and config.data.teacher_column is None:
+    if len(config.teachers) > 1 and not config.data.routed:
         yield (
             f"data.teacher_column: with {len(config.teachers)} teachers, expected the column that "
-            "names each row's teacher"
+            "names each row's teacher, or a mixture whose sources name theirs"
         )
     for name, teacher in config.teachers.items():
         if teacher.sft is not None and teacher.sft.source == "teacher":
             yield f"teachers.{name}.sft.source: a teacher can only be trained on 'rows'"
+
+
+def _grader_conflicts(config: "Config") -> Iterator[str]:
+    """Yield a grader that does not exist, or that cannot compare two responses."""
+    kind, refine = config.data.grader, config.method.refine
+    if kind not in KINDS and "." not in kind:
+        yield (
+            f"data.grader={kind}: expected {', '.join(KINDS)}, or the dotted name of a function"
+            f"{nearest(kind, KINDS)}"
+        )
+    similarity = getattr(refine, "similarity", None)
+    if similarity is not None and similarity.grades and kind not in KINDS[:3]:
+        yield (
+            f"data.grader={kind}: method.refine.similarity.kind=grader compares final answers; "
+            f"expected {', '.join(KINDS[:3])}"
+        )
 
 
 def sft_conflicts(config: "Config") -> Iterator[str]:

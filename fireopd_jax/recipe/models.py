@@ -30,8 +30,17 @@ class ModelConfig(Section):
     """Compute dtype of a model from `path`; by default that of the folder."""
     param_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of parameters from `path`; by default float32 if trained, else the compute dtype."""
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of the folder's config.json to ignore, though they could change what the model computes:
+    those that an error named."""
     chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Arguments of this model's chat template, such as `{enable_thinking: false}`."""
+    """Arguments of this model's chat template, such as `{enable_thinking: false}`. `strftime_now`
+    is the date that a template which reads the clock shows; by default the start of the run."""
+    chat_template: str | None = None
+    """Chat template of this model: a file (.jinja, or .json with `chat_template`), a model's folder
+    that has one, the name of one of the tokenizer's several, or a built-in: `plain` (the BOS that
+    the tokenizer adds, if any, and the prompt), `chatml`, `tulu`, `question`. null: the
+    tokenizer's own."""
     sft: SftConfig | None = None
     """Supervised training before distillation; null is none."""
 
@@ -54,6 +63,7 @@ class ModelConfig(Section):
         else:
             for name in ("dtype", "param_dtype"):
                 yield name, f"without path: expected architecture.{name}"
+            yield "ignore_config_keys", "without path: there is no config.json"
 
 
 @config
@@ -92,7 +102,8 @@ class TeacherConfig(ModelConfig):
         if self.served is None:
             yield from super().without_effect()
             return
-        for name in ("path", "architecture", "tokenizer", "dtype", "param_dtype", "sft"):
+        for name in ("path", "architecture", "tokenizer", "dtype", "param_dtype", "sft",
+                     "ignore_config_keys"):  # fmt: skip
             yield name, "with served"
         yield "quantize", "with served"
         yield "eos_alias", "with served"

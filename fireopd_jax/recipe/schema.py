@@ -21,7 +21,7 @@ from fireopd_jax.config import (
     validate,
 )
 from fireopd_jax.data.sources import DataConfig
-from fireopd_jax.evaluation.evaluator import EvalConfig
+from fireopd_jax.evaluation.settings import EvalConfig
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.recipe.checks import conflicts, sft_conflicts
 from fireopd_jax.recipe.keys import check_layers
@@ -90,6 +90,21 @@ def load_config(arguments: Sequence[str]) -> Config:
 
 def load(arguments: Sequence[str]) -> Loaded:
     """Return the same as `load_config`, with notes on the files and on keys without effect."""
+    loaded, layers, origins = _read(arguments)
+    check(loaded)
+    return Loaded(loaded, (*_sources(layers, loaded), *_warnings(loaded, origins)))
+
+
+def load_sections(arguments: Sequence[str]) -> Config:
+    """Return the same as `load_config` without the checks between sections, such as for a teacher.
+
+    For commands that use a part of the configuration. Raises UserError for the first error.
+    """
+    return _read(arguments)[0]
+
+
+def _read(arguments: Sequence[str]) -> tuple[Config, list[Layer], Origins]:
+    """Return the configuration with each section valid, its layers, and the origins of its keys."""
     _, layers = check_layers(read_layers(arguments))
     tree = as_tree(Config())
     origins: Origins = {}
@@ -98,9 +113,7 @@ def load(arguments: Sequence[str]) -> Loaded:
         origins = origins | layer.origins
     # Drop the keys of sections that a later `kind` or `path` has replaced.
     origins = {key: where for key, where in origins.items() if _stands(tree, key)}
-    loaded = validate(Config, tree, origins)
-    check(loaded)
-    return Loaded(loaded, (*_sources(layers, loaded), *_warnings(loaded, origins)))
+    return validate(Config, tree, origins), layers, origins
 
 
 def with_method(config: Config, name: str) -> Config:

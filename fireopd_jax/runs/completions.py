@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.parquet
 
 from fireopd_jax.data.sources import Row
+from fireopd_jax.evaluation.graders import verdict
 from fireopd_jax.method.stage import Keep
-from fireopd_jax.text.graders import grade
 from fireopd_jax.types import Batch, Rewritten, Writer
 
 
@@ -25,12 +25,13 @@ def write_completions(
     rows: Sequence[Row],
     teachers: Sequence[str],
     decode: Callable[[list[int]], str],
+    grader: Callable[[int], str],
 ) -> None:
     """Write every trajectory of a batch to a Parquet file; lists have one entry per token.
 
     `rows` are those of the data set, `teachers` the names by route, `decode` maps token ids to
-    text. Rows without a token are left out, but for rewrites that were dropped; without any row no
-    file is written.
+    text, `grader` a row index to its kind of grader. Rows without a token are left out, but for
+    rewrites that were dropped; without any row no file is written.
     """
     batch, keep = jax.device_get((batch, keep))
     rollout, scores = batch.rollout, batch.scores
@@ -40,12 +41,16 @@ def write_completions(
         row, real = int(rollout.prompts.row[i]), rollout.mask[i]
         source = rows[row]
         response = decode(rollout.tokens[i][shown[i]].tolist())
+        answer = source.answer
+        found = None if answer is None else verdict(source.begun + response, answer, grader(row))
         line = {
             "row": row,
             "prompt": source.prompt[-1]["content"],
             "response": response,
-            "answer": source.answer,
-            "correct": None if source.answer is None else grade(response, source.answer),
+            "answer": answer,
+            "correct": found and found.correct,
+            "rule": found and found.rule,
+            "plain": found and found.plain,
             "finished": bool(rollout.finished[i]),
             "teacher": teachers[int(rollout.prompts.teacher[i])],
             "writer": Writer(int(rollout.writer[i][shown[i]][0])).name.lower(),

@@ -25,9 +25,17 @@ def models(config: Config, summary: Figures) -> Iterator[tuple[str, Figures]]:
         yield f"control {name}", figures
 
 
-def results_rows(config: Config, summary: Figures) -> list[tuple[str, ...]]:
-    """Return the cells of the results table, one row per model."""
-    key = f"avg@{config.eval.samples}"
+def sets(config: Config, summary: Figures) -> Iterator[tuple[str, int, Figures]]:
+    """Yield name, samples per problem and figures of each set: held-out problems, `eval.sets`."""
+    if config.eval.problems:
+        yield "held-out problems", config.eval.samples, summary
+    for name, figures in summary.get("sets", {}).items():
+        yield name, config.eval.sets[name].samples, figures
+
+
+def results_rows(config: Config, samples: int, summary: Figures) -> list[tuple[str, ...]]:
+    """Return the cells of the results table of one set, one row per model."""
+    key = f"avg@{samples}"
     return [
         (
             name,
@@ -40,17 +48,18 @@ def results_rows(config: Config, summary: Figures) -> list[tuple[str, ...]]:
     ]
 
 
-def columns(config: Config) -> tuple[str, ...]:
+def columns(samples: int) -> tuple[str, ...]:
     """Return the column names of the results table."""
-    key = f"avg@{config.eval.samples} (95 % interval)"
+    key = f"avg@{samples} (95 % interval)"
     return ("model", key, "problems", "mean length", "finished")
 
 
 def print_results(folder: Path, config: Config, summary: Figures) -> None:
-    """Print the results table, unless nothing was evaluated."""
-    rows = results_rows(config, summary)
-    if rows:
-        table(rows, columns(config), title=f"{folder}: held-out problems")
+    """Print the results table of each set that was evaluated."""
+    for name, samples, figures in sets(config, summary):
+        rows = results_rows(config, samples, figures)
+        if rows:
+            table(rows, columns(samples), title=f"{folder}: {name}")
 
 
 def print_curve(folder: Path, config: Config, log: Callable[[str], None]) -> None:
@@ -81,7 +90,10 @@ def _histories(homes: Mapping[str, Path], key: str) -> dict[str, list[tuple[int,
 
 def write_card(folder: RunFolder, config: Config, summary: Figures) -> None:
     """Write the run's README: method, steps and results."""
-    rows = [columns(config), ("---",) * 5, *results_rows(config, summary)]
+    tables = []
+    for name, samples, figures in sets(config, summary):
+        rows = [columns(samples), ("---",) * 5, *results_rows(config, samples, figures)]
+        tables += [f"On {name}:", "", *("| " + " | ".join(row) + " |" for row in rows), ""]
     lines = [
         f"# {folder.path.name}",
         "",
@@ -89,8 +101,7 @@ def write_card(folder: RunFolder, config: Config, summary: Figures) -> None:
         f"{config.run.steps} steps; the whole recipe is in `config.yaml`, the "
         "environment in `env.json`.",
         "",
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
+        *tables,
         "The model is in `models/student`; `fireopd generate` and `fireopd eval` take this folder.",
     ]
     write_atomically(folder.card, "\n".join(lines) + "\n")

@@ -8,6 +8,7 @@ every line is valid JSON; `history` returns them as floats. This module does not
 """
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ Points = Sequence[tuple[int, int | float]]
 
 MARKERS = "●○▲△■□"
 PLAIN_INTERVAL_S = 10.0
+TIME = "%Y-%m-%d %H:%M:%S"
+PACKAGE = logging.getLogger("fireopd_jax")
 # Without a terminal rich assumes 80 columns and wraps cells; a file needs no such limit.
 FILE_WIDTH = 140
 
@@ -95,20 +98,24 @@ class Tracker:
 
 
 class Log:
-    """Prints lines and appends them, with the time, to `folder/run.log`."""
+    """Prints lines and appends them, with the time, to `folder/run.log`, as warnings of modules."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / "run.log").open("a", buffering=1, encoding="utf-8")
+        self._handler = logging.StreamHandler(self._file)
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", TIME))
+        PACKAGE.addHandler(self._handler)
 
     def __call__(self, text: str) -> None:
         """Print the text and append it to the log file."""
         print(text, flush=True)
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        now = time.strftime(TIME)
         self._file.writelines(f"{now} {line}\n" for line in text.splitlines())
 
     def close(self) -> None:
         """Close the file."""
+        PACKAGE.removeHandler(self._handler)
         self._file.close()
 
     def __enter__(self) -> "Log":

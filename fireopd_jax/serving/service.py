@@ -122,6 +122,7 @@ class Service:
             {**self.template_kwargs, **fields.chat_template_kwargs},
             begun=begun,
             add_generation_prompt=True if header is None else header,
+            model=self.spec.name,
         )
         return ids
 

@@ -7,12 +7,14 @@ References: arXiv 2606.01476.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
 import numpy as np
 from jaxtyping import Int32
 
+from fireopd_jax.evaluation.similarity import Embed, mean_embeddings
 from fireopd_jax.method import refining
 from fireopd_jax.method.chunks import select
 from fireopd_jax.method.config import MethodConfig
@@ -24,7 +26,6 @@ from fireopd_jax.session.session import Session
 from fireopd_jax.session.speaking import Ask, Continue, ResidentSpeaker, Speaker
 from fireopd_jax.sharding.mesh import by_rows, shard_rows
 from fireopd_jax.text.chat import decode
-from fireopd_jax.text.similarity import Embed, mean_embeddings
 from fireopd_jax.types import Array, Audit, EarlyScores, ModelScores, Rollout
 
 PAPER_ROOM = 4096
@@ -72,7 +73,8 @@ class Auditor:
             for start in starts.tolist()
         ]
         found = self.speaker(prompts, asks, policies)
-        audit = self._compared(tokens, anchors, found, policies)
+        graders = [self.setup.grader(row) for row in prompts.row.tolist()]
+        audit = self._compared(tokens, anchors, found, policies, graders)
         audit = shard_rows(self.setup.mesh, audit)
         return dataclasses.replace(rollout, audit=audit, early=EarlyScores(student))
 
@@ -82,9 +84,11 @@ class Auditor:
         anchors: Int32[np.ndarray, "B M"],
         found: list[list[str]],
         policies: Policies,
+        graders: Sequence[str],
     ) -> Audit:
         """Return the audit: for each chunk the sum of its similarities to the continuations."""
         tokenizer, own, others, chunk = self.setup.student.tokenizer, [], [], []
+        kinds: list[str] = []
         for index, start in enumerate(anchors.reshape(-1).tolist()):
             if start >= 0:
                 row = index // anchors.shape[1]
@@ -92,7 +96,8 @@ class Auditor:
                 own += [text] * len(found[index])
                 others += found[index]
                 chunk += [index] * len(found[index])
-        alike = self.refine.similarity(own, others, self._embedding(policies))
+                kinds += [graders[int(row)]] * len(found[index])
+        alike = self.refine.similarity(own, others, self._embedding(policies), kinds)
         agreement = np.bincount(chunk, alike, anchors.size) if chunk else np.zeros(anchors.size)
         samples = np.bincount(chunk, minlength=anchors.size) if chunk else np.zeros(anchors.size)
         return Audit(

@@ -33,16 +33,32 @@ class Voice:
 
     tokenizer: PreTrainedTokenizerBase
     template_kwargs: Mapping[str, Any]
+    model: str
+    """Its name in errors."""
 
-    def ids(self, conversations: Sequence[Sequence[Message]]) -> list[Int32[np.ndarray, " _"]]:
-        """Return the token ids of each conversation, up to the first token of the response."""
-        found = prompt_ids(self.tokenizer, conversations, self.template_kwargs)
-        return [np.asarray(row, np.int32) for row in found]
+    def ids(
+        self, conversations: Sequence[Sequence[Message]], rows: Sequence[Row]
+    ) -> list[Int32[np.ndarray, " _"]]:
+        """Return the token ids of a conversation of each row, and of the response if it is begun.
+
+        Tools, and the beginnings of responses, are those of the rows.
+        """
+        begun = [row.begun for row in rows]
+        found = prompt_ids(
+            self.tokenizer,
+            conversations,
+            self.template_kwargs,
+            begun=begun if any(begun) else None,
+            tools=[row.tools for row in rows],
+            origins=[row.origin for row in rows],
+            model=self.model,
+        )
+        return [np.asarray(ids, np.int32) for ids in found]
 
 
 def voice_of(spec: ModelSpec) -> Voice:
     """Return tokenizer and template arguments of a model."""
-    return Voice(spec.tokenizer, spec.config.chat_template_kwargs)
+    return Voice(spec.tokenizer, spec.config.chat_template_kwargs, spec.name)
 
 
 def teacher_specs(setup: Setup, method: MethodConfig) -> tuple[ModelSpec, ...]:
@@ -63,14 +79,11 @@ def teacher_names(setup: Setup, method: MethodConfig) -> tuple[str, ...]:
 
 
 def teacher_voices(setup: Setup, method: MethodConfig) -> list[Voice]:
-    """Return tokenizers and template arguments of a method's teachers, by route.
-
-    Served teachers have the student's tokenizer.
-    """
+    """Return tokenizers and template arguments of a method's teachers, by route."""
     served = setup.served if method.teacher.resident else ()
-    student = setup.student.tokenizer
     return [voice_of(spec) for spec in teacher_specs(setup, method)] + [
-        Voice(student, teacher.config.chat_template_kwargs) for teacher in served
+        Voice(teacher.tokenizer, teacher.config.chat_template_kwargs, f"teacher {teacher.name}")
+        for teacher in served
     ]
 
 
@@ -102,8 +115,9 @@ def encoded_for(setup: Setup, method: MethodConfig) -> Encoded:
     prompts = list(encoded.teacher_prompts)
     for route, voice in enumerate(teacher_voices(setup, method)):
         own = [int(i) for i in encoded.kept if encoded.route[i] == route]
-        asked = [with_privileged(setup.rows[i], teacher.prompt) for i in own]
-        for index, ids in zip(own, voice.ids(asked), strict=True):
+        rows = [setup.rows[i] for i in own]
+        asked = [with_privileged(row, teacher.prompt) for row in rows]
+        for index, ids in zip(own, voice.ids(asked, rows), strict=True):
             prompts[index] = ids
     lengths = np.asarray([len(prompts[i]) for i in encoded.kept])
     limit = teacher.max_prompt_tokens or int(lengths.max())
@@ -189,7 +203,7 @@ class Quoting:
             "attempt": f"{quoted}{CUT}" if cut else quoted,
             "reference": (row.privileged or "") if solution is None else solution,
         }
-        return self.voice.ids([asking(row.prompt, self.text, fields)])[0]
+        return self.voice.ids([asking(row.prompt, self.text, fields)], [row])[0]
 
 
 def longest_quoting(setup: Setup, method: MethodConfig, text: str) -> int:
@@ -200,7 +214,7 @@ def longest_quoting(setup: Setup, method: MethodConfig, text: str) -> int:
     rows = sorted((setup.rows[i] for i in setup.encoded.kept), key=_characters)[-LONGEST:]
     bare = [with_privileged(row, text) for row in rows]
     longest = max(
-        len(ids) for spec in teacher_specs(setup, method) for ids in voice_of(spec).ids(bare)
+        len(ids) for spec in teacher_specs(setup, method) for ids in voice_of(spec).ids(bare, rows)
     )
     return longest + setup.config.rollout.max_tokens
 

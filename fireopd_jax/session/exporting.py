@@ -6,6 +6,7 @@ The run's folder is only read, so the run may still be in progress.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def model_card(name: str, spec: ModelSpec, params: Params, run: Path, step: int 
         "",
         f"- method: {', '.join(filter(None, stages)) or 'unknown'}",
         f"- teachers: {', '.join(config.get('teachers', {})) or 'none'}",
-        f"- data: {config.get('data', {}).get('path', 'unknown')}",
+        f"- data: {sources_of(config.get('data', {}))}",
         f"- seed: {config.get('run', {}).get('seed', 'unknown')}",
         *(table if step is None and spec.name == "student" else []),
         "",
@@ -146,3 +147,9 @@ def recorded(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     tree = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     figures = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
     return tree, figures.get("student_after", {})
+
+
+def sources_of(data: Mapping[str, Any]) -> str:
+    """Return the paths of a run's rows, of the section `data` of its configuration."""
+    paths = [source.get("path", "unknown") for source in data.get("mixture") or [data]]
+    return ", ".join(path if isinstance(path, str) else ", ".join(path) for path in paths)

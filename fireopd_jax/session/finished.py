@@ -10,24 +10,29 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import yaml
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from fireopd_jax.config import UserError, nearest
+from fireopd_jax.data.identity import check_rows, located, recorded_rows
+from fireopd_jax.evaluation.evaluator import EvalResult
+from fireopd_jax.evaluation.responses import Graded
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.models.quantized import Quantize
-from fireopd_jax.recipe.models import ModelConfig
+from fireopd_jax.recipe.models import ModelConfig, TeacherConfig
 from fireopd_jax.recipe.schema import Config, load_config
 from fireopd_jax.runs.tracking import progress
 from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.session.fits import check_cache, check_divisible
-from fireopd_jax.session.identity import recorded_sources
+from fireopd_jax.session.identity import TEMPLATES, recorded_sources, recorded_templates
 from fireopd_jax.session.parameters import load_or_make, load_own
 from fireopd_jax.session.session import grade, make_generate
 from fireopd_jax.session.setup import set_up
-from fireopd_jax.session.specs import ModelSpec, load_spec, slug
+from fireopd_jax.session.specs import Model, ModelSpec, load_spec, slug
 from fireopd_jax.sharding.mesh import replicated, shard_rows
+from fireopd_jax.text.clock import stopped_kwargs
+
+ROWS = ("data.path=", "data.mixture=")
+"""Overrides that say where a run's rows are now."""
 
 
 def model_folders(run: Path) -> dict[str, Path]:
@@ -67,29 +72,48 @@ def open_model(
     the parameters, by default the first device. Raises UserError for an unknown name.
     """
     found, folder = find_model(run, name)
-    settings = ModelConfig(path=str(folder), dtype=dtype)
-    spec = load_spec(name, folder, settings).quantized(_quantize(run, found))
+    frozen = _frozen(run, found)
+    settings = ModelConfig(
+        path=str(folder),
+        dtype=dtype,
+        chat_template=frozen.chat_template,
+        ignore_config_keys=frozen.ignore_config_keys,
+    )
+    quantize = frozen.quantize if isinstance(frozen, TeacherConfig) else None
+    spec = load_spec(name, folder, settings).quantized(quantize)
     return spec, load_or_make(spec, place or SingleDeviceSharding(jax.devices()[0]))
 
 
-def _quantize(run: Path, found: str) -> Quantize | None:
-    """Return the quantisation of a frozen teacher of the run, None if there is none."""
+def _frozen(run: Path, found: str) -> ModelConfig:
+    """Return the settings of a frozen model of the run; the defaults for one saved in the run."""
     file = run / "config.yaml"
     if not file.is_file() or (run / "models" / found / "model.json").is_file():
-        return None
-    teachers = yaml.safe_load(file.read_text(encoding="utf-8")).get("teachers", {})
-    return next(
-        (
-            each.get("quantize")
-            for name, each in teachers.items()
-            if slug(f"teacher {name}") == found
-        ),
-        None,
+        return ModelConfig()
+    config = load_config([str(file)])
+    models: dict[str, ModelConfig] = {f"teacher {n}": each for n, each in config.teachers.items()}
+    models |= {} if config.base is None else {"base": config.base}
+    name = next((name for name in models if slug(name) == found), None)
+    return ModelConfig() if name is None else _as_written(run, name, models[name])
+
+
+def _as_written(run: Path, name: str, model: Model) -> Model:
+    """Return a model's configuration as it wrote prompts in a run, for use at any time and place.
+
+    A chosen chat template is given as its text, and the clock of a template is stopped.
+    """
+    written = recorded_templates(run / TEMPLATES)
+    template = written.templates.get(name)
+    kwargs = stopped_kwargs(template, model.chat_template_kwargs, written.moment)
+    chosen = model.chat_template if template is None else template
+    return dataclasses.replace(
+        model,
+        chat_template_kwargs=dict(kwargs),
+        chat_template=None if model.chat_template is None else chosen,
     )
 
 
 def run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the configuration of a run, with the paths of its finished models filled in.
+    """Return the configuration of a run, with the paths of its rows and finished models filled in.
 
     Raises UserError where the folder has no config.yaml.
     """
@@ -97,30 +121,55 @@ def run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
     if not file.is_file():
         raise UserError(f"{run}: no config.yaml; expected the folder of a run")
     config = load_config([str(file), *overrides])
+    recorded = recorded_rows(run)
+    if config.data.mixture and any(each.startswith("data.path=") for each in overrides):
+        raise UserError("data.path: the run reads a mixture; expected data.mixture=[...]")
+    if recorded is not None and not any(each.startswith(ROWS) for each in overrides):
+        data = located(config.data, Path(recorded["folder"]))
+        config = dataclasses.replace(config, data=data)
     folders = model_folders(run)
 
-    def read(name: str, model: Any) -> Any:
-        folder = folders.get(slug(name))
+    def read(name: str, model: Model, found: str | None = None) -> Model:
+        model = _as_written(run, name, model)
+        folder = folders.get(found or slug(name))
         if folder is None:  # not made yet
             return model
-        return dataclasses.replace(model, path=str(folder), sft=None, architecture=DecoderConfig())
+        keys = () if (folder / "model.json").is_file() else model.ignore_config_keys
+        return dataclasses.replace(
+            model,
+            path=str(folder),
+            sft=None,
+            architecture=DecoderConfig(),
+            ignore_config_keys=keys,
+        )
 
     return dataclasses.replace(
         config,
-        student=read("student_start", config.student),
+        student=read("student", config.student, "student_start"),
         teachers={name: read(f"teacher {name}", each) for name, each in config.teachers.items()},
-        base=None,  # only training needs it
+        # Only training needs these.
+        base=None,
+        eval=dataclasses.replace(config.eval, sets={}),
     )
 
 
 def evaluate_model(run: Path, name: str, overrides: Sequence[str]) -> dict[str, float | int]:
-    """Return the figures of a model on the run's held-out problems, see `EvalResult.summary`.
+    """Return the figures of a model on the run's held-out problems, see `EvalResult.summary`."""
+    graded, samples = held_out_responses(run, name, overrides)
+    return EvalResult.of(graded, samples).summary()
 
-    Raises UserError for overrides of other keys than `eval.*`, or without held-out problems.
+
+def held_out_responses(run: Path, name: str, overrides: Sequence[str]) -> tuple[list[Graded], int]:
+    """Return a model's graded responses to the run's held-out problems, and their number of each.
+
+    Raises UserError for overrides of other keys than `eval.*` and `data.path`, for other rows than
+    the run's, or without held-out problems.
     """
     for override in overrides:
-        if not override.startswith("eval."):
-            raise UserError(f"{override}: only eval.* keys may be overridden here")
+        if not override.startswith(("eval.", *ROWS)):
+            raise UserError(
+                f"{override}: only eval.* keys, data.path and data.mixture may be overridden here"
+            )
     found, folder = find_model(run, name)
     held_out = run_config(run).eval.problems
     if not held_out:
@@ -136,6 +185,8 @@ def evaluate_model(run: Path, name: str, overrides: Sequence[str]) -> dict[str, 
         )
     compile_cache()
     setup = set_up(config)
+    if (recorded := recorded_rows(run)) is not None:
+        check_rows(setup.rows, recorded, run)
     check_divisible({"eval.batch_size": config.eval_batch_size}, setup.mesh)
     place = replicated(setup.mesh)
     slugs = [spec.slug for spec in setup.teachers]
@@ -151,7 +202,7 @@ def evaluate_model(run: Path, name: str, overrides: Sequence[str]) -> dict[str, 
     samples = config.eval.samples
     batches = -(-len(indices) * samples // config.eval_batch_size)
     with progress(f"eval {name}", batches) as bar:
-        result = grade(
+        graded = grade(
             setup,
             spec,
             lambda prompts, sampling: draw(
@@ -161,11 +212,15 @@ def evaluate_model(run: Path, name: str, overrides: Sequence[str]) -> dict[str, 
             samples,
             bar,
         )
-    return result.summary()
+    return graded, samples
 
 
-def own_template_kwargs(config: Config, name: str) -> dict[str, Any]:
-    """Return the chat template arguments of a model of the run."""
+def own_template_kwargs(run: Path, name: str) -> dict[str, Any]:
+    """Return the chat template arguments of a model of a run."""
+    base = load_config([str(run / "config.yaml")]).base
+    if name == "base" and base is not None:
+        return _as_written(run, "base", base).chat_template_kwargs
+    config = run_config(run)
     for teacher, settings in config.teachers.items():
         if name in (f"teacher_{teacher}", slug(f"teacher {teacher}")):
             return settings.chat_template_kwargs

@@ -61,15 +61,18 @@ def check_cache(config: Config, mesh: Mesh, drawing: Mapping[str, DecoderConfig]
         )
     for name, model in drawing.items():
         check_model(rollout.cache, model, name)
-    if isinstance(rollout.cache, Paged):
-        shape = Shape.of(
-            max(1, rollout.batch_size // mesh.shape["data"]),
-            config.data.max_prompt_tokens,
-            rollout.max_tokens,
-            rollout.slots,
-            rollout.cache.align,
-        )
-        rollout.cache.pages(shape.slots, shape.entries, shape.capacity)
+    check_pages(config, mesh, rollout.batch_size, config.data.max_prompt_tokens, rollout.max_tokens)
+
+
+def check_pages(
+    config: Config, mesh: Mesh, batch_size: int, prompt_tokens: int, max_tokens: int
+) -> None:
+    """Raise UserError for a cache of pages that cannot hold one prompt and response."""
+    cache = config.rollout.cache
+    if isinstance(cache, Paged):
+        rows = max(1, batch_size // mesh.shape["data"])
+        shape = Shape.of(rows, prompt_tokens, max_tokens, config.rollout.slots, cache.align)
+        cache.pages(shape.slots, shape.entries, shape.capacity)
 
 
 def check_model(cache: CacheLayout, model: DecoderConfig, name: str) -> None:

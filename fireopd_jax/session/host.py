@@ -7,21 +7,20 @@ A host stage sets the fields of the rollout that it declares. It blocks on the d
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Float32
 
-from fireopd_jax.data.sources import Row
+from fireopd_jax.evaluation.graders import verdicts
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.session.session import Session
 from fireopd_jax.session.setup import Setup
 from fireopd_jax.sharding.mesh import shard_rows
 from fireopd_jax.text.chat import decode
-from fireopd_jax.text.graders import grade
 from fireopd_jax.types import Array, Rollout
 
 
@@ -49,21 +48,38 @@ class HostStage(Protocol):
 
 
 def each_response(
-    setup: Setup, rollout: Rollout, value: Callable[[str, Row], float]
+    setup: Setup, rollout: Rollout, value: Callable[[str, int], float]
 ) -> Float32[np.ndarray, " B"]:
-    """Return `value(text, row)` of each response; 0 for rows without a token."""
+    """Return `value(text, row index)` of each response; 0 for rows without a token."""
+    return all_responses(setup, rollout, lambda texts, rows: map(value, texts, rows))
+
+
+def all_responses(
+    setup: Setup, rollout: Rollout, values: Callable[[list[str], list[int]], Iterable[float]]
+) -> Float32[np.ndarray, " B"]:
+    """Return `values(texts, row indices)` of the responses; 0 for rows without a token."""
     tokens, mask, row = jax.device_get((rollout.tokens, rollout.mask, rollout.prompts.row))
     out = np.zeros(len(mask), np.float32)
-    for i in np.flatnonzero(mask.any(axis=1)):
-        text = decode(setup.student.tokenizer, tokens[i][mask[i]].tolist())
-        out[i] = value(text, setup.rows[int(row[i])])
+    real = np.flatnonzero(mask.any(axis=1))
+    texts = [decode(setup.student.tokenizer, tokens[i][mask[i]].tolist()) for i in real]
+    out[real] = list(values(texts, row[real].tolist()))
     return out
 
 
-def is_right(text: str, row: Row) -> bool:
-    """Return whether a response has its row's answer, which `set_up` has checked to exist."""
-    assert row.answer is not None
-    return grade(text, row.answer)
+def correct(setup: Setup, rollout: Rollout) -> Float32[np.ndarray, " B"]:
+    """Return the grade of each response, 1 or 0, by answers that `set_up` has checked to exist.
+
+    A response that the data begins is graded as a whole.
+    """
+
+    def grades(texts: list[str], indices: list[int]) -> list[float]:
+        rows = [setup.rows[index] for index in indices]
+        whole = [row.begun + text for row, text in zip(rows, texts, strict=True)]
+        kinds = [setup.grader(index) for index in indices]
+        found = verdicts(whole, [row.answer or "" for row in rows], kinds)
+        return [float(each.correct) for each in found]
+
+    return all_responses(setup, rollout, grades)
 
 
 class Grade:
@@ -77,8 +93,8 @@ class Grade:
     def __call__(self, rollout: Rollout, policies: Policies) -> Rollout:
         """Return the rollout with `correct` set; 0 for rows without a token."""
         setup = self.session.setup
-        correct = each_response(setup, rollout, is_right)
-        return dataclasses.replace(rollout, correct=shard_rows(setup.mesh, correct))
+        grades = shard_rows(setup.mesh, correct(setup, rollout))
+        return dataclasses.replace(rollout, correct=grades)
 
 
 class FindLeaks:

@@ -1,8 +1,10 @@
-"""Hashes of the files of frozen models, so that a resumed run has the same teachers.
+"""What a resumed run must find as it was: files of frozen models, chat templates and their clock.
 
 path -> resolved folder, revision, SHA-256 of each file -> models/sources.json
+tokenizers -> the chat template of each model, and the start of the run -> models/templates.json
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +15,13 @@ from typing import Any
 from fireopd_jax.config import UserError
 from fireopd_jax.models.hf_load import resolve
 from fireopd_jax.runs.folder import write_atomically
+from fireopd_jax.session.setup import Setup
 from fireopd_jax.session.specs import ModelSpec
+from fireopd_jax.text.chat_templates import key_of
 
 BLOCK = 1 << 22
-SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+TEMPLATES = "models/templates.json"
+SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
 DIGEST = 64
 """Number of hexadecimal digits of a SHA-256."""
 
@@ -59,6 +64,49 @@ def check_sources(file: Path, specs: Sequence[ModelSpec]) -> None:
                 f"{name}: {changed} of {found['folder']} has changed since the run began; expected "
                 "the same files, or another run.dir"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """How a run writes prompts."""
+
+    moment: str | None = None
+    """Start of the run, which the clocks of chat templates show; None in runs without a record."""
+    templates: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Chat template by model: a text, or several by name."""
+
+    @classmethod
+    def of(cls, setup: Setup, moment: str) -> "Written":
+        """Return the record of a run's models."""
+        resident = (setup.student, *setup.teachers, *([setup.base] if setup.base else []))
+        own = {spec.name: spec.tokenizer for spec in resident}
+        served = {f"teacher {each.name}": each.tokenizer for each in setup.served}
+        return cls(moment, {name: t.chat_template for name, t in (own | served).items()})
+
+
+def check_templates(file: Path, now: Written) -> None:
+    """Write how prompts are written to `file`, or compare it with the record there.
+
+    Raises UserError, naming the model whose chat template has changed.
+    """
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(dataclasses.asdict(now), indent=2) + "\n")
+        return
+    before = recorded_templates(file).templates
+    for name, template in now.templates.items():
+        if before.get(name) != template:
+            raise UserError(
+                f"{name}: its chat template has changed since the run began ({key_of(name)}, or "
+                "the tokenizer's own); expected the same template, or another run.dir"
+            )
+
+
+def recorded_templates(file: Path) -> Written:
+    """Return the record in `file`, an empty one without the file."""
+    if not file.is_file():
+        return Written()
+    return Written(**json.loads(file.read_text(encoding="utf-8")))
 
 
 def recorded_sources(file: Path) -> dict[str, Any]:

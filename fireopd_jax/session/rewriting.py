@@ -27,7 +27,7 @@ from fireopd_jax.session.contexts import (
     voice_of,
     width_of,
 )
-from fireopd_jax.session.host import Policies, each_response, is_right
+from fireopd_jax.session.host import Policies, correct
 from fireopd_jax.session.session import Session, generate_by_route
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.sharding.mesh import shard_rows
@@ -75,7 +75,9 @@ class Rewriter:
         self.scoring = self.asking
         if extra := refine.score_template_kwargs:
             self.scoring = [
-                quoting(Voice(voice.tokenizer, {**voice.template_kwargs, **extra}))
+                quoting(
+                    dataclasses.replace(voice, template_kwargs={**voice.template_kwargs, **extra})
+                )
                 for voice in voices
             ]
 
@@ -152,7 +154,7 @@ class Rewriter:
         if self.refine.drop_worse:
             assert own.correct is not None
             rewritten = dataclasses.replace(own, tokens=found.tokens, mask=found.mask)
-            right = each_response(self.setup, rewritten, is_right) > 0
+            right = correct(self.setup, rewritten) > 0
             outcome[(own.correct > 0) & ~right] = Rewritten.WORSE
         outcome[ratio < self.refine.min_length_ratio] = Rewritten.SHORT
         outcome[~found.finished] = Rewritten.CUT
@@ -188,8 +190,7 @@ class Rewriter:
             original=Original(own.tokens, own.mask, own.model_logprob, outcome, known),
         )
         if own.correct is not None:
-            again = each_response(self.setup, refined, is_right)
-            refined = dataclasses.replace(refined, correct=again)
+            refined = dataclasses.replace(refined, correct=correct(self.setup, refined))
         return shard_rows(self.setup.mesh, refined)
 
     def _scored_after(

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from fireopd_jax.config import UserError
+from fireopd_jax.data.sources import Row
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.method.scoring.teachers import Resident, ScoreOptions
 from fireopd_jax.models.language_model import Params
@@ -49,8 +50,8 @@ class Connection:
     @cached_property
     def texts(self) -> TextFeatures:
         """How the server continues texts, found and checked at the first use."""
-        row, at = self._example(), int(self.setup.encoded.kept[0])
-        example = self.prefix(self.setup.rows[at].prompt, row.prompt, row.response)
+        row, own = self._example(), self.setup.rows[int(self.setup.encoded.kept[0])]
+        example = self.prefix(own, own.prompt, row.prompt, row.response)
         features = text_features(self.client, example)
         check_texts(self.client, features, example)
         return features
@@ -76,14 +77,17 @@ class Connection:
         return known or setting == "completions"
 
     def prefix(
-        self, turns: Sequence[Message], context: Sequence[int], partial: Sequence[int]
+        self, row: Row, turns: Sequence[Message], context: Sequence[int], partial: Sequence[int]
     ) -> Prefix:
-        """Return a conversation, whose prompt has the ids `context`, and a partial response."""
+        """Return a row's conversation, whose prompt has the ids `context`, and a partial response.
+
+        `turns` are the conversation, in which texts may be quoted; its tools are the row's.
+        """
         tokenizer, ids, text = self.setup.student.tokenizer, None, None
         if self.shares_tokens:
             ids = [*context, *partial]
             text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-        return Prefix(plain(turns), decode(tokenizer, partial), ids, text)
+        return Prefix(plain(turns), decode(tokenizer, partial), ids, text, tools=row.tools)
 
     @cached_property
     def scores(self) -> ScoreFeatures:
@@ -167,7 +171,7 @@ class ServedSpeaker:
         row = self.setup.rows[int(prompts.row[ask.row])]
         turns = row.prompt if self.prompt is None else with_privileged(row, self.prompt)
         context = prompts.teacher_tokens[ask.row][: int(prompts.teacher_length[ask.row])]
-        prefix = connection.prefix(turns, context.tolist(), ask.prefix)
+        prefix = connection.prefix(row, turns, context.tolist(), ask.prefix)
         return dataclasses.replace(prefix, seed=int(prompts.sample_id[ask.row]))
 
 
@@ -284,9 +288,11 @@ def check_served(session: Session, methods: Sequence[MethodConfig]) -> None:
                 _ = connection.scores
 
 
-def plain(turns: Sequence[Message]) -> list[dict[str, str]]:
-    """Return the messages of a conversation as an API takes them."""
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+def plain(turns: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return the messages of a conversation as an API takes them, which has no reasoning."""
+    return [
+        {key: value for key, value in turn.items() if key != "reasoning_content"} for turn in turns
+    ]
 
 
 def connections(session: Session) -> Connections:

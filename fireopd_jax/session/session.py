@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from fireopd_jax.data.pipeline import eval_prompts
-from fireopd_jax.evaluation.evaluator import EvalResult, evaluate
+from fireopd_jax.evaluation.evaluator import EvalResult, evaluate, sample
+from fireopd_jax.evaluation.responses import Graded, Grader, Problem
+from fireopd_jax.evaluation.settings import HELD_OUT
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.runs.folder import RunFolder, write_atomically
 from fireopd_jax.runs.tracking import Log, progress
 from fireopd_jax.runtime.signals import Interrupted, StopFlag
+from fireopd_jax.session.eval_sets import OpenSet
 from fireopd_jax.session.setup import Setup
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.sharding.mesh import by_rows, replicate, shard_rows
@@ -101,11 +105,72 @@ class Session:
             return self.generate(spec, params, prompts, sampling)
 
         out = self.folder.evaluation / f"{label}.jsonl"
-        if quiet:
-            return grade(setup, spec, draw, indices, samples, lambda rows: None, out)
         batches = -(-len(indices) * samples // setup.config.eval_batch_size)
-        with progress(f"eval {label}", batches) as bar:
-            return grade(setup, spec, draw, indices, samples, bar, out)
+        with _shown(f"eval {label}", batches, quiet) as bar:
+            graded = grade(setup, spec, draw, indices, samples, bar, out)
+        return EvalResult.of(graded, samples)
+
+    def evaluate_set(
+        self, opened: OpenSet, spec: ModelSpec, params: Params, label: str, *, quiet: bool = False
+    ) -> EvalResult:
+        """Return a model's grades on an evaluation set; `quiet` as in `evaluate`."""
+        settings, name = opened.settings, opened.name
+        sampling = self.setup.sampling(
+            "eval",
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            spec=spec,
+            max_tokens=settings.max_tokens,
+        )
+
+        def draw(prompts: Prompts) -> Rollout:
+            if self.stop and not quiet:
+                raise Interrupted(f"eval {label} on {name}: stopped")
+            return self.generate(spec, params, prompts, sampling, max_tokens=settings.max_tokens)
+
+        batches = opened.batches(self.setup.config.eval_batch_size)
+        with _shown(f"eval {label} on {name}", len(batches), quiet) as bar:
+            graded = evaluate(
+                sample(draw, batches, decoder(spec), bar),
+                opened.problems,
+                grader=Grader.of(settings.grader),
+                name=name,
+                out=self.folder.evaluation / f"{label}.{name}.jsonl",
+            )
+        return EvalResult.of(graded, settings.samples)
+
+    def graded_set(
+        self,
+        opened: OpenSet,
+        spec: ModelSpec,
+        params: Callable[[], Params],
+        label: str,
+        *,
+        quiet: bool = False,
+    ) -> Figures:
+        """Return a model's figures on a set, evaluated once per run and then read from eval/."""
+
+        def result() -> EvalResult:
+            return self.evaluate_set(opened, spec, params(), label, quiet=quiet)
+
+        return self._once(f"{label}.{opened.name}", result)
+
+    def graded_sets(
+        self, spec: ModelSpec, params: Callable[[], Params], label: str
+    ) -> dict[str, Figures]:
+        """Return a model's figures on every evaluation set by name."""
+        return {
+            opened.name: self.graded_set(opened, spec, params, label) for opened in self.setup.sets
+        }
+
+    def _once(self, label: str, result: Callable[[], EvalResult]) -> Figures:
+        """Return the figures of an evaluation, from eval/ if it was made before."""
+        file = self.folder.evaluation / f"{label}.json"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+        figures = result().summary()
+        write_atomically(file, json.dumps(figures, indent=2) + "\n")
+        return figures
 
     def graded(
         self,
@@ -116,12 +181,7 @@ class Session:
         indices: np.ndarray | None = None,
     ) -> Figures:
         """Return the figures of a model, graded once per run and then read from eval/."""
-        file = self.folder.evaluation / f"{label}.json"
-        if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
-        figures = self.evaluate(spec, params(), label, indices=indices).summary()
-        write_atomically(file, json.dumps(figures, indent=2) + "\n")
-        return figures
+        return self._once(label, lambda: self.evaluate(spec, params(), label, indices=indices))
 
     def graded_teachers(self, params: Sequence[Callable[[], Params]]) -> list[Figures]:
         """Return the figures of each teacher on the held-out problems routed to it."""
@@ -134,6 +194,11 @@ class Session:
             )
             for index, spec in enumerate(self.setup.teachers)
         ]
+
+
+def _shown(label: str, batches: int, quiet: bool) -> AbstractContextManager[Callable[[int], None]]:
+    """Show the progress of an evaluation, unless it is quiet."""
+    return nullcontext(lambda n: None) if quiet else progress(label, batches)
 
 
 def generate_by_route(
@@ -195,8 +260,8 @@ def grade(
     samples: int,
     advance: Callable[[int], None],
     out: Path | None = None,
-) -> EvalResult:
-    """Return the grades of the responses that `draw` returns for the rows `indices`.
+) -> list[Graded]:
+    """Return the graded responses that `draw` returns for the rows `indices`.
 
     Prompts are in the model's own template. `out` is a file for the graded responses, if any.
     """
@@ -207,15 +272,19 @@ def grade(
     def answer(prompts: Prompts) -> Rollout:
         return draw(as_teacher(prompts) if own else prompts, sampling)
 
+    batches = eval_prompts(setup.encoded, indices, samples, setup.config.eval_batch_size)
     return evaluate(
-        answer,
-        eval_prompts(setup.encoded, indices, samples, setup.config.eval_batch_size),
-        lambda ids: decode(spec.tokenizer, ids.tolist()),
-        lambda row: setup.rows[row].answer or "",
-        samples,
-        advance=advance,
+        sample(answer, batches, decoder(spec), advance),
+        [Problem(index, setup.rows[index]) for index in indices.tolist()],
+        grader=Grader.of(setup.config.data.grader),
+        name=HELD_OUT,
         out=out,
     )
+
+
+def decoder(spec: ModelSpec) -> Callable[[np.ndarray], str]:
+    """Return the function from a response's token ids to its text."""
+    return lambda ids: decode(spec.tokenizer, ids.tolist())
 
 
 def as_teacher(prompts: Prompts) -> Prompts:

@@ -14,13 +14,17 @@ from transformers import PreTrainedTokenizerBase
 
 from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import Encoded, encode, split
-from fireopd_jax.data.sources import Row, read_rows, route
+from fireopd_jax.data.sources import Row, read_data, route
+from fireopd_jax.evaluation.graders import check_kind, kind_of
 from fireopd_jax.recipe.models import TeacherConfig
 from fireopd_jax.recipe.schema import Config, MethodConfig, methods, used_teachers
 from fireopd_jax.remote.settings import ServedConfig
 from fireopd_jax.rollout.sampling import Sampling, seed_for
-from fireopd_jax.session.specs import ModelSpec, make_spec, slug
+from fireopd_jax.runs.tracking import progress
+from fireopd_jax.session.eval_sets import OpenSet, open_sets
+from fireopd_jax.session.specs import ModelSpec, make_spec, slug, stopped_at
 from fireopd_jax.sharding.mesh import make_mesh
+from fireopd_jax.text.chat_templates import with_template
 from fireopd_jax.text.checks import check_ids, check_teacher
 
 
@@ -31,6 +35,8 @@ class ServedTeacher:
     name: str
     served: ServedConfig
     config: TeacherConfig
+    tokenizer: PreTrainedTokenizerBase
+    """The student's, with the template that this teacher's prompts are written in."""
 
     @property
     def slug(self) -> str:
@@ -56,10 +62,19 @@ class Setup:
     encoded: Encoded
     train: np.ndarray
     held_out: np.ndarray
+    data_notes: tuple[str, ...] = ()
+    """How the sources of the data were understood, for the log."""
+    sets: tuple[OpenSet, ...] = ()
+    """Evaluation sets."""
 
     def own_rows(self, indices: np.ndarray, teacher: int) -> np.ndarray:
         """Return the subset of row indices that are routed to one teacher."""
         return indices[self.encoded.route[indices] == teacher]
+
+    def grader(self, row: int) -> str:
+        """Return the kind of grader of a row of the data set; padding rows have the run's."""
+        kind = self.config.data.grader
+        return kind_of(self.rows[row], kind) if row >= 0 else kind
 
     def sampling(
         self,
@@ -83,25 +98,27 @@ class Setup:
         )
 
 
-def set_up(config: Config) -> Setup:
+def set_up(config: Config, moment: str | None = None) -> Setup:
     """Return the setup of a run: read the data, describe the models, check them.
 
-    Raises UserError for data or models that do not fit the configuration.
+    `moment` is what the clocks of chat templates show, by default the time. Raises UserError for
+    data or models that do not fit the configuration.
     """
+    check_kind(config.data.grader)
     mesh = make_mesh(config.mesh)
-    student = make_spec("student", config.student)
+    student = make_spec("student", config.student).stopped_at(moment)
     used = used_teachers(config)
     teachers = tuple(
-        make_spec(f"teacher {name}", teacher).quantized(teacher.quantize)
+        make_spec(f"teacher {name}", teacher).quantized(teacher.quantize).stopped_at(moment)
         for name, teacher in used.items()
         if teacher.served is None
     )
     served = tuple(
-        ServedTeacher(name, teacher.served, teacher)
+        served_teacher(name, teacher, student.tokenizer, moment)
         for name, teacher in used.items()
         if teacher.served is not None
     )
-    base = None if config.base is None else make_spec("base", config.base)
+    base = None if config.base is None else make_spec("base", config.base).stopped_at(moment)
     others = teachers if base is None else (*teachers, base)
     for other in others:
         check_teacher(student.facts, other.facts, config.checks.allow, aliased(student, other))
@@ -109,7 +126,8 @@ def set_up(config: Config) -> Setup:
         check_length(spec, config)
     # A teacher cannot score a token id that it lacks.
     student = student.limited(min(model.model.size for model in (student, *others)))
-    rows = read_rows(config.data)
+    data = read_data(config.data)
+    rows = data.rows
     routes = np.zeros(len(rows), np.int32)
     if used:
         routes = route(rows, list(used), config.data.teacher_column)
@@ -121,14 +139,15 @@ def set_up(config: Config) -> Setup:
     encoded = encode(
         rows,
         tokenizer=student.tokenizer,
-        template_kwargs=config.student.chat_template_kwargs,
+        template_kwargs=student.config.chat_template_kwargs,
         # Served teachers have the student's tokenizer; their servers may use another for texts.
-        teacher_tokenizers=[spec.tokenizer for spec in teachers]
-        or [student.tokenizer for _ in served],
-        teacher_template_kwargs=[t.chat_template_kwargs for t in used.values()],
+        teacher_tokenizers=[teacher.tokenizer for teacher in (*teachers, *served)],
+        teacher_template_kwargs=[t.config.chat_template_kwargs for t in (*teachers, *served)],
+        teacher_models=[f"teacher {name}" for name in used],
         route=routes,
         config=config.data,
         max_reference_tokens=config.rollout.max_tokens,
+        show=progress,
     )
     check_rows(student, teachers, encoded)
     for method in methods(config):
@@ -136,15 +155,32 @@ def set_up(config: Config) -> Setup:
         special_ids(method.texts, student.tokenizer)
     kept = encoded.kept
     train, held_out = (kept[side] for side in split([rows[i] for i in kept], config.eval.problems))
-    for index in held_out:
-        if rows[index].answer is None:
-            raise UserError(
-                f"{rows[index].origin}: no answer to grade by; name its column as "
-                "data.answer_column, or set eval.problems=0"
-            )
     for method in methods(config):
         check_answers(method, [rows[index] for index in train])
-    return Setup(config, mesh, student, teachers, served, base, rows, encoded, train, held_out)
+        check_begun(method, [rows[index] for index in train])
+    return Setup(
+        config=config,
+        mesh=mesh,
+        student=student,
+        teachers=teachers,
+        served=served,
+        base=base,
+        rows=rows,
+        encoded=encoded,
+        train=train,
+        held_out=held_out,
+        data_notes=tuple(data.notes()),
+        sets=open_sets(config, student),
+    )
+
+
+def served_teacher(
+    name: str, config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, moment: str | None
+) -> ServedTeacher:
+    """Return a teacher behind HTTP, whose prompts are in its own template if it has one."""
+    assert config.served is not None
+    own = with_template(tokenizer, config.chat_template, f"teacher {name}")
+    return ServedTeacher(name, config.served, stopped_at(config, own, moment), own)
 
 
 def check_answers(method: MethodConfig, rows: Sequence[Row]) -> None:
@@ -155,6 +191,17 @@ def check_answers(method: MethodConfig, rows: Sequence[Row]) -> None:
     for row in rows:
         if row.answer is None:
             raise UserError(f"{row.origin}: no answer to grade by, which {asking} needs")
+
+
+def check_begun(method: MethodConfig, rows: Sequence[Row]) -> None:
+    """Raise UserError for a training row that begins the response, if its text is asked about."""
+    row = next((row for row in rows if row.begun), None)
+    if row is not None and method.refine.asks_teacher:
+        raise UserError(
+            f"{row.origin}: the row begins the response, and method.refine.kind="
+            f"{method.refine.kind} asks the teacher about whole responses; expected "
+            "data.last_turn=reference, or rows that end with the user's turn"
+        )
 
 
 def aliased(student: ModelSpec, other: ModelSpec) -> bool:

@@ -7,21 +7,27 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 from transformers import PreTrainedTokenizerBase
 
-from fireopd_jax.config import UserError
+from fireopd_jax.config import UserError, dotted
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.hf_config import check_same
+from fireopd_jax.models.hf_forms import IgnoredKeys
 from fireopd_jax.models.hf_load import read_config, resolve
+from fireopd_jax.models.hf_weights import refuse_adapters
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.models.quantized import Quantize
 from fireopd_jax.recipe.models import ModelConfig
 from fireopd_jax.text.chat import stop_ids
+from fireopd_jax.text.chat_templates import with_template
 from fireopd_jax.text.checks import TokenizerFacts, valid_rows
+from fireopd_jax.text.clock import stopped_kwargs
 from fireopd_jax.text.tokenizer import load_tokenizer, read_generation
+
+Model = TypeVar("Model", bound=ModelConfig)
 
 
 def slug(name: str) -> str:
@@ -50,13 +56,17 @@ class ModelSpec:
     @property
     def stop(self) -> tuple[int, ...]:
         """The stop token ids, its EOS first."""
-        return stop_ids(self.tokenizer, self.generation)
+        return stop_ids(self.tokenizer, self.generation, self.model.vocab_size)
 
     @property
     def facts(self) -> TokenizerFacts:
         """Tokenizer, stop ids and template arguments, which the checks compare."""
         kwargs = self.config.chat_template_kwargs
         return TokenizerFacts(self.name, self.tokenizer, self.tokenizer_name, self.stop, kwargs)
+
+    def stopped_at(self, moment: str | None) -> "ModelSpec":
+        """Return the model with the clock of its chat template stopped, unless it already is."""
+        return dataclasses.replace(self, config=stopped_at(self.config, self.tokenizer, moment))
 
     def limited(self, size: int) -> "ModelSpec":
         """Return the model with probability 0 for the token ids from `size` on."""
@@ -98,14 +108,20 @@ class ModelSpec:
     @property
     def builtin_tokenizer(self) -> bool:
         """Whether the tokenizer needs no files; others are saved beside the parameters."""
-        return self.tokenizer_name.startswith("builtin:")
+        return self.tokenizer_name.startswith("builtin:") and self.config.chat_template is None
+
+
+def stopped_at(config: Model, tokenizer: PreTrainedTokenizerBase, moment: str | None) -> Model:
+    """Return a model's configuration with the clock of its chat template stopped at `moment`."""
+    kwargs = stopped_kwargs(tokenizer.chat_template, config.chat_template_kwargs, moment)
+    return dataclasses.replace(config, chat_template_kwargs=dict(kwargs))
 
 
 def make_spec(name: str, config: ModelConfig) -> ModelSpec:
     """Return the spec of an embedded model, or of one in a folder or on the hub."""
     if config.path is not None:
         return load_spec(name, resolve(config.path), config)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = with_template(load_tokenizer(config.tokenizer), config.chat_template, name)
     size = config.architecture.vocab_size or len(tokenizer)
     model = LanguageModel(config.architecture, size, valid_rows(tokenizer, size, name))
     return ModelSpec(name, model, tokenizer, config.tokenizer, config)
@@ -119,6 +135,9 @@ def load_spec(name: str, folder: Path, config: ModelConfig) -> ModelSpec:
     file = folder / "model.json"
     if not file.is_file():
         return _hugging_face(name, folder, config)
+    if config.ignore_config_keys:
+        setting = ignored_keys(name, config).setting
+        raise UserError(f"{setting}: {folder} is a model of a run, which has no config.json")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         architecture, size = DecoderConfig(**found["architecture"]), found["vocab_size"]
@@ -131,28 +150,42 @@ def load_spec(name: str, folder: Path, config: ModelConfig) -> ModelSpec:
         tokenizer = str(folder / tokenizer)
     _check_stated(name, config, architecture, size, file)
     architecture = _typed(architecture, config, architecture.param_dtype)
-    loaded = load_tokenizer(tokenizer)
+    loaded = with_template(load_tokenizer(tokenizer), config.chat_template, name)
     model = LanguageModel(architecture, size, valid_rows(loaded, size, name), quantize=stored)
     return ModelSpec(name, model, loaded, tokenizer, config, generation, stored)
 
 
 def _hugging_face(name: str, folder: Path, config: ModelConfig) -> ModelSpec:
     """Return the spec of a model in Hugging Face's format."""
+    refuse_adapters(folder)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{name}: {folder} holds neither model.json nor config.json; expected a model saved by "
             "a run, such as runs/NAME/models/student, or one of Hugging Face"
         )
-    architecture = read_config(folder)
+    architecture = read_config(folder, ignored_keys(name, config))
     _check_stated(name, config, architecture, architecture.vocab_size, folder / "config.json")
     # Trained parameters are float32; those of a frozen model have its compute dtype.
     frozen = config.dtype or architecture.dtype
     architecture = _typed(architecture, config, "float32" if config.trained else frozen)
     assert architecture.vocab_size is not None
-    loaded = load_tokenizer(str(folder))
+    loaded = with_template(load_tokenizer(str(folder)), config.chat_template, name)
     valid = valid_rows(loaded, architecture.vocab_size, name)
     model = LanguageModel(architecture, architecture.vocab_size, valid)
-    return ModelSpec(name, model, loaded, str(folder), config, read_generation(folder))
+    spec = ModelSpec(name, model, loaded, str(folder), config, read_generation(folder))
+    assert spec.stop  # raises for ids outside the vocabulary
+    return spec
+
+
+def ignored_keys(name: str, config: ModelConfig) -> IgnoredKeys:
+    """Return the keys of config.json that a model is read without, and where the user gives them.
+
+    Commands that open a folder call its model "model".
+    """
+    role, _, own = name.partition(" ")
+    key = ("teachers", own) if role == "teacher" else (role,)
+    setting = "--ignore-config-keys" if role == "model" else dotted((*key, "ignore_config_keys"))
+    return IgnoredKeys(config.ignore_config_keys, setting)
 
 
 def _check_stated(

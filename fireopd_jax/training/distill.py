@@ -39,6 +39,7 @@ from fireopd_jax.session.session import Session
 from fireopd_jax.sharding.mesh import by_rows, replicated, shard_rows
 from fireopd_jax.text.chat import decode
 from fireopd_jax.training.alarms import Alarms
+from fireopd_jax.training.evaluations import StepEvaluations
 from fireopd_jax.training.loop import StepLoop
 from fireopd_jax.training.optimizer import learning_rate
 from fireopd_jax.training.prepare import StudentStart
@@ -148,6 +149,7 @@ class Distillation:
             progress(label, run.steps) as advance,
         ):
             self.tracker.truncate(done + 1 if done else 0)
+            self.evaluations = StepEvaluations(self.session, self.name, self.tracker)
             if done == 0:
                 self._evaluate(0, state)
             self.reported = time.monotonic()
@@ -293,6 +295,7 @@ class Distillation:
                 rows=setup.rows,
                 teachers=teacher_names(setup, self.method) or [""],
                 decode=partial(decode, setup.student.tokenizer),
+                grader=setup.grader,
             )
         shown: dict[str, object] = {}
         if "distill/reverse_kl" in values:
@@ -345,29 +348,16 @@ class Distillation:
 
     def _saves(self, done: int) -> bool:
         run = self.config.run
-        return done % run.save_every == 0 or done == run.steps or self._grades(done)
-
-    def _grades(self, done: int) -> bool:
-        config, run = self.config.eval, self.config.run
-        due = config.every and (done % config.every == 0 or done == run.steps)
-        return bool(due and config.problems)
+        return done % run.save_every == 0 or done == run.steps or self.evaluations.due(done)
 
     def _evaluate(self, done: int, state: TrainState) -> float | None:
-        """Return the student's avg@1 on held-out problems if an evaluation is due, else None."""
-        if not self._grades(done):
+        """Evaluate the student on what is due; return its avg@1 on held-out problems, if due."""
+        if not self.evaluations.any_due(done):
             return None
-        config, setup = self.config.eval, self.session.setup
         with self.clock.host("eval"):
-            result = self.session.evaluate(
-                setup.student,
-                self.programs.merged_params(self.adapted, state.params),
-                f"{self.name}_step_{done:06d}",
-                indices=setup.held_out[: config.every_problems],
-                samples=1,
-                quiet=True,
+            return self.evaluations(
+                done, lambda: self.programs.merged_params(self.adapted, state.params)
             )
-        self.tracker.log(done, {"eval/held_out/avg@1": result.mean})
-        return result.mean
 
     def _log_seconds(self) -> None:
         """Log the seconds of each stage in this process."""

@@ -178,7 +178,7 @@ def _loader(
     if config.source == "teacher":
         encoded = _answered_by_teachers(session, teachers, rows, config.teacher_rows)
     if spec is not session.setup.student:
-        encoded = in_teacher_template(spec, encoded)
+        encoded = of_own_sources(in_teacher_template(spec, encoded), rows)
     encoded, rows = in_contexts(session.setup, spec, encoded, rows, config.contexts)
     return PromptLoader(
         encoded,
@@ -187,6 +187,18 @@ def _loader(
         group_size=1,
         seed=seed_for(session.setup.config.run.seed, f"sft {spec.name}"),
         references=True,
+    )
+
+
+def of_own_sources(encoded: Encoded, rows: np.ndarray) -> Encoded:
+    """Return the rows with the weights of those sources only that have rows of a teacher."""
+    if not encoded.weights:
+        return encoded
+    own = np.unique(encoded.source[rows])
+    return dataclasses.replace(
+        encoded,
+        source=np.searchsorted(own, encoded.source).astype(np.int32),
+        weights=tuple(encoded.weights[index] for index in own),
     )
 
 
@@ -205,7 +217,8 @@ def in_contexts(
         return encoded, rows
     method, voice = setup.config.method, voice_of(spec)
     usable = [i for i in rows.tolist() if encoded.references[i] is not None]
-    prompts, references, indices, width = [], [], [], encoded.max_prompt_tokens
+    prompts, references, sources, indices = [], [], [], []
+    width = encoded.max_prompt_tokens
     for context in contexts:
         if context == "prompt":
             own, asked = usable, [encoded.prompts[i] for i in usable]
@@ -218,11 +231,13 @@ def in_contexts(
                 with_errors(decode(spec.tokenizer, ids_of(encoded, i)), seed + i) if refined else ""
                 for i in own
             ]
+            quoted = [setup.rows[i] for i in own]
             asked = voice.ids(
                 [
-                    with_privileged(setup.rows[i], asking, attempt)
-                    for i, attempt in zip(own, attempts, strict=True)
-                ]
+                    with_privileged(row, asking, attempt)
+                    for row, attempt in zip(quoted, attempts, strict=True)
+                ],
+                quoted,
             )
         if usable and not own:
             raise UserError(
@@ -232,6 +247,7 @@ def in_contexts(
         indices += range(len(prompts), len(prompts) + len(own))
         prompts += asked
         references += [encoded.references[i] for i in own]
+        sources += [encoded.source[i] for i in own]
         width = max([width, *(len(ids) for ids in asked)])
     return dataclasses.replace(
         encoded,
@@ -239,6 +255,7 @@ def in_contexts(
         teacher_prompts=prompts,
         references=references,
         route=np.zeros(len(prompts), np.int32),
+        source=np.asarray(sources, np.int32),
         kept=np.asarray(indices, np.int64),
         max_prompt_tokens=width,
         max_teacher_prompt_tokens=width,
@@ -268,13 +285,22 @@ def with_errors(text: str, seed: int) -> str:
     return "".join(characters)
 
 
+def by_turns(rows: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """Return row indices such that sources take turns; those of one source keep their order."""
+    turn = np.zeros(len(rows), np.int64)
+    for each in np.unique(source[rows]):
+        own = np.flatnonzero(source[rows] == each)
+        turn[own] = np.arange(len(own))
+    return rows[np.argsort(turn, kind="stable")]
+
+
 def _answered_by_teachers(
     session: Session, teachers: Sequence[Params], rows: np.ndarray, limit: int
 ) -> Encoded:
     """Return the rows with responses sampled from their teachers as references, where finished."""
     setup = session.setup
     references: list[np.ndarray | None] = [None] * len(setup.rows)
-    chosen = rows[np.isin(rows, setup.encoded.kept)][:limit]
+    chosen = by_turns(rows[np.isin(rows, setup.encoded.kept)], setup.encoded.source)[:limit]
     for index, (spec, params) in enumerate(zip(setup.teachers, teachers, strict=True)):
         own = session.setup.own_rows(chosen, index)
         sampling = setup.sampling("teacher references", temperature=1.0, spec=spec)

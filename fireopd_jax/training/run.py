@@ -9,30 +9,46 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from fireopd_jax.data.identity import (
+    ROWS_FILE,
+    check_rows,
+    check_sets,
+    identity,
+    recorded_rows,
+    rows_digest,
+)
+from fireopd_jax.evaluation.graders import unreadable
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.decoder import parameter_count
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe.schema import Config, as_tree, methods, with_defaults, with_method
-from fireopd_jax.runs.folder import environment, is_complete, open_run
+from fireopd_jax.runs.folder import RunFolder, environment, is_complete, open_run
 from fireopd_jax.runs.report import print_curve, print_results, write_card
 from fireopd_jax.runs.tracking import Log
 from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.runtime.signals import Interrupted, stop_on_signal
 from fireopd_jax.session.exporting import check_exportable, export
-from fireopd_jax.session.fits import check_training_batches
-from fireopd_jax.session.identity import check_sources
+from fireopd_jax.session.fits import check_pages, check_training_batches
+from fireopd_jax.session.identity import (
+    TEMPLATES,
+    Written,
+    check_sources,
+    check_templates,
+    recorded_templates,
+)
 from fireopd_jax.session.served import check_served
 from fireopd_jax.session.session import Figures, Session
 from fireopd_jax.session.setup import Setup, set_up
 from fireopd_jax.session.specs import ModelSpec
+from fireopd_jax.text.clock import CLOCK, now
 from fireopd_jax.training.distill import Distillation
 from fireopd_jax.training.prepare import (
     StudentStart,
@@ -47,6 +63,7 @@ Summary = dict[str, Any]
 
 SHOWN_IDS = 24
 SHOWN_TEXT = 400
+SHOWN_ROWS = 5
 
 
 def train(config: Config, notes: Sequence[str] = ()) -> Summary:
@@ -72,9 +89,13 @@ def _in_folder(
     start = time.monotonic()
     compile_cache(config.run.compilation_cache)
     # Errors in the data must not leave a run folder behind.
-    setup = None if is_complete(config.run) else set_up(config)
+    moment = start_of(config)
+    setup = None if is_complete(config.run) else set_up(config, moment)
     if setup is not None:
         check_training_batches(config, setup.mesh, drawing(setup))
+        for opened in setup.sets:
+            width, longest = opened.encoded.max_prompt_tokens, opened.settings.max_tokens
+            check_pages(config, setup.mesh, config.eval_batch_size, width, longest)
         check_trainable(setup.student, setup.teachers)
         if config.run.export:
             check_exportable(setup.student)
@@ -90,6 +111,8 @@ def _in_folder(
             if read_elsewhere := frozen(setup):
                 log(f"hashing the files of {', '.join(spec.name for spec in read_elsewhere)}")
             check_sources(folder.path / "models" / "sources.json", read_elsewhere)
+            check_templates(folder.path / TEMPLATES, Written.of(setup, moment))
+            record_rows(setup, folder)
             session = Session(setup, folder, stop, log)
             log_setup(session)
             try:
@@ -103,6 +126,24 @@ def _in_folder(
             folder.write_json(record, summary)
             log(f"done in {summary['seconds']:.0f} s: {folder.path / record}")
     return summary
+
+
+def start_of(config: Config) -> str:
+    """Return the date and time at which the run began: those of its record, or now."""
+    folder = None if config.run.dir is None else Path(config.run.dir).expanduser()
+    before = None if folder is None else recorded_templates(folder / TEMPLATES).moment
+    return before or now()
+
+
+def record_rows(setup: Setup, folder: RunFolder) -> None:
+    """Write the identity of the run's rows, or compare them with those it began with."""
+    recorded = recorded_rows(folder.path)
+    sets = {each.name: rows_digest(each.own.rows) for each in setup.sets}
+    if recorded is None:
+        folder.write_json(ROWS_FILE, identity(setup.rows, Path.cwd()) | {"sets": sets})
+    else:
+        check_rows(setup.rows, recorded, folder.path)
+        check_sets(sets, recorded, folder.path)
 
 
 def frozen(setup: Setup) -> list[ModelSpec]:
@@ -126,17 +167,59 @@ def log_setup(session: Session) -> None:
     for spec in (setup.student, *setup.teachers):
         shapes = jax.eval_shape(spec.model.init, jax.random.key(0))
         log(f"{spec.name}: {parameter_count(shapes):,} parameters, tokenizer {spec.tokenizer_name}")
+    for line in clock_shown(setup):
+        log(line)
+    for note in setup.data_notes:
+        log(f"data: {note}")
     encoded = setup.encoded
+    short = f", {encoded.dropped_short} too short" if encoded.dropped_short else ""
     log(
         f"data: {len(setup.rows)} rows, {len(setup.train)} to train on, {len(setup.held_out)} held"
         f" out; {encoded.dropped_prompts} prompts longer than {encoded.max_prompt_tokens} tokens"
-        f" dropped; {encoded.dropped_references} references longer than"
+        f" dropped{short}; {encoded.dropped_references} references longer than"
         f" {encoded.max_reference_tokens} not used"
     )
+    for opened in setup.sets:
+        trained = [setup.rows[index] for index in setup.train]
+        for note in (*opened.notes(), *opened.own.overlap(trained)):
+            log(f"eval set {note}")
+    if line := unreadable_answers(setup):
+        log(line)
     log(prompt_shown(setup.student, encoded.prompts[int(encoded.kept[0])]))
     for index, spec in enumerate(setup.teachers):
         for row in setup.own_rows(encoded.kept, index)[:1]:
             log(prompt_shown(spec, encoded.teacher_prompts[int(row)]))
+
+
+def clock_shown(setup: Setup) -> Iterator[str]:
+    """Yield a line for each date that chat templates write: whose they are."""
+    dates: dict[str, list[str]] = {}
+    models = {spec.name: spec for spec in (setup.student, *setup.teachers)}
+    served = {f"teacher {teacher.name}": teacher for teacher in setup.served}
+    for name, model in (models | served).items():
+        if CLOCK in (kwargs := model.config.chat_template_kwargs):
+            dates.setdefault(str(kwargs[CLOCK]), []).append(name)
+    for date, names in dates.items():
+        yield (
+            f"chat templates that read the clock ({', '.join(names)}): it shows {date} in all of "
+            f"this run (chat_template_kwargs: {CLOCK})"
+        )
+
+
+def unreadable_answers(setup: Setup) -> str:
+    """Return a line with the gold answers that no response can match; empty without any."""
+    kind, found = setup.config.data.grader, []
+    for index in setup.encoded.kept.tolist():
+        row = setup.rows[index]
+        if row.answer is not None and (reason := unreadable(row.answer, kind)):
+            found.append(f"{row.origin} ({reason})")
+    more = f" and {len(found) - SHOWN_ROWS} more" if len(found) > SHOWN_ROWS else ""
+    return (
+        f"data: {len(found)} gold answers that no response can match: "
+        f"{', '.join(found[:SHOWN_ROWS])}{more}"
+        if found
+        else ""
+    )
 
 
 def prompt_shown(spec: ModelSpec, ids: np.ndarray) -> str:
@@ -156,13 +239,14 @@ def _prepare(session: Session) -> tuple[list[Params], StudentStart, Summary]:
     start = StudentStart(session, teachers)
     if not start.finished:
         start.read()
-    if not setup.config.eval.problems:
-        return teachers, start, {}
-    figures = session.graded_teachers([functools.partial(_same, params) for params in teachers])
-    of_teachers = {"teacher": by_teacher(session, figures)} if figures else {}
-    summary = of_teachers | {
-        "student_before": session.graded(setup.student, start.read, "student_before"),
-    }
+    summary: Summary = {}
+    if setup.config.eval.problems:
+        figures = session.graded_teachers([functools.partial(_same, params) for params in teachers])
+        summary |= {"teacher": by_teacher(session, figures)} if figures else {}
+        summary["student_before"] = session.graded(setup.student, start.read, "student_before")
+    if setup.sets:
+        before = session.graded_sets(setup.student, start.read, "student_before")
+        summary["sets"] = {name: {"student_before": figures} for name, figures in before.items()}
     return teachers, start, summary
 
 
@@ -201,6 +285,8 @@ def _train(session: Session) -> Summary:
             spec, functools.partial(_same, student), "student_after"
         )
         summary["controls"] = {}
+    for name, figures in on_sets(session, student, "student_after").items():
+        summary["sets"][name] |= {"student_after": figures, "controls": {}}
     del student
     for name in config.run.compare:
         control = distil(
@@ -209,11 +295,18 @@ def _train(session: Session) -> Summary:
         if config.eval.problems:
             figures = session.graded(spec, functools.partial(_same, control), f"control_{name}")
             summary["controls"][name] = figures
+        for each, figures in on_sets(session, control, f"control_{name}").items():
+            summary["sets"][each]["controls"][name] = figures
         del control
     print_results(session.folder.path, config, summary)
     print_curve(session.folder.path, config, session.log)
     write_card(session.folder, config, summary)
     return summary
+
+
+def on_sets(session: Session, params: Params, label: str) -> dict[str, Figures]:
+    """Return the figures of the student, or a control, on each evaluation set."""
+    return session.graded_sets(session.setup.student, functools.partial(_same, params), label)
 
 
 def by_teacher(session: Session, figures: Sequence[Figures]) -> Mapping[str, Any]:

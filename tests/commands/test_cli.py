@@ -149,15 +149,17 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
         (["eval", "nowhere", "run.seed=3"], "only eval.*"),
         (["export", "nowhere", "--to", "out"], "no finished model"),
         (["export", "nowhere", "--to", "out", "--dtype", "bf16"], "--dtype bf16: expected float32"),
-        (["generate", "nowhere", "--prompts", "p.jsonl", "--out", "o.jsonl"], "no such folder"),
+        (["generate", "nowhere", "--prompts", "p.jsonl"], "--prompts: no file 'p.jsonl'"),
+        (["generate", "nowhere", "--prompts", "builtin:addition-1"], "no such folder"),
     ],
 )
 def test_mistakes_name_what_is_wrong(monkeypatch, capsys, tmp_path, arguments, words):
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, *arguments) == 2
     printed = capsys.readouterr()
-    assert words in printed.err and printed.err.count("\n") == 1
-    assert printed.err.startswith("fireopd: ")
+    *progress, error = printed.err.splitlines()  # what was going on, then the one line
+    assert words in error and error.startswith("fireopd: ")
+    assert not any(words in line or "Traceback" in line for line in progress)
 
 
 def test_an_unknown_option_or_command_is_refused(monkeypatch, capsys):

@@ -48,7 +48,7 @@ def test_completions_have_no_column_of_the_teacher(tmp_path):
         Row(({"role": "user", "content": str(i)},), None, None, None, "rows:1") for i in range(7)
     ]
     file = tmp_path / "step.parquet"
-    write_completions(file, batch, keep, rows=rows, teachers=["a", "b"], decode=str)
+    write_completions(file, batch, keep, rows=rows, teachers=["a", "b"], decode=str, grader=str)
     table = pyarrow.parquet.read_table(file)
     assert {"student_logprob", "weight", "kept"} <= set(table.column_names)
     assert not {"teacher_logprob", "teacher_score"} & set(table.column_names)

@@ -336,7 +336,7 @@ def test_every_mistyped_key_is_answered_by_itself_or_by_a_key_that_exists():
     known = {dotted(key): key for key in shipped_schema().chosen(tree)}
     asked = right = 0
     for key in known.values():
-        for mistyped in list(mutations(key[-1]))[::20]:
+        for mistyped in list(mutations(key[-1]))[::40]:
             wrong = (*key[:-1], mistyped)
             if dotted(wrong) in known or key[0] in ("teachers", "base"):
                 continue
@@ -344,7 +344,7 @@ def test_every_mistyped_key_is_answered_by_itself_or_by_a_key_that_exists():
             hint = message.partition("did you mean ")[2].strip("')?")
             assert not hint or hint in known, message
             asked, right = asked + 1, right + (hint == dotted(key))
-    assert asked > 80 and right > 0.95 * asked
+    assert asked > 40 and right > 0.95 * asked
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ TWO = ["teachers.a.tokenizer=builtin:bytes", "teachers.b.tokenizer=builtin:bytes
 CHUNKS = [
     TEACHER,
     "method={refine: {kind: audit}, score: {kind: chunk_agreement}, "
-    "loss: {kind: chunk_policy_gradient}, filter: {kind: keep_all}, reweight: {kind: uniform}, aggregate: token}",
+    "loss: {kind: chunk_policy_gradient}, filter: {kind: keep_all}, reweight: {kind: uniform}, "
+    "aggregate: token}",
 ]
 
 

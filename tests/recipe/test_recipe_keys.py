@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 
+from fireopd_jax.data.settings import Source
 from fireopd_jax.recipe.schema import Config, MethodConfig, load_config
 from fireopd_jax.remote.settings import ServedConfig
 from tests.recipe.annotations import members
@@ -31,6 +32,7 @@ TINY = [
     "eval.samples=1",
     "eval.batch_size=16",
     "eval.every=1",
+    "eval.sets.more={path: builtin:addition-1, problems: 4}",
     "optim.schedule=linear",
 ]
 
@@ -89,7 +91,9 @@ def test_every_key_is_read_by_what_it_configures(tmp_path, monkeypatch):
     # Read for a teacher behind HTTP: tests/remote/ shows what each does.
     elsewhere |= {f"ServedConfig.{field.name}" for field in dataclasses.fields(ServedConfig)}
     elsewhere |= {f"{c}.{n}" for c in ("ModelConfig", "StudentConfig", "TeacherConfig")
-                  for n in ("dtype", "param_dtype")}  # fmt: skip
+                  for n in ("dtype", "param_dtype", "ignore_config_keys")}  # fmt: skip
+    # Read for a mixture: tests/data/test_streams.py shows what each does.
+    elsewhere |= {f"Source.{field.name}" for field in dataclasses.fields(Source)}
     # Of other variants of a stage than this run's, and other values than the defaults: each is
     # shown to change what its stage gives in tests/method/.
     default = {type(stage) for stage in vars(MethodConfig()).values()}

@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import math
 import sys
 
@@ -111,6 +112,15 @@ def test_log_prints_and_keeps(tmp_path, capsys):
     assert capsys.readouterr().out == "one\ntwo\n"
     kept = (tmp_path / "logs" / "run.log").read_text().splitlines()
     assert [line[20:] for line in kept] == ["one", "two"]
+
+
+def test_log_keeps_the_warnings_of_modules_while_it_is_open(tmp_path):
+    warn = logging.getLogger("fireopd_jax.models.somewhere").warning
+    with Log(tmp_path / "logs"):
+        warn("m: one file is read, another is not")
+    warn("afterwards")
+    kept = (tmp_path / "logs" / "run.log").read_text().splitlines()
+    assert [line[20:] for line in kept] == ["m: one file is read, another is not"]
 
 
 def test_table_prints_cells_as_they_are(capsys):

@@ -49,7 +49,8 @@ def check(asked, scored):
         np.testing.assert_allclose(values, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
 def test_every_sequence_has_its_own_scores_in_the_order_asked(devices):
     mesh = make_mesh(MeshConfig(data=devices))
     scorer = Scorer(MODEL, replicate(mesh, PARAMS), mesh)

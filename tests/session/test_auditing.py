@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fireopd_jax.data.pipeline import PromptLoader
+from fireopd_jax.evaluation.similarity import Edit
 from fireopd_jax.method.scoring.teachers import Resident, ScoreOptions, score_student
 from fireopd_jax.recipe.schema import load_config
 from fireopd_jax.session.auditing import Auditor
@@ -15,7 +16,6 @@ from fireopd_jax.session.refining import host_stages
 from fireopd_jax.session.setup import set_up
 from fireopd_jax.sharding.mesh import replicate, shard_rows
 from fireopd_jax.text.chat import decode
-from fireopd_jax.text.similarity import Edit
 from fireopd_jax.verify import reference_stages
 from tests.cases import make_rollout, make_session, random_params
 

@@ -79,8 +79,9 @@ def test_answers_come_in_the_order_of_the_prompts(run, prompts, tmp_path):
     asked = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
     asked[5] = "9+9"
     assert [row["prompt"] for row in rows] == [text for text in asked for _ in range(2)]
+    assert [row["sample"] for row in rows] == [0, 1] * len(asked)
     for row in rows:
-        assert set(row) == {"prompt", "text", "token_ids", "logprobs", "finish"}
+        assert set(row) == {"prompt", "text", "sample", "token_ids", "logprobs", "finish"}
         assert 0 < len(row["token_ids"]) == len(row["logprobs"]) <= 12
         assert all(value <= 0 for value in row["logprobs"])
         assert row["finish"] == "stop" or len(row["token_ids"]) == 12

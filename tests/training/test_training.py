@@ -131,7 +131,14 @@ def test_a_run_leaves_what_it_promises(finished):
     assert [line["step"] for line in lines(folder) if "eval/held_out/avg@1" in line] == [0, 3, 6]
     assert "avg@2" in (folder / "README.md").read_text()
     names = {path.name for path in (folder / "models").iterdir()}
-    assert names == {"teacher_default", "student_start", "student", "opd", "sources.json"}
+    assert names == {
+        "teacher_default",
+        "student_start",
+        "student",
+        "opd",
+        "sources.json",
+        "templates.json",
+    }
 
 
 def test_steps_learn_and_nothing_is_skipped(finished):
