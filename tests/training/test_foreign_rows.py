@@ -73,7 +73,7 @@ def test_a_file_of_verl_runs_unchanged(tmp_path, monkeypatch):
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=r"these 12 rows are not those of .*data\.path=\.\.\."):
         evaluate_model(tmp_path / "run", "student", [f"data.path={tmp_path}/other.jsonl"])
-    with pytest.raises(UserError, match=r"only eval\.\* keys and data.path may be overridden"):
+    with pytest.raises(UserError, match=r"only eval\.\* keys, data.path and data.mixture"):
         evaluate_model(tmp_path / "run", "student", ["data.duplicates=drop"])
 
 
