@@ -277,6 +277,7 @@ def test_the_supervised_part_alone(tmp_path):
         "teacher_default",
         "student_start",
         "sources.json",
+        "templates.json",
     }
     sft_metrics = lines(tmp_path / "run" / "models" / "student_start")
     assert [line["step"] for line in sft_metrics] == [1, 2, 3, 4]
