@@ -52,7 +52,7 @@ class Link:
         return names
 
     def request(self, operation: str, *arguments: Any, **keywords: Any) -> Any:
-        """Ask for an operation on objects of the program; raise what it raises."""
+        """Return the result of an operation on objects of the program; raise what it raises."""
         message = {
             "operation": operation,
             "arguments": [codec.encode(each, _reference) for each in arguments],
@@ -154,7 +154,7 @@ def _module(name: str) -> Any:
 
 
 def _overwrite(argument: Any, value: Any) -> None:
-    """Give an argument the contents that the program left in it."""
+    """Replace the contents of an argument by those that the program left in it."""
     if isinstance(argument, list | bytearray):
         argument[:] = value
     elif isinstance(argument, dict | set):

@@ -22,7 +22,7 @@ def version() -> int:
 
 
 def read_only(folders: Iterable[str]) -> None:
-    """Let this process read below `folders` and open nothing else, nor inspect processes."""
+    """Restrict this process to reading below `folders`; it can inspect no other process."""
     rights = (1 << RIGHTS[min(version(), max(RIGHTS))]) - 1
     handled = ctypes.create_string_buffer(struct.pack("Q", rights), 8)
     rules = linux.call("syscall", CREATE, handled, 8, 0)

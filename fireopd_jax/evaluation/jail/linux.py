@@ -62,6 +62,6 @@ class _CapabilityHeader(ctypes.Structure):
 
 
 def drop_capabilities() -> None:
-    """Give up every capability of this process, for good."""
+    """Drop every capability of this process, for good."""
     header = _CapabilityHeader(0x20080522, 0)  # version 3: two words for each of three sets
     call("capset", ctypes.byref(header), (ctypes.c_uint32 * 6)())

@@ -90,6 +90,6 @@ def _isolated(orders: dict[str, Any]) -> Supervisor:
 
 
 def _prefer_out_of_memory() -> None:
-    """Let the kernel end programs, not the training, where the machine's memory runs out."""
+    """Make programs, not the training, the first that the kernel ends without memory."""
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
