@@ -23,8 +23,8 @@ from fireopd_jax.evaluation.graders import unreadable
 from fireopd_jax.recipe.layers import find_config
 from fireopd_jax.recipe.models import ModelConfig
 from fireopd_jax.recipe.schema import Config, load_sections
-from fireopd_jax.runs.tracking import progress
 from fireopd_jax.session.specs import ModelSpec, make_spec
+from fireopd_jax.terminal.progress import progress
 
 SHOWN_TEXT = 1200
 SHOWN_PROBLEMS = 8

@@ -36,7 +36,7 @@ from fireopd_jax.evaluation.settings import HELD_OUT
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe.schema import load_sections
 from fireopd_jax.rollout.requests import Completion
-from fireopd_jax.runs.folder import plain, write_atomically
+from fireopd_jax.runtime.files import plain, write_atomically
 from fireopd_jax.session.eval_sets import check_positions
 from fireopd_jax.session.exporting import at_step
 from fireopd_jax.session.finished import held_out_responses, own_template_kwargs, run_config

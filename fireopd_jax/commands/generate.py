@@ -34,12 +34,12 @@ from fireopd_jax.rollout.buckets import by_length
 from fireopd_jax.rollout.requests import Completion, Knobs, Request
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.rollout.streaming import Engine
-from fireopd_jax.runs.folder import plain
-from fireopd_jax.runs.tracking import progress
 from fireopd_jax.runtime.compilation import compile_cache
+from fireopd_jax.runtime.files import plain
 from fireopd_jax.session.opening import open_any
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicated
+from fireopd_jax.terminal.progress import progress
 from fireopd_jax.text.chat import decode
 from fireopd_jax.text.clock import CLOCK, now, stopped_kwargs
 

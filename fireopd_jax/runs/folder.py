@@ -14,7 +14,6 @@ import fcntl
 import importlib.metadata
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -28,6 +27,7 @@ import yaml
 
 from fireopd_jax.config import UserError
 from fireopd_jax.recipe.run import RunConfig
+from fireopd_jax.runtime.files import plain, write_atomically
 
 RunState = Literal["new", "resume", "complete"]
 Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -312,35 +312,6 @@ def _point_latest(root: Path, path: Path) -> None:
         beside.replace(root / "latest")
     except OSError:
         beside.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write under another name, flush to disk, rename: a reader sees the old file or the new."""
-    beside = path.with_name(f".writing-{path.name}-{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def plain(value: Any) -> Any:
-    """Return a copy of `value` for JSON: NumPy values as Python's, non-finite numbers as strings.
-
-    These are "nan", "inf" or "-inf", which `float` accepts.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return str(value) if isinstance(value, Path) else value
 
 
 def environment(devices: Sequence[str] = ()) -> dict[str, Any]:

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from fireopd_jax.recipe.schema import Config
-from fireopd_jax.runs.folder import RunFolder, write_atomically
-from fireopd_jax.runs.tracking import Tracker, curve, table
+from fireopd_jax.runs.folder import RunFolder
+from fireopd_jax.runs.tracking import Tracker
+from fireopd_jax.runtime.files import write_atomically
+from fireopd_jax.terminal.curves import curve
+from fireopd_jax.terminal.tables import table
 
 Figures = Mapping[str, Any]
 

@@ -20,7 +20,6 @@ from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe.models import ModelConfig, TeacherConfig
 from fireopd_jax.recipe.schema import Config, load_config
-from fireopd_jax.runs.tracking import progress
 from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.session.fits import check_cache, check_divisible
 from fireopd_jax.session.identity import TEMPLATES, recorded_sources, recorded_templates
@@ -29,6 +28,7 @@ from fireopd_jax.session.session import grade, make_generate
 from fireopd_jax.session.setup import set_up
 from fireopd_jax.session.specs import Model, ModelSpec, load_spec, slug
 from fireopd_jax.sharding.mesh import replicated, shard_rows
+from fireopd_jax.terminal.progress import progress
 from fireopd_jax.text.clock import stopped_kwargs
 
 ROWS = ("data.path=", "data.mixture=")

@@ -14,7 +14,7 @@ from typing import Any
 
 from fireopd_jax.config import UserError
 from fireopd_jax.models.hf_load import resolve
-from fireopd_jax.runs.folder import write_atomically
+from fireopd_jax.runtime.files import write_atomically
 from fireopd_jax.session.setup import Setup
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.text.chat_templates import key_of

@@ -18,13 +18,15 @@ from fireopd_jax.evaluation.settings import HELD_OUT
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling
-from fireopd_jax.runs.folder import RunFolder, write_atomically
-from fireopd_jax.runs.tracking import Log, progress
+from fireopd_jax.runs.folder import RunFolder
+from fireopd_jax.runs.log import Log
+from fireopd_jax.runtime.files import write_atomically
 from fireopd_jax.runtime.signals import Interrupted, StopFlag
 from fireopd_jax.session.eval_sets import OpenSet
 from fireopd_jax.session.setup import Setup
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.sharding.mesh import by_rows, replicate, shard_rows
+from fireopd_jax.terminal.progress import progress
 from fireopd_jax.text.chat import decode
 from fireopd_jax.types import Array, Prompts, Rollout
 

@@ -20,10 +20,10 @@ from fireopd_jax.recipe.models import TeacherConfig
 from fireopd_jax.recipe.schema import Config, MethodConfig, methods, used_teachers
 from fireopd_jax.remote.settings import ServedConfig
 from fireopd_jax.rollout.sampling import Sampling, seed_for
-from fireopd_jax.runs.tracking import progress
 from fireopd_jax.session.eval_sets import OpenSet, open_sets
 from fireopd_jax.session.specs import ModelSpec, make_spec, slug, stopped_at
 from fireopd_jax.sharding.mesh import make_mesh
+from fireopd_jax.terminal.progress import progress
 from fireopd_jax.text.chat_templates import with_template
 from fireopd_jax.text.checks import check_ids, check_teacher
 

@@ -8,8 +8,7 @@ the metric `perf/compilations` counts each step's compilations.
 """
 
 import dataclasses
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,47 +20,31 @@ from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import PromptLoader
 from fireopd_jax.method.batch import Assembled
 from fireopd_jax.method.config import MethodConfig
-from fireopd_jax.metrics import merge, results
+from fireopd_jax.metrics import merge
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.rollout.mixing import given_rows, mix, without
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.runs.checkpoints import Checkpoints
-from fireopd_jax.runs.completions import write_completions
-from fireopd_jax.runs.tracking import Tracker, progress
+from fireopd_jax.runs.tracking import Tracker
 from fireopd_jax.runtime.clock import StageClock
 from fireopd_jax.runtime.compilation import CompileCounter
 from fireopd_jax.runtime.signals import Interrupted
-from fireopd_jax.session.contexts import encoded_for, teacher_names, teacher_specs
+from fireopd_jax.session.contexts import encoded_for, teacher_specs
 from fireopd_jax.session.host import Policies
 from fireopd_jax.session.parameters import placed
 from fireopd_jax.session.refining import host_stages
 from fireopd_jax.session.session import Session
 from fireopd_jax.sharding.mesh import by_rows, replicated, shard_rows
-from fireopd_jax.text.chat import decode
-from fireopd_jax.training.alarms import Alarms
+from fireopd_jax.terminal.progress import progress
 from fireopd_jax.training.evaluations import StepEvaluations
 from fireopd_jax.training.loop import StepLoop
-from fireopd_jax.training.optimizer import learning_rate
 from fireopd_jax.training.prepare import StudentStart
 from fireopd_jax.training.programs import make_programs
+from fireopd_jax.training.reports import Step, StepReports
 from fireopd_jax.training.state import TrainState
-from fireopd_jax.training.update import Metrics, skip_reason
+from fireopd_jax.training.update import Metrics
 from fireopd_jax.training.windows import Windows
 from fireopd_jax.types import Rollout
-
-STAGES = ("rollout", "refine", "score", "update")
-"""The stages of a step; the time of evaluation, saving and compilation is counted separately."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """Outputs of one step that its report needs; arrays still on the device."""
-
-    metrics: Metrics
-    scored: Assembled
-    compilations: int
-    served: Mapping[str, float]
-    """Counters of requests to served teachers so far."""
 
 
 class Distillation:
@@ -88,8 +71,6 @@ class Distillation:
         ]
         """Parameters of frozen teachers, with EOS rows swapped where an alias asks for it."""
         self.programs = make_programs(setup, method, config.optim)
-        updates = config.run.steps * config.run.updates_per_rollout
-        self.learning_rate = learning_rate(config.optim, updates)
         knobs = config.rollout
         self.sampling = setup.sampling(
             "rollout",
@@ -132,7 +113,6 @@ class Distillation:
             stop=session.stop,
         )
         self.counter = CompileCounter()
-        self.alarms = Alarms()
 
     def run(self) -> Params:
         """Train to the last step, from the newest checkpoint if any; return the parameters."""
@@ -142,7 +122,6 @@ class Distillation:
             self.home / "checkpoints", keep=run.keep, keep_best=run.keep_best
         )
         done, state = self._begin()
-        self.applied = int(state.updates - state.skipped)
         with (
             Tracker(self.home) as self.tracker,
             StageClock(done) as self.clock,
@@ -152,10 +131,12 @@ class Distillation:
             self.evaluations = StepEvaluations(self.session, self.name, self.tracker)
             if done == 0:
                 self._evaluate(0, state)
-            self.reported = time.monotonic()
-            loop = StepLoop(
-                label, done, run.steps, self.report, stop=self.session.stop, advance=advance
+            applied = int(state.updates - state.skipped)
+            report = StepReports(
+                self.session, self.method, self.tracker, self.clock, self.home, self.name, applied
             )
+            stop = self.session.stop
+            loop = StepLoop(label, done, run.steps, report, stop=stop, advance=advance)
             for step in loop:
                 compiled = self.counter.count
                 policies = self.policies(state)
@@ -181,7 +162,7 @@ class Distillation:
         self.checkpoints.close()
         if skipped := int(state.skipped):
             self.session.log(f"{self.name}: {skipped} of {int(state.updates)} updates were skipped")
-        self._log_seconds()
+        report.log_seconds()
         return self.programs.merged_params(self.adapted, state.params)
 
     def _begin(self) -> tuple[int, TrainState]:
@@ -275,57 +256,6 @@ class Distillation:
             ready(metrics["skipped"].total)
         return state, described | scored.metrics | metrics
 
-    def report(self, done: int, step: Step) -> dict[str, object]:
-        """Write a finished step's metrics and completions; return the values for the progress."""
-        run = self.config.run
-        values = results(step.metrics)
-        values.update(self._derived(done, values, step))
-        for alarm in self.alarms.check(values):
-            self.session.log(f"{self.name}: step {done}: {alarm}")
-        if values["skipped"]:
-            self.session.log(f"{self.name}: step {done} skipped: {skip_reason(values)}")
-        if done % run.log_every == 0 or done == run.steps:
-            self.tracker.log(done, values)
-        if run.completions_every and (done % run.completions_every == 0 or done == run.steps):
-            setup = self.session.setup
-            write_completions(
-                self.home / "completions" / f"step_{done:06d}.parquet",
-                step.scored.batch,
-                step.scored.keep,
-                rows=setup.rows,
-                teachers=teacher_names(setup, self.method) or [""],
-                decode=partial(decode, setup.student.tokenizer),
-                grader=setup.grader,
-            )
-        shown: dict[str, object] = {}
-        if "distill/reverse_kl" in values:
-            shown["kl"] = values["distill/reverse_kl"]
-        shown["length"] = values["completions/mean_length"]
-        return shown | {"tok/s": values["perf/tokens_per_s"]}
-
-    def _derived(self, done: int, values: dict[str, float], step: Step) -> dict[str, float]:
-        """Return metrics derived on the host: rates, seconds, standard deviations."""
-        stages = self.clock.take(done - 1)
-        now = time.monotonic()
-        apart = sum(seconds for name, seconds in stages.items() if name not in STAGES)
-        seconds, self.reported = max(now - self.reported - apart, 0.0), now
-        # The schedule counts the updates that were applied.
-        self.applied += round((1 - values["skipped"]) * self.config.run.updates_per_rollout)
-        square = values.pop("method/token_weight_square")
-        mean = values["method/token_weight_mean"]
-        out = {
-            "learning_rate": float(np.asarray(self.learning_rate(max(self.applied - 1, 0)))),
-            "method/token_weight_ess": mean**2 / square if square else float("nan"),
-            "timing_s/step": seconds,
-            "perf/tokens_per_s": values["num_tokens"] / max(seconds, 1e-9),
-            "perf/compilations": step.compilations,
-        }
-        if (second := values.pop("distill/advantage_square", None)) is not None:
-            spread = second - values["distill/reverse_kl"] ** 2
-            out["distill/advantage_std"] = max(spread, 0.0) ** 0.5
-        out |= step.served
-        return out | {f"timing_s/{name}": seconds for name, seconds in sorted(stages.items())}
-
     def after(self, done: int, state: TrainState, stopping: bool) -> None:
         """Evaluate and save if due; their seconds are reported with the next step."""
         self.clock.next()
@@ -358,11 +288,3 @@ class Distillation:
             return self.evaluations(
                 done, lambda: self.programs.merged_params(self.adapted, state.params)
             )
-
-    def _log_seconds(self) -> None:
-        """Log the seconds of each stage in this process."""
-        self.clock.take(self.clock.step)
-        spent = sorted(self.clock.totals.items(), key=lambda pair: -pair[1])
-        shown = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent)
-        if shown:
-            self.session.log(f"{self.name}: {shown}")

@@ -8,8 +8,8 @@ The device never waits for a report. A signal ends the loop between two steps, a
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fireopd_jax.runs.tracking import Advance
 from fireopd_jax.runtime.signals import Interrupted, StopFlag
+from fireopd_jax.terminal.progress import Advance
 
 Report = Callable[[int, Any], dict[str, object]]
 """(steps done, outputs of the step) -> values shown beside the progress."""

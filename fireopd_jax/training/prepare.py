@@ -21,7 +21,6 @@ from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe.optim import Context, SftConfig
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.runs.checkpoints import restore_params, save_model
-from fireopd_jax.runs.tracking import progress
 from fireopd_jax.runtime.signals import Interrupted
 from fireopd_jax.session.contexts import voice_of, with_privileged
 from fireopd_jax.session.parameters import abstract_params, load_or_make, quantized
@@ -29,6 +28,7 @@ from fireopd_jax.session.session import Session, as_teacher
 from fireopd_jax.session.setup import Setup
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.sharding.mesh import replicated
+from fireopd_jax.terminal.progress import progress
 from fireopd_jax.text.chat import decode
 from fireopd_jax.training.sft import supervise
 

@@ -22,10 +22,11 @@ from fireopd_jax.metrics import results
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.recipe.optim import SftConfig
 from fireopd_jax.runs.checkpoints import Checkpoints
-from fireopd_jax.runs.tracking import Tracker, progress
+from fireopd_jax.runs.tracking import Tracker
 from fireopd_jax.runtime.signals import StopFlag
 from fireopd_jax.session.parameters import abstract_params, placed
 from fireopd_jax.sharding.mesh import replicated, shard_rows
+from fireopd_jax.terminal.progress import progress
 from fireopd_jax.training.loop import StepLoop
 from fireopd_jax.training.optimizer import make_optimizer
 from fireopd_jax.training.state import TrainState, init_state

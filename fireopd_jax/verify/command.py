@@ -13,8 +13,8 @@ import jax
 from rich.console import Console
 
 from fireopd_jax.config import UserError
-from fireopd_jax.runs.folder import write_atomically
 from fireopd_jax.runtime.compilation import compile_cache
+from fireopd_jax.runtime.files import write_atomically
 from fireopd_jax.verify import invariance, objectives, statistics
 from fireopd_jax.verify.table import Row, print_table
 

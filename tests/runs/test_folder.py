@@ -9,7 +9,8 @@ import pytest
 
 from fireopd_jax.config import UserError
 from fireopd_jax.recipe.run import RunConfig
-from fireopd_jax.runs.folder import environment, open_run, plain
+from fireopd_jax.runs.folder import environment, open_run
+from fireopd_jax.runtime.files import plain
 
 RESOLVED = {
     "run": {"steps": 3, "seed": 0, "log_every": 1},

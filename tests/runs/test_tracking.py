@@ -7,7 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from fireopd_jax.runs.tracking import Log, Tracker, curve, progress, table
+from fireopd_jax.runs.log import Log
+from fireopd_jax.runs.tracking import Tracker
+from fireopd_jax.terminal.curves import curve
+from fireopd_jax.terminal.progress import progress
+from fireopd_jax.terminal.tables import table
 
 
 class Clock:

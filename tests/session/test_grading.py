@@ -13,11 +13,11 @@ from fireopd_jax.method.filtering import KeepAll
 from fireopd_jax.method.reweighting import Uniform
 from fireopd_jax.recipe.schema import load_config
 from fireopd_jax.runs.completions import write_completions
+from fireopd_jax.session.described import unreadable_answers
 from fireopd_jax.session.host import correct
 from fireopd_jax.session.session import grade as evaluated
 from fireopd_jax.session.setup import set_up
 from fireopd_jax.text.chat import decode
-from fireopd_jax.training.run import unreadable_answers
 from tests import cases
 
 ANSWERS = ["0.5", r"\frac{1}{2}", "7", "B", r"\frac{1}{"]

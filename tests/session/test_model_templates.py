@@ -7,10 +7,10 @@ import pytest
 from fireopd_jax.config import UserError
 from fireopd_jax.recipe.schema import load_config
 from fireopd_jax.session.contexts import teacher_voices
+from fireopd_jax.session.described import clock_shown
 from fireopd_jax.session.identity import Written, check_templates, recorded_templates
 from fireopd_jax.session.setup import set_up
 from fireopd_jax.text.tokenizer import BUILTIN, load_tokenizer
-from fireopd_jax.training.run import clock_shown
 
 MODEL = (
     "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, "

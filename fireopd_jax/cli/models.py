@@ -1,18 +1,12 @@
-"""The command line: arguments and help; the commands are implemented in `commands/`.
+"""Commands about a model: eval, generate, export."""
 
-Large dependencies are imported only when a command needs them, so that `--help`, `keys` and the
-error for a mistyped key are printed at once.
-"""
-
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fireopd_jax.commands.bench import bench
-from fireopd_jax.commands.options import (
+from fireopd_jax.cli.app import app
+from fireopd_jax.cli.options import (
     AnyModel,
     Dtype,
     Greedy,
@@ -26,80 +20,6 @@ from fireopd_jax.commands.options import (
     known_dtype,
     temperature_of,
 )
-from fireopd_jax.config import UserError
-
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-# transformers is used for tokenizers only; silence its warning that PyTorch is missing.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-app = typer.Typer(
-    name="fireopd",
-    help="On-policy distillation of language models, native to JAX.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-app.add_typer(bench, name="bench")
-
-Layers = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[CONFIG.yaml | key=value]...",
-        help="Files, merged left to right, then overrides such as optim.learning_rate=1e-6.",
-    ),
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Resolve and check the configuration, print it, exit.")
-]
-KEYS = "`fireopd keys` lists every key with type, default and meaning; `fireopd keys rollout` one \
-section of them. Values are YAML; quote those with spaces: 'student.lora={rank: 16}'."
-
-
-@app.command(epilog=KEYS)
-def train(settings: Layers = None, dry_run: DryRun = False) -> None:
-    """Distil: load or make the models, train the student, evaluate it before and after."""
-    from fireopd_jax.commands.train import launch
-
-    launch("train", settings or [], dry_run)
-
-
-@app.command(epilog=KEYS)
-def sft(settings: Layers = None, dry_run: DryRun = False) -> None:
-    """Run only the supervised training of a run: of its teachers and its student."""
-    from fireopd_jax.commands.train import launch
-
-    launch("sft", settings or [], dry_run)
-
-
-@app.command(epilog=KEYS)
-def data(
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[FILE | CONFIG.yaml | key=value]...",
-            help="Rows (files, folders, patterns, names on the hub), or a run's configuration.",
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
-) -> None:
-    """Show what a run would make of its rows: columns, prompts, lengths, routes, problems."""
-    from fireopd_jax.commands.data import show
-
-    show(sources or [], as_json)
-
-
-@app.command()
-def keys(
-    prefix: Annotated[
-        str | None, typer.Argument(help="A section or a key, such as rollout or method.filter.")
-    ] = None,
-) -> None:
-    """List the keys of the configuration: all, or those of one section."""
-    from fireopd_jax.commands.keys import lines
-
-    for line in lines(prefix or ""):
-        print(line)
 
 
 @app.command("eval")
@@ -265,55 +185,6 @@ def generate(
 
 
 @app.command()
-def serve(
-    model: AnyModel,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free port.")] = 8000,
-    model_id: Annotated[
-        str | None, typer.Option("--name", help="Model id in the API; by default MODEL.")
-    ] = None,
-    name: OfRun = "student",
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Longest prompt and response; by default the model's, at most 4096."
-        ),
-    ] = None,
-    slots: Slots = None,
-    queue: Annotated[
-        int, typer.Option(min=1, help="Open responses and scores, beyond which clients must wait.")
-    ] = 1024,
-    chat_template: Template = None,
-    dtype: Dtype = None,
-    tensor: Tensor = 1,
-    ignore_config_keys: IgnoredKeys = None,
-) -> None:
-    """Serve a model over an OpenAI-compatible HTTP API: texts, and log-probs of given tokens.
-
-    If FIREOPD_SERVE_KEY is set, clients must send it as their API key.
-    """
-    from fireopd_jax.commands.serve import ServeCommand
-
-    settings = ServeCommand(
-        model=model,
-        name=name,
-        host=host,
-        port=port,
-        model_id=model_id,
-        max_tokens=max_tokens,
-        slots=slots,
-        queue=queue,
-        chat_template=chat_template,
-        dtype=known_dtype(dtype),
-        tensor=tensor,
-        ignore_config_keys=comma_separated(ignore_config_keys),
-    )
-    settings.run()
-
-
-@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")],
     to: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
@@ -336,55 +207,3 @@ def export(
     size = int(max_shard_gib * 2**30)
     export_run(run, to, model=model, step=step, dtype=known_dtype(dtype), max_shard_bytes=size)
     print(to)
-
-
-@app.command()
-def verify(
-    file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
-) -> None:
-    """Check objectives and statistics on this machine against NumPy; exit status 1 on failure."""
-    from fireopd_jax.runtime.xla_flags import several_cpu_devices
-
-    several_cpu_devices()
-    from fireopd_jax.verify.command import verify
-
-    if not verify(file):
-        raise typer.Exit(1)
-
-
-@app.command()
-def env() -> None:
-    """Print versions, machine and devices as JSON, for bug reports."""
-    from fireopd_jax.commands.env import show
-
-    show()
-
-
-@app.command(hidden=True)
-def schema(out: Annotated[Path, typer.Argument()]) -> None:
-    """Write the JSON schema of the configuration, used by `keys` and by editors."""
-    from fireopd_jax.commands.schema import write
-
-    write(out)
-
-
-def main() -> None:
-    """Run the command line; a `UserError` is one line on stderr and exit status 2."""
-    from fireopd_jax.runtime.warnings import warnings_on_stderr
-    from fireopd_jax.runtime.xla_flags import compile_quickly_on_cpu
-
-    compile_quickly_on_cpu()
-    try:
-        with warnings_on_stderr():
-            app()
-    except UserError as error:
-        print(f"fireopd: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("fireopd: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if type(error).__name__ != "Interrupted":
-            raise
-        print(f"fireopd: {error}", file=sys.stderr)
-        sys.exit(130)

@@ -1,0 +1,66 @@
+"""Commands about a run: train, sft, data, keys."""
+
+from typing import Annotated
+
+import typer
+
+from fireopd_jax.cli.app import app
+
+Layers = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml | key=value]...",
+        help="Files, merged left to right, then overrides such as optim.learning_rate=1e-6.",
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Resolve and check the configuration, print it, exit.")
+]
+KEYS = "`fireopd keys` lists every key with type, default and meaning; `fireopd keys rollout` one \
+section of them. Values are YAML; quote those with spaces: 'student.lora={rank: 16}'."
+
+
+@app.command(epilog=KEYS)
+def train(settings: Layers = None, dry_run: DryRun = False) -> None:
+    """Distil: load or make the models, train the student, evaluate it before and after."""
+    from fireopd_jax.commands.train import launch
+
+    launch("train", settings or [], dry_run)
+
+
+@app.command(epilog=KEYS)
+def sft(settings: Layers = None, dry_run: DryRun = False) -> None:
+    """Run only the supervised training of a run: of its teachers and its student."""
+    from fireopd_jax.commands.train import launch
+
+    launch("sft", settings or [], dry_run)
+
+
+@app.command(epilog=KEYS)
+def data(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE | CONFIG.yaml | key=value]...",
+            help="Rows (files, folders, patterns, names on the hub), or a run's configuration.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Show what a run would make of its rows: columns, prompts, lengths, routes, problems."""
+    from fireopd_jax.commands.data import show
+
+    show(sources or [], as_json)
+
+
+@app.command()
+def keys(
+    prefix: Annotated[
+        str | None, typer.Argument(help="A section or a key, such as rollout or method.filter.")
+    ] = None,
+) -> None:
+    """List the keys of the configuration: all, or those of one section."""
+    from fireopd_jax.commands.keys import lines
+
+    for line in lines(prefix or ""):
+        print(line)

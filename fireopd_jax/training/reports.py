@@ -1,0 +1,121 @@
+"""What is reported of each step: metrics, warnings, trajectories, values for the progress.
+
+outputs of a step -> metrics.jsonl, completions/, log, progress
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from fireopd_jax.method.batch import Assembled
+from fireopd_jax.method.config import MethodConfig
+from fireopd_jax.metrics import results
+from fireopd_jax.runs.completions import write_completions
+from fireopd_jax.runs.tracking import Tracker
+from fireopd_jax.runtime.clock import StageClock
+from fireopd_jax.session.contexts import teacher_names
+from fireopd_jax.session.session import Session
+from fireopd_jax.text.chat import decode
+from fireopd_jax.training.alarms import Alarms
+from fireopd_jax.training.optimizer import learning_rate
+from fireopd_jax.training.update import Metrics, skip_reason
+
+STAGES = ("rollout", "refine", "score", "update")
+"""The stages of a step; the time of evaluation, saving and compilation is counted separately."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Outputs of one step that its report needs; arrays still on the device."""
+
+    metrics: Metrics
+    scored: Assembled
+    compilations: int
+    served: Mapping[str, float]
+    """Counters of requests to served teachers so far."""
+
+
+class StepReports:
+    """Reports the steps of one student, or control, `name`; files go to `home`."""
+
+    def __init__(
+        self,
+        session: Session,
+        method: MethodConfig,
+        tracker: Tracker,
+        clock: StageClock,
+        home: Path,
+        name: str,
+        applied: int,
+    ):
+        self.session, self.method, self.name, self.home = session, method, name, home
+        self.config, self.log = session.setup.config, session.log
+        self.tracker, self.clock, self.alarms = tracker, clock, Alarms()
+        self.applied = applied
+        """Number of updates that were not skipped."""
+        updates = self.config.run.steps * self.config.run.updates_per_rollout
+        self.learning_rate = learning_rate(self.config.optim, updates)
+        self.reported = time.monotonic()
+
+    def __call__(self, done: int, step: Step) -> dict[str, object]:
+        """Write a finished step's metrics and completions; return the values for the progress."""
+        run = self.config.run
+        values = results(step.metrics)
+        values.update(self._derived(done, values, step))
+        for alarm in self.alarms.check(values):
+            self.log(f"{self.name}: step {done}: {alarm}")
+        if values["skipped"]:
+            self.log(f"{self.name}: step {done} skipped: {skip_reason(values)}")
+        if done % run.log_every == 0 or done == run.steps:
+            self.tracker.log(done, values)
+        if run.completions_every and (done % run.completions_every == 0 or done == run.steps):
+            setup = self.session.setup
+            write_completions(
+                self.home / "completions" / f"step_{done:06d}.parquet",
+                step.scored.batch,
+                step.scored.keep,
+                rows=setup.rows,
+                teachers=teacher_names(setup, self.method) or [""],
+                decode=partial(decode, setup.student.tokenizer),
+                grader=setup.grader,
+            )
+        shown: dict[str, object] = {}
+        if "distill/reverse_kl" in values:
+            shown["kl"] = values["distill/reverse_kl"]
+        shown["length"] = values["completions/mean_length"]
+        return shown | {"tok/s": values["perf/tokens_per_s"]}
+
+    def _derived(self, done: int, values: dict[str, float], step: Step) -> dict[str, float]:
+        """Return metrics derived on the host: rates, seconds, standard deviations."""
+        stages = self.clock.take(done - 1)
+        now = time.monotonic()
+        apart = sum(seconds for name, seconds in stages.items() if name not in STAGES)
+        seconds, self.reported = max(now - self.reported - apart, 0.0), now
+        # The schedule counts the updates that were applied.
+        self.applied += round((1 - values["skipped"]) * self.config.run.updates_per_rollout)
+        square = values.pop("method/token_weight_square")
+        mean = values["method/token_weight_mean"]
+        out = {
+            "learning_rate": float(np.asarray(self.learning_rate(max(self.applied - 1, 0)))),
+            "method/token_weight_ess": mean**2 / square if square else float("nan"),
+            "timing_s/step": seconds,
+            "perf/tokens_per_s": values["num_tokens"] / max(seconds, 1e-9),
+            "perf/compilations": step.compilations,
+        }
+        if (second := values.pop("distill/advantage_square", None)) is not None:
+            spread = second - values["distill/reverse_kl"] ** 2
+            out["distill/advantage_std"] = max(spread, 0.0) ** 0.5
+        out |= step.served
+        return out | {f"timing_s/{name}": seconds for name, seconds in sorted(stages.items())}
+
+    def log_seconds(self) -> None:
+        """Log the seconds of each stage in this process."""
+        self.clock.take(self.clock.step)
+        spent = sorted(self.clock.totals.items(), key=lambda pair: -pair[1])
+        shown = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent)
+        if shown:
+            self.log(f"{self.name}: {shown}")
