@@ -22,11 +22,22 @@ Key = tuple[str, ...]
 Origins = dict[Key, str]
 """Key -> where the user set it: "file.yaml:12", or "command line"."""
 
+LOCAL = "a path on this machine"
+"""In `Annotated`: marks a key whose values may be paths; names of another kind are allowed, too."""
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
 
 class UserError(Exception):
-    """A mistake of the user's, in one clear line; the command line prints it and exits 2."""
+    """A mistake of the user's, in one clear line; the command line prints it and exits."""
+
+    status = 2
+    """Exit status of the command."""
+
+
+class NothingLearnt(UserError):
+    """A run that cannot learn, or has not: every update was skipped, or many in a row."""
+
+    status = 1
 
 
 class Section:

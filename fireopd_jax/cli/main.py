@@ -14,7 +14,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def main() -> None:
-    """Run the command line; a `UserError` is one line on stderr and exit status 2."""
+    """Run the command line; a `UserError` is one line on stderr and its exit status."""
     from fireopd_jax.runtime.warnings import warnings_on_stderr
     from fireopd_jax.runtime.xla_flags import compile_quickly_on_cpu
 
@@ -24,7 +24,7 @@ def main() -> None:
             app()
     except UserError as error:
         print(f"fireopd: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         print("fireopd: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -16,16 +16,41 @@ Layers = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Resolve and check the configuration, print it, exit.")
 ]
+Extend = Annotated[
+    bool,
+    typer.Option(
+        "--extend",
+        help="Go on with more run.steps even where that changes the schedule of the steps to come.",
+    ),
+]
 KEYS = "`fireopd keys` lists every key with type, default and meaning; `fireopd keys rollout` one \
 section of them. Values are YAML; quote those with spaces: 'student.lora={rank: 16}'."
 
 
 @app.command(epilog=KEYS)
-def train(settings: Layers = None, dry_run: DryRun = False) -> None:
+def train(settings: Layers = None, dry_run: DryRun = False, extend: Extend = False) -> None:
     """Distil: load or make the models, train the student, evaluate it before and after."""
     from fireopd_jax.commands.train import launch
 
-    launch("train", settings or [], dry_run)
+    launch("train", settings or [], dry_run, extend)
+
+
+@app.command()
+def resume(
+    run: Annotated[str, typer.Argument(help="Folder of a run, such as runs/latest.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value]...",
+            help="Changes: run.steps=N to go on, paths of what has moved, what is logged or kept.",
+        ),
+    ] = None,
+    extend: Extend = False,
+) -> None:
+    """Go on with an interrupted run from its newest checkpoint, or with a complete one."""
+    from fireopd_jax.commands.resume import resume
+
+    resume(run, settings or [], extend)
 
 
 @app.command(epilog=KEYS)

@@ -10,7 +10,9 @@ from fireopd_jax.recipe.keys import check_layers
 from fireopd_jax.recipe.layers import read_layers
 
 
-def launch(work: Literal["train", "sft"], settings: Sequence[str], dry_run: bool) -> None:
+def launch(
+    work: Literal["train", "sft"], settings: Sequence[str], dry_run: bool, extend: bool = False
+) -> None:
     """Resolve the configuration, then print it if `dry_run`, else run the command."""
     # A mistyped key is reported before JAX, transformers and Orbax are imported.
     check_layers(read_layers(settings))
@@ -23,4 +25,4 @@ def launch(work: Literal["train", "sft"], settings: Sequence[str], dry_run: bool
         return
     from fireopd_jax.training import run
 
-    getattr(run, work)(loaded.config, loaded.notes)
+    getattr(run, work)(loaded.config, loaded.notes, extend=extend)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fireopd_jax.config import Section, config
+from fireopd_jax.config import LOCAL, Section, config
 
 
 @config
@@ -21,7 +21,7 @@ class SourceConfig(Section):
     the dot comes first. null recognises the column by its name, "" uses none.
     """
 
-    path: str | tuple[str, ...]
+    path: Annotated[str | tuple[str, ...], LOCAL]
     """A .jsonl, .json, .parquet, .csv, .tsv or .arrow file (JSON, CSV also as .gz, .bz2 or .zst), a
     pattern such as `data/*.jsonl`, a folder written by `save_to_disk` or with data files,
     `OWNER/NAME` of the Hugging Face hub, or a built-in task (`builtin:addition-D`,
@@ -76,7 +76,7 @@ class Source(SourceConfig):
 class DataConfig(SourceConfig):
     """Sources of the prompts."""
 
-    path: str | tuple[str, ...] = "builtin:addition-2"
+    path: Annotated[str | tuple[str, ...], LOCAL] = "builtin:addition-2"
     """A .jsonl, .json, .parquet, .csv, .tsv or .arrow file (JSON, CSV also as .gz, .bz2 or .zst), a
     pattern such as `data/*.jsonl`, a folder written by `save_to_disk` or with data files,
     `OWNER/NAME` of the Hugging Face hub, or a built-in task (`builtin:addition-D`,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
-from fireopd_jax.config import Section, UnitInterval, config
+from fireopd_jax.config import LOCAL, Section, UnitInterval, config
 from fireopd_jax.data.settings import DataConfig
 
 HELD_OUT = "held_out"
@@ -31,7 +31,7 @@ Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class EvalSetConfig(Section):
     """An evaluation set: problems with answers that are not in the run's own data."""
 
-    path: str | tuple[str, ...]
+    path: Annotated[str | tuple[str, ...], LOCAL]
     """Its file or data set, or a list of them, as in `data.path`."""
     subset: str | None = None
     """As `data.subset`."""

@@ -93,6 +93,11 @@ class MethodConfig:
         return self.teacher.privileged or self.refine.privileged
 
     @property
+    def follows_progress(self) -> bool:
+        """Whether a stage depends on the share of the run's updates that are done."""
+        return self.filter.follows_progress
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """Texts whose token ids the stages need, as `StageContext.special`."""
         return tuple(text for stage in self.readers for text in stage.texts)

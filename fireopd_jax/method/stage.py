@@ -47,6 +47,11 @@ class Stage:
 class Filter(Stage, abc.ABC):
     """A stage that chooses the trajectories, or tokens, that are trained on."""
 
+    @property
+    def follows_progress(self) -> bool:
+        """Whether it depends on `StageContext.progress`, and so on the length of the run."""
+        return False
+
     @abc.abstractmethod
     def __call__(
         self, scores: Scores, context: StageContext, state: StageState = ()

@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fireopd_jax.config import Section, config
+from fireopd_jax.config import LOCAL, Section, config
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.lora import LoraConfig
 from fireopd_jax.models.quantized import Quantize
@@ -19,12 +19,12 @@ class ModelConfig(Section):
     Supervised training comes first if `sft` is set.
     """
 
-    path: str | None = None
+    path: Annotated[str | None, LOCAL] = None
     """A Hugging Face folder, a name on its hub, or a model of a run: `runs/x/models/student`."""
     architecture: DecoderConfig = DecoderConfig()
     """Architecture of an embedded model, which starts from random parameters; with `path`, the
     architecture that the folder must have."""
-    tokenizer: str = "builtin:bytes"
+    tokenizer: Annotated[str, LOCAL] = "builtin:bytes"
     """Tokenizer of an embedded model: `builtin:bytes`, or a Hugging Face folder."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute dtype of a model from `path`; by default that of the folder."""
@@ -36,7 +36,7 @@ class ModelConfig(Section):
     chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Arguments of this model's chat template, such as `{enable_thinking: false}`. `strftime_now`
     is the date that a template which reads the clock shows; by default the start of the run."""
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, LOCAL] = None
     """Chat template of this model: a file (.jinja, or .json with `chat_template`), a model's folder
     that has one, the name of one of the tokenizer's several, or a built-in: `plain` (the BOS that
     the tokenizer adds, if any, and the prompt), `chatml`, `tulu`, `question`. null: the

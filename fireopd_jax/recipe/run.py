@@ -37,6 +37,8 @@ class RunConfig(Section):
     """Steps between lines of metrics.jsonl."""
     completions_every: NonNegativeInt = 50
     """Steps between saved batches of prompts and responses; 0 saves none."""
+    max_nonfinite: PositiveInt = 20
+    """Steps in a row whose loss or gradient is not finite, after which the run stops."""
     export: bool = False
     """Write the finished student to `models/student_hf` too, as a Hugging Face folder."""
     compilation_cache: bool = True

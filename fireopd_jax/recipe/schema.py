@@ -149,17 +149,6 @@ def as_tree(config: Config) -> dict[str, Any]:
     return TypeAdapter(Config).dump_python(config, mode="json")
 
 
-def with_defaults(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the configuration of an older version, with defaults for missing keys.
-
-    A configuration that this version cannot validate is returned unchanged.
-    """
-    try:
-        return as_tree(validate(Config, dict(tree), {}))
-    except UserError:
-        return tree
-
-
 def check(config: Config) -> None:
     """Raise UserError for the first conflict between sections, in the run or in a control."""
     for problem in (*conflicts(config), *sft_conflicts(config)):

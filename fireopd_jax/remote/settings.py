@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from fireopd_jax.config import Section, config
+from fireopd_jax.config import LOCAL, Section, config
 
 RESERVED = (
     "model", "messages", "prompt", "n", "seed", "max_tokens", "max_completion_tokens",
@@ -62,7 +62,7 @@ class ServedConfig(Section):
     Retry-After of the server is respected."""
     cache: Literal["all", "texts", "none"] = "all"
     """Answers to keep on disk, so that a resumed or repeated run does not pay for them again."""
-    cache_file: str | None = None
+    cache_file: Annotated[str | None, LOCAL] = None
     """File of the answers; null: one in the run's folder. Several runs may share a file: then an
     equal request of another run costs nothing, and budgets count what the file was paid with."""
     max_tokens_budget: PositiveInt | None = None

@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,32 +26,13 @@ import yaml
 
 from fireopd_jax.config import UserError
 from fireopd_jax.recipe.run import RunConfig
+from fireopd_jax.runs.changes import Changes, by_keys
 from fireopd_jax.runtime.files import plain, write_atomically
 
 RunState = Literal["new", "resume", "complete"]
-Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+Compare = Callable[[Mapping[str, Any], Mapping[str, Any]], Changes]
+"""(configuration of the folder, configuration now) -> what has changed."""
 
-# Keys that change what is logged or kept of a run, not its result: a resumed run may change them.
-INCIDENTAL = frozenset(
-    {
-        "run.name",
-        "run.dir",
-        "run.resume",
-        "run.save_every",
-        "run.keep",
-        "run.keep_best",
-        "run.log_every",
-        "run.completions_every",
-        "run.export",
-    }
-)
-OF_SERVED = re.compile(
-    r"teachers\..+\.served\.("
-    "api_key_env|concurrency|timeout_s|retries|backoff_s|tolerance|cache|cache_file"
-    "|max_tokens_budget|max_cost|price_per_million_(in|out)put)"
-)
-"""The same of teachers over HTTP: a run whose budget is spent goes on with a larger one."""
-SHOWN_DIFFERENCES = 8
 PACKAGES = (
     "fireopd-jax",
     "jax",
@@ -70,9 +50,11 @@ PACKAGES = (
 class RunFolder:
     """The folder of a run: its paths, its state, and a lock that is held until `close`."""
 
-    def __init__(self, path: Path, state: RunState, lock: int):
+    def __init__(self, path: Path, state: RunState, lock: int, changes: Changes | None = None):
         self.path = path
         self.state: RunState = state
+        self.changes = changes or Changes()
+        """Of the configuration, since the run began."""
         self._lock: int | None = lock
 
     @property
@@ -139,21 +121,30 @@ class RunFolder:
         self.close()
 
 
-def is_complete(config: RunConfig) -> bool:
-    """Return whether `run.dir` holds a complete run."""
-    return config.dir is not None and (Path(config.dir).expanduser() / "summary.json").exists()
+def state_of(
+    config: RunConfig, resolved: Mapping[str, Any], compare: Compare = by_keys
+) -> RunState:
+    """Return the state of `run.dir` as `open_run` would find it; nothing is created or locked.
+
+    Raises UserError for a run of another configuration.
+    """
+    if config.dir is None:
+        return "new"
+    path = Path(config.dir).expanduser()
+    return _state(path, config, _as_read_back(resolved), compare)[0]
 
 
 def open_run(
     config: RunConfig,
     resolved: Mapping[str, Any],
     *,
-    complete: Complete = dict,
+    compare: Compare = by_keys,
     root: Path = Path("runs"),
 ) -> RunFolder:
     """Return `run.dir`, or a new folder in `root`, locked; `resolved` is the whole configuration.
 
-    `complete` adds defaults for keys that the configuration of an older run lacks.
+    `compare` judges the differences from the configuration of a run that is there. Those that it
+    allows are written to its config.yaml; with more steps a complete run becomes one to resume.
 
     Raises UserError for a folder that is in use, is not a run, or holds a run of another
     configuration.
@@ -162,9 +153,11 @@ def open_run(
     path = _numbered(root, config.name) if config.dir is None else _named(Path(config.dir))
     lock = _lock(path)
     try:
-        state = _state(path, config, resolved, complete)
-        folder = RunFolder(path, state, lock)
-        if state == "new":
+        state, changes = _state(path, config, resolved, compare)
+        folder = RunFolder(path, state, lock, changes)
+        if changes.extended is not None:
+            set_aside(path, changes.extended)
+        if state == "new" or changes.allowed:
             write_atomically(folder.config, yaml.safe_dump(resolved, sort_keys=False))
         if state != "complete":
             for part in (folder.completions, folder.evaluation, folder.checkpoints, folder.logs):
@@ -240,65 +233,53 @@ def _lock(path: Path) -> int:
 
 
 def _state(
-    path: Path, config: RunConfig, resolved: Mapping[str, Any], complete: Complete
-) -> RunState:
+    path: Path, config: RunConfig, resolved: Mapping[str, Any], compare: Compare
+) -> tuple[RunState, Changes]:
     file = path / "config.yaml"
     if not file.exists():
-        return "new"
+        return "new", Changes()
     try:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not valid YAML; expected the configuration of a run") from error
-    if different := differences(_as_read_back(complete(before)), resolved):
-        shown = "; ".join(different[:SHOWN_DIFFERENCES])
-        more = len(different) - SHOWN_DIFFERENCES
-        raise UserError(
-            f"run.dir={path}: the folder holds a run of another configuration: {shown}"
-            + (f"; and {more} more" if more > 0 else "")
-            + ". Choose another run.dir, or run with the same configuration"
-        )
-    if (path / "summary.json").exists():
-        return "complete"
+    changes = compare(before, resolved)
+    if changes.refused:
+        raise UserError(changes.refusal(path))
+    if (path / "summary.json").exists() and changes.extended is None:
+        return "complete", changes
     if config.resume == "never":
         raise UserError(
             f"run.dir={path}: holds an interrupted run and run.resume is 'never'; expected"
             " run.resume=auto, or another run.dir"
         )
-    return "resume"
+    return "resume", changes
+
+
+def set_aside(path: Path, steps: int) -> None:
+    """Rename what a complete run of fewer steps has ended with: `_step_000100` is appended.
+
+    The summary goes first: without it the run is one to resume. May be repeated.
+    """
+    suffix = f"_step_{steps:06d}"
+    models = (path / "models").glob("*/model.json")
+    controls = [each.name for each in (path / "controls").glob("*")]
+    trained = [each.parent for each in models if each.parent.name in ("student", *controls)]
+    graded = [
+        file
+        for label in ("student_after", *(f"control_{name}" for name in controls))
+        for pattern in (f"{label}.json*", f"{label}.*.json*")
+        for file in sorted((path / "eval").glob(pattern))
+    ]
+    others = (path / "summary.json", path / "models" / "student_hf", path / "README.md")
+    for old in (others[0], *trained, *graded, *others[1:]):
+        stem, dot, rest = old.name.partition(".")
+        if old.exists():
+            old.rename(old.with_name(f"{stem}{suffix}{dot}{rest}"))
 
 
 def _as_read_back(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration as read from its YAML, in which tuples are lists."""
     return yaml.safe_load(yaml.safe_dump(dict(tree)))
-
-
-def differences(before: object, now: object) -> list[str]:
-    """Return, with both values, the dotted keys that differ and may change the result."""
-    old, new = _dotted(before), _dotted(now)
-    absent = "(absent)"
-    return [
-        f"{key} was {_shown(old, key, absent)}, is now {_shown(new, key, absent)}"
-        for key in sorted(old.keys() | new.keys())
-        if not _is_incidental(key) and _shown(old, key, absent) != _shown(new, key, absent)
-    ]
-
-
-def _is_incidental(key: str) -> bool:
-    return key in INCIDENTAL or OF_SERVED.fullmatch(key) is not None
-
-
-def _dotted(tree: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree}
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat |= _dotted(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _shown(flat: Mapping[str, object], key: str, absent: str) -> str:
-    # By text, so that NaN equals itself and true is not 1.
-    return repr(flat[key]) if key in flat else absent
 
 
 def _point_latest(root: Path, path: Path) -> None:

@@ -91,6 +91,19 @@ def _histories(homes: Mapping[str, Path], key: str) -> dict[str, list[tuple[int,
     return found
 
 
+def write_failure(folder: RunFolder, reason: str) -> None:
+    """Write the README of a run that has learnt nothing."""
+    lines = [
+        f"# {folder.path.name}",
+        "",
+        f"**This run has learnt nothing.** {reason}.",
+        "",
+        "There is no finished student. The recipe is in `config.yaml`, the lines of the run in "
+        "`logs/run.log`.",
+    ]
+    write_atomically(folder.card, "\n".join(lines) + "\n")
+
+
 def write_card(folder: RunFolder, config: Config, summary: Figures) -> None:
     """Write the run's README: method, steps and results."""
     tables = []

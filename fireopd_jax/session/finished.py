@@ -22,7 +22,7 @@ from fireopd_jax.recipe.models import ModelConfig, TeacherConfig
 from fireopd_jax.recipe.schema import Config, load_config
 from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.session.fits import check_cache, check_divisible
-from fireopd_jax.session.identity import TEMPLATES, recorded_sources, recorded_templates
+from fireopd_jax.session.identity import SOURCES, TEMPLATES, recorded_sources, recorded_templates
 from fireopd_jax.session.parameters import load_or_make, load_own
 from fireopd_jax.session.session import grade, make_generate
 from fireopd_jax.session.setup import set_up
@@ -38,7 +38,7 @@ ROWS = ("data.path=", "data.mixture=")
 def model_folders(run: Path) -> dict[str, Path]:
     """Return the folder of each model of a run by name: in the run, or where a frozen one is."""
     own = {path.parent.name: path.parent for path in (run / "models").glob("*/model.json")}
-    sources = recorded_sources(run / "models" / "sources.json")
+    sources = recorded_sources(run / SOURCES)
     read = {slug(name): Path(source["folder"]) for name, source in sources.items()}
     return dict(sorted((read | own).items()))
 

@@ -20,6 +20,7 @@ from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.text.chat_templates import key_of
 
 BLOCK = 1 << 22
+SOURCES = "models/sources.json"
 TEMPLATES = "models/templates.json"
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
 DIGEST = 64

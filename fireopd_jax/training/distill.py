@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fireopd_jax.config import UserError
+from fireopd_jax.config import NothingLearnt, UserError
 from fireopd_jax.data.pipeline import PromptLoader
 from fireopd_jax.method.batch import Assembled
 from fireopd_jax.method.config import MethodConfig
@@ -157,12 +157,18 @@ class Distillation:
                 del judge
                 served = self.session.served_stats()
                 left = Step(metrics, scored, self.counter.count - compiled, served)
-                loop.dispatched(step + 1, left, flush=self._saves(step + 1))
+                try:
+                    loop.dispatched(step + 1, left, flush=self._saves(step + 1))
+                except NothingLearnt:
+                    self.save(step + 1, state)
+                    self.checkpoints.close()
+                    raise
                 self.after(step + 1, state, loop.stopping)
         self.checkpoints.close()
         if skipped := int(state.skipped):
             self.session.log(f"{self.name}: {skipped} of {int(state.updates)} updates were skipped")
         report.log_seconds()
+        report.guard.end(int(state.updates), int(state.skipped))
         return self.programs.merged_params(self.adapted, state.params)
 
     def _begin(self) -> tuple[int, TrainState]:

@@ -30,6 +30,7 @@ from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.sharding.mesh import replicated
 from fireopd_jax.terminal.progress import progress
 from fireopd_jax.text.chat import decode
+from fireopd_jax.training.guard import Guard
 from fireopd_jax.training.sft import supervise
 
 Make = Callable[[Path], Params]
@@ -161,6 +162,7 @@ def _maker(session: Session, spec: ModelSpec, rows: np.ndarray, teachers: Sequen
             home=home,
             stop=session.stop,
             log=session.log,
+            guard=Guard(spec.name, session.setup.config.run.max_nonfinite),
         )
         return quantized(spec, params, place)
 

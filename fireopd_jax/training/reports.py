@@ -21,6 +21,7 @@ from fireopd_jax.session.contexts import teacher_names
 from fireopd_jax.session.session import Session
 from fireopd_jax.text.chat import decode
 from fireopd_jax.training.alarms import Alarms
+from fireopd_jax.training.guard import Guard
 from fireopd_jax.training.optimizer import learning_rate
 from fireopd_jax.training.update import Metrics, skip_reason
 
@@ -55,6 +56,7 @@ class StepReports:
         self.session, self.method, self.name, self.home = session, method, name, home
         self.config, self.log = session.setup.config, session.log
         self.tracker, self.clock, self.alarms = tracker, clock, Alarms()
+        self.guard = Guard(name, self.config.run.max_nonfinite)
         self.applied = applied
         """Number of updates that were not skipped."""
         updates = self.config.run.steps * self.config.run.updates_per_rollout
@@ -87,6 +89,7 @@ class StepReports:
         if "distill/reverse_kl" in values:
             shown["kl"] = values["distill/reverse_kl"]
         shown["length"] = values["completions/mean_length"]
+        self.guard.check(done, values)
         return shown | {"tok/s": values["perf/tokens_per_s"]}
 
     def _derived(self, done: int, values: dict[str, float], step: Step) -> dict[str, float]:

@@ -8,6 +8,7 @@ Every finished model is saved in `models/`, so that a resumed run does not train
 import functools
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fireopd_jax.config import NothingLearnt
 from fireopd_jax.data.identity import (
     ROWS_FILE,
     check_rows,
@@ -27,16 +29,18 @@ from fireopd_jax.data.identity import (
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.language_model import Params
-from fireopd_jax.recipe.schema import Config, as_tree, methods, with_defaults, with_method
-from fireopd_jax.runs.folder import RunFolder, environment, is_complete, open_run
+from fireopd_jax.recipe.paths import absolute
+from fireopd_jax.recipe.schema import Config, as_tree, methods, with_method
+from fireopd_jax.runs.folder import RunFolder, environment, open_run, state_of
 from fireopd_jax.runs.log import Log
-from fireopd_jax.runs.report import print_curve, print_results, write_card
+from fireopd_jax.runs.report import print_curve, print_results, write_card, write_failure
 from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.runtime.signals import Interrupted, stop_on_signal
 from fireopd_jax.session.described import log_setup
 from fireopd_jax.session.exporting import check_exportable, export
 from fireopd_jax.session.fits import check_pages, check_training_batches
 from fireopd_jax.session.identity import (
+    SOURCES,
     TEMPLATES,
     Written,
     check_sources,
@@ -48,6 +52,7 @@ from fireopd_jax.session.session import Figures, Session
 from fireopd_jax.session.setup import Setup, set_up
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.text.clock import now
+from fireopd_jax.training.continuing import Continuation
 from fireopd_jax.training.distill import Distillation
 from fireopd_jax.training.prepare import (
     StudentStart,
@@ -61,31 +66,41 @@ from fireopd_jax.training.prepare import (
 Summary = dict[str, Any]
 
 
-def train(config: Config, notes: Sequence[str] = ()) -> Summary:
+def train(config: Config, notes: Sequence[str] = (), *, extend: bool = False) -> Summary:
     """Run the training that `config` describes, or resume it; return the run's summary.
 
-    Raises `UserError` for an error in the configuration or the data, and `Interrupted` when a
-    signal stopped the run after a save. `notes` are logged first.
+    `notes` are logged first. With more steps than before, a run goes on; `extend` allows it where
+    that changes the schedule of the steps to come.
+
+    Raises `UserError` for an error in the configuration or the data, `NothingLearnt` for a run
+    without a finite update, and `Interrupted` when a signal stopped the run after a save.
     """
-    return _in_folder(config, _train, "summary.json", notes)
+    return _in_folder(config, _train, "summary.json", notes, extend)
 
 
-def sft(config: Config, notes: Sequence[str] = ()) -> Summary:
+def sft(config: Config, notes: Sequence[str] = (), *, extend: bool = False) -> Summary:
     """Run only the supervised training, of teachers and student; return its summary.
 
     The run is not complete: `train` on the same folder continues from there.
     """
-    return _in_folder(config, _sft, "sft.json", notes)
+    return _in_folder(config, _sft, "sft.json", notes, extend)
 
 
 def _in_folder(
-    config: Config, work: Callable[[Session], Summary], record: str, notes: Sequence[str]
+    config: Config,
+    work: Callable[[Session], Summary],
+    record: str,
+    notes: Sequence[str],
+    extend: bool,
 ) -> Summary:
     start = time.monotonic()
     compile_cache(config.run.compilation_cache)
+    config = absolute(config, Path.cwd())
+    compare = Continuation(Path(config.run.dir or ".").expanduser(), extend)
+    state = state_of(config.run, as_tree(config), compare)
     # Errors in the data must not leave a run folder behind.
     moment = start_of(config)
-    setup = None if is_complete(config.run) else set_up(config, moment)
+    setup = None if state == "complete" else set_up(config, moment)
     if setup is not None:
         check_training_batches(config, setup.mesh, drawing(setup))
         for opened in setup.sets:
@@ -94,18 +109,23 @@ def _in_folder(
         check_trainable(setup.student, setup.teachers)
         if config.run.export:
             check_exportable(setup.student)
-    with open_run(config.run, as_tree(config), complete=with_defaults) as folder:
+    with open_run(config.run, as_tree(config), compare=compare) as folder:
         if setup is None or folder.state == "complete":
-            print(f"{folder.path}: this run is complete, nothing to do")
+            more = f"fireopd resume {quoted(folder)} run.steps=N goes on to N steps"
+            print(f"{folder.path}: this run is complete, nothing to do; {more}")
             return json.loads(folder.summary.read_text(encoding="utf-8"))
         with stop_on_signal() as stop, Log(folder.logs) as log:
             log(f"{'resuming' if folder.state == 'resume' else 'writing'} {folder.path}")
-            for note in notes:
+            for note in (*notes, *folder.changes.allowed):
                 log(note)
-            folder.write_json("env.json", environment([str(d) for d in jax.devices()]))
+            if folder.changes.extended is not None:
+                for line in compare.effects(config, folder.changes.extended):
+                    log(line)
+            devices = environment([str(device) for device in jax.devices()])
+            folder.write_json("env.json", devices | {"work": work.__name__.strip("_")})
             if read_elsewhere := frozen(setup):
                 log(f"hashing the files of {', '.join(spec.name for spec in read_elsewhere)}")
-            check_sources(folder.path / "models" / "sources.json", read_elsewhere)
+            check_sources(folder.path / SOURCES, read_elsewhere)
             check_templates(folder.path / TEMPLATES, Written.of(setup, moment))
             record_rows(setup, folder)
             session = Session(setup, folder, stop, log)
@@ -113,7 +133,11 @@ def _in_folder(
             try:
                 summary = work(session)
             except Interrupted as stopped:
-                raise Interrupted(f"{stopped}; resume with run.dir={folder.path}") from None
+                more = f"go on with: fireopd resume {quoted(folder)}"
+                raise Interrupted(f"{stopped}; {more}") from None
+            except NothingLearnt as failed:
+                write_failure(folder, str(failed))
+                raise
             finally:
                 if session.connections is not None:
                     session.connections.close()
@@ -121,6 +145,11 @@ def _in_folder(
             folder.write_json(record, summary)
             log(f"done in {summary['seconds']:.0f} s: {folder.path / record}")
     return summary
+
+
+def quoted(folder: RunFolder) -> str:
+    """Return the path of a run for use in a shell."""
+    return shlex.quote(str(folder.path))
 
 
 def start_of(config: Config) -> str:

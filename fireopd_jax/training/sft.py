@@ -27,6 +27,7 @@ from fireopd_jax.runtime.signals import StopFlag
 from fireopd_jax.session.parameters import abstract_params, placed
 from fireopd_jax.sharding.mesh import replicated, shard_rows
 from fireopd_jax.terminal.progress import progress
+from fireopd_jax.training.guard import Guard
 from fireopd_jax.training.loop import StepLoop
 from fireopd_jax.training.optimizer import make_optimizer
 from fireopd_jax.training.state import TrainState, init_state
@@ -67,8 +68,11 @@ def supervised_batch(prompts: Prompts) -> Batch:
 class LossReports:
     """Writes the metrics of each step, and checks the loss against `stop_loss`."""
 
-    def __init__(self, name: str, tracker: Tracker, stop_loss: float | None, log: Log):
+    def __init__(
+        self, name: str, tracker: Tracker, stop_loss: float | None, log: Log, guard: Guard
+    ):
         self.name, self.tracker, self.stop_loss, self.log = name, tracker, stop_loss, log
+        self.guard = guard
         self.losses = dict(tracker.history("loss"))
 
     def __call__(self, done: int, metrics: Metrics) -> dict[str, object]:
@@ -78,6 +82,7 @@ class LossReports:
         self.losses[done] = values["loss"]
         if values["skipped"]:
             self.log(f"{self.name}: step {done} skipped: {skip_reason(values)}")
+        self.guard.check(done, values)
         return {"loss": values["loss"]}
 
     def low_enough(self, done: int) -> bool:
@@ -98,11 +103,12 @@ def supervise(
     home: Path,
     stop: StopFlag,
     log: Log,
+    guard: Guard,
 ) -> Params:
     """Return a model's parameters after training on the loader's references.
 
     `start` returns the initial parameters, which are donated; it is not called when the training
-    is resumed from a checkpoint in `home`.
+    is resumed from a checkpoint in `home`. `guard` raises NothingLearnt.
     """
     begin, update = _programs(model, config, mesh)
     checkpoints = Checkpoints(home / "checkpoints", keep=1)
@@ -117,7 +123,7 @@ def supervise(
         log(f"{name}: resuming from step {done}")
     with Tracker(home) as tracker, progress(f"sft {name}", config.steps) as advance:
         tracker.truncate(done + 1)
-        report = LossReports(name, tracker, config.stop_loss, log)
+        report = LossReports(name, tracker, config.stop_loss, log, guard)
         loop = StepLoop(f"sft {name}", done, config.steps, report, stop=stop, advance=advance)
         for step in loop:
             if report.low_enough(step):
@@ -133,6 +139,7 @@ def supervise(
     checkpoints.close()
     if skipped := int(state.skipped):
         log(f"{name}: {skipped} of {int(state.updates)} updates were skipped")
+    guard.end(int(state.updates), int(state.skipped))
     return state.params
 
 

@@ -54,6 +54,11 @@ class AllOf(Filter):
         return frozenset().union(*(each.needs for each in self.filters))
 
     @property
+    def follows_progress(self) -> bool:
+        """Whether any of the filters depends on the share of the updates that are done."""
+        return any(each.follows_progress for each in self.filters)
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """Texts whose token ids any of the filters needs."""
         return tuple(text for each in self.filters for text in each.texts)

@@ -44,6 +44,11 @@ class Reopold(StatelessFilter):
         {"teacher.logprob", "student.logprob", "student.entropy"}
     )
 
+    @property
+    def follows_progress(self) -> bool:
+        """True: the second phase begins after a fraction of the updates."""
+        return True
+
     def keep(self, scores: Scores, context: StageContext) -> Bool[Array, "B T"]:
         """Return the tokens that are kept."""
         mask = jnp.asarray(context.mask)

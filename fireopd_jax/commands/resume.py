@@ -1,0 +1,66 @@
+"""`fireopd resume`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from fireopd_jax.config import Key, UserError
+from fireopd_jax.recipe.keys import check_layers
+from fireopd_jax.recipe.layers import read_layers
+
+
+def resume(run: str, settings: Sequence[str], extend: bool) -> None:
+    """Go on with the run in a folder, with some keys changed, by the command that began it."""
+    folder = run_folder(run)
+    file = str(folder / "config.yaml")
+    for setting in settings:
+        if "=" not in setting:
+            raise UserError(f"{setting}: expected key=value; the configuration is that of {folder}")
+        if setting.startswith("run.dir="):
+            raise UserError(f"{setting}: the run stays in {folder}; expected other keys")
+    check_layers(read_layers([file, *settings]))
+    from fireopd_jax.data.identity import recorded_rows
+    from fireopd_jax.recipe.paths import anchored, with_paths
+    from fireopd_jax.recipe.schema import load
+    from fireopd_jax.training import run as running
+
+    recorded, own = recorded_rows(folder), {}
+    home = Path.cwd() if recorded is None else Path(recorded["folder"])
+
+    def note(key: Key, path: str) -> str:
+        own[key] = path
+        return path
+
+    def place(key: Key, path: str) -> str:
+        return anchored(path, home if own.get(key) == path else Path.cwd())
+
+    with_paths(load([file]).config, note)
+    loaded = load([file, f"run.dir={folder}", *settings])
+    notes = [line for line in loaded.notes if not line.startswith(f"warning: {file}")]
+    work = {"train": running.train, "sft": running.sft}[begun_by(folder)]
+    work(with_paths(loaded.config, place), notes, extend=extend)
+
+
+def run_folder(run: str) -> Path:
+    """Return the folder of a run; raise UserError, with the nearest right thing, for another."""
+    folder = Path(run).expanduser()
+    if (folder / "config.yaml").is_file():
+        return folder
+    if folder.suffix in (".yaml", ".yml"):
+        raise UserError(f"{run}: a configuration; fireopd train {run} begins a run with it")
+    above = next((each for each in folder.parents if (each / "config.yaml").is_file()), None)
+    if above is not None:
+        raise UserError(f"{run}: not the folder of a run, but in one: fireopd resume {above}")
+    if not folder.exists() and (Path("runs") / folder / "config.yaml").is_file():
+        raise UserError(f"{run}: no such folder (did you mean {'runs' / folder}?)")
+    raise UserError(f"{run}: no run is there (no config.yaml); expected such as runs/latest")
+
+
+def begun_by(folder: Path) -> str:
+    """Return the command that a run was begun by: train, or sft."""
+    file = folder / "env.json"
+    try:
+        work = json.loads(file.read_text(encoding="utf-8")).get("work", "train")
+    except (OSError, ValueError, AttributeError):
+        return "train"
+    return work if work in ("train", "sft") else "train"
