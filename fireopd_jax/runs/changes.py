@@ -31,6 +31,8 @@ OF_SERVED = re.compile(
     "|max_tokens_budget|max_cost|price_per_million_(in|out)put)"
 )
 """The same of teachers over HTTP: a run whose budget is spent goes on with a larger one."""
+OF_THE_CALL = ("run.dir", "run.resume")
+"""Keys that say how a run is opened: that they differ is not worth a line."""
 SHOWN = 8
 
 
@@ -60,7 +62,7 @@ class Changes:
 
 def by_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     """Return the changes of resolved configurations as plain data."""
-    every = differences(before, now, lambda key: True)
+    every = differences(before, now, lambda key: key not in OF_THE_CALL)
     refused = differences(before, now)
     return Changes(refused, [line for line in every if line not in refused])
 

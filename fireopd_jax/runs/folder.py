@@ -157,7 +157,7 @@ def open_run(
         folder = RunFolder(path, state, lock, changes)
         if changes.extended is not None:
             set_aside(path, changes.extended)
-        if state == "new" or changes.allowed:
+        if state == "new" or (state == "resume" and changes.allowed):
             write_atomically(folder.config, yaml.safe_dump(resolved, sort_keys=False))
         if state != "complete":
             for part in (folder.completions, folder.evaluation, folder.checkpoints, folder.logs):
