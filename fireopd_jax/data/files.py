@@ -27,6 +27,11 @@ OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 LONGEST_ROW = 2**26
 """Bytes of a row, beyond which it is no row of text."""
+MOST_ROWS = 100_000_000
+EXPANSION = 100
+"""Ratio of a compressed file, beyond which it is made to fill the memory; texts have 3 to 20."""
+UNSUSPICIOUS = 2**28
+"""Bytes that any compressed file may have, whatever its ratio."""
 BATCH = 1024
 """Rows of columnar files that are in memory at a time."""
 
@@ -52,6 +57,8 @@ def kinds() -> str:
 def read_file(path: str) -> Rows:
     """Yield number and columns of each row of a file; an empty file is an error."""
     file = Path(path).expanduser()
+    if file.exists() and not file.is_file():
+        raise UserError(f"{path}: a device, pipe or folder; expected a file of rows")
     number = 0
     try:
         for number, record in READERS[_suffix(path)](file):
@@ -60,6 +67,8 @@ def read_file(path: str) -> Rows:
                     f"{path}:{number}: expected an object of columns, found {kind(record)}"
                 )
             check_size(record, f"{path}:{number}")
+            if number > MOST_ROWS:
+                raise UserError(f"{path}: over {MOST_ROWS:,} rows; expected a smaller file")
             yield number, record
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -83,9 +92,16 @@ def text_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yield number and text of each line; raise UserError for one too long or not UTF-8."""
     with pyarrow.input_stream(str(file), compression=_compression(file)) as stream:
         lines = io.BufferedReader(stream)  # pyright: ignore[reportArgumentType]
-        number = 0
+        number = total = 0
+        bound = max(UNSUSPICIOUS, EXPANSION * file.stat().st_size)
         while line := lines.readline(LONGEST_ROW + 1):
             number += 1
+            total += len(line)
+            if total > bound:
+                raise UserError(
+                    f"{file}: over {EXPANSION} times as large as its {file.stat().st_size:,} bytes "
+                    "when it is decompressed; expected a file of rows"
+                )
             if number == 1 and line[:2] in UTF_16:
                 raise UserError(
                     f"{file}: the text is UTF-16; save it as UTF-8: "
@@ -265,6 +281,10 @@ def missing(path: str) -> UserError:
     """Return the error for a path or pattern without a file, with the nearest name beside it."""
     if glob.has_magic(path):
         return UserError(f"data.path: no file matches {path!r}")
+    if (file := Path(path).expanduser()).is_symlink() or file.exists():
+        return UserError(
+            f"data.path: {path!r} is a device, a pipe or a link to nothing; expected a file of rows"
+        )
     return UserError(f"data.path: no file {path!r}{nearest(Path(path).name, beside(path))}")
 
 

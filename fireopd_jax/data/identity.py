@@ -18,6 +18,7 @@ from fireopd_jax.data.files import matching
 from fireopd_jax.data.repeats import prompt_digest
 from fireopd_jax.data.rows import Row
 from fireopd_jax.data.settings import DataConfig, SourceConfig
+from fireopd_jax.runtime.files import recorded
 
 ROWS_FILE = "data.json"
 """In the folder of a run."""
@@ -53,7 +54,12 @@ def check_sets(now: Mapping[str, str], recorded: Mapping[str, Any], run: Path) -
 def recorded_rows(run: Path) -> dict[str, Any] | None:
     """Return the identity of a run's rows; None for a run of a version that recorded none."""
     file = run / ROWS_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    found = recorded(file)
+    if not {"folder", "rows", "sha256"} <= found.keys():
+        raise UserError(f"{file}: damaged; delete it, a resumed run writes it again")
+    return found
 
 
 def check_rows(rows: Sequence[Row], recorded: Mapping[str, Any], run: Path) -> None:

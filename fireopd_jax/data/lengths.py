@@ -12,6 +12,9 @@ from fireopd_jax.config import UserError
 from fireopd_jax.data.rows import Row
 from fireopd_jax.data.settings import DataConfig
 
+BLOCK = 16
+"""Limits that errors suggest are multiples of this."""
+
 
 def not_too_long(
     rows: Sequence[Row], longest: Integer[np.ndarray, " N"], config: DataConfig
@@ -25,12 +28,21 @@ def not_too_long(
             f"data.max_prompt_tokens={limit}; raise it, or set data.overlong=drop"
         )
     if len(over) == len(rows):
-        shortest = f", the shortest has {longest.min()}" if len(rows) else ""
         raise UserError(
-            f"data.max_prompt_tokens: none of {len(rows)} prompts fits into "
-            f"{limit} tokens{shortest}"
+            f"data.max_prompt_tokens={limit}: none of {len(rows)} prompts fits{_that_fits(longest)}"
         )
     return np.flatnonzero(longest <= limit)
+
+
+def _that_fits(longest: Integer[np.ndarray, " N"]) -> str:
+    """Return the lengths of the prompts, and the limit that all but the longest hundredth meet."""
+    if not len(longest):
+        return ""
+    most = int(np.quantile(longest, 0.99, method="higher"))
+    return (
+        f", they have {longest.min()} to {longest.max()} tokens; expected "
+        f"data.max_prompt_tokens={-(-most // BLOCK) * BLOCK}"
+    )
 
 
 def not_too_short(

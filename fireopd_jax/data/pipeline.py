@@ -29,6 +29,8 @@ from fireopd_jax.types import Prompts
 SAMPLE_IDS = 2**31
 CHUNK = 1000
 """Rows that are tokenized at a time: lists of ids take ten times the memory of arrays."""
+PROBLEMS, TENTH = 64, 10
+"""Problems that are held out by default, of at least ten times as many prompts with answers."""
 MANY = 20_000
 """Rows above which tokenizing takes long enough to be shown."""
 Show = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
@@ -68,25 +70,28 @@ class Encoded:
 
 
 def split(
-    rows: Sequence[Row], held_out: int
+    rows: Sequence[Row], held_out: int | None
 ) -> tuple[Integer[np.ndarray, " M"], Integer[np.ndarray, " K"]]:
     """Return the indices of the training rows and of the rows of `held_out` distinct prompts.
 
     Of the prompts whose rows all have answers, those with the smallest SHA-256 are held out, so the
     choice does not depend on the order of the rows, and rows with equal prompts are on the same
     side. The held-out rows are ordered by hash: any first few of them are an unbiased sample,
-    however the file is sorted. Raises `UserError` if too few prompts have answers, or if no
-    training row would be left.
+    however the file is sorted. By default (None) `PROBLEMS` are, or a tenth of those prompts if
+    that is less. Raises `UserError` if too few prompts have answers, or if no training row would
+    be left.
     """
     digests = [prompt_digest(row) for row in rows]
     distinct = set(digests)
+    unanswered = {d for d, row in zip(digests, rows, strict=True) if row.answer is None}
+    answered = sorted(distinct - unanswered)
+    if held_out is None:
+        held_out = min(PROBLEMS, len(answered) // TENTH)
     if held_out >= len(distinct):
         raise UserError(
             f"eval.problems={held_out}: nothing is left to train on, the rows that fit have "
             f"{len(distinct)} distinct prompts"
         )
-    unanswered = {d for d, row in zip(digests, rows, strict=True) if row.answer is None}
-    answered = sorted(distinct - unanswered)
     if held_out > len(answered):
         without = next(row for row in rows if row.answer is None)
         raise UserError(

@@ -27,8 +27,8 @@ ENVIRONMENT = {
     **{name: os.environ[name] for name in KEPT if name in os.environ},
     "PYTHONHASHSEED": "0",  # The order of sets, hence a program's output, is the same every time.
     "LC_ALL": "C.UTF-8",
-    "HOME": "/work",
-    "TMPDIR": "/work",
+    "HOME": "/program",
+    "TMPDIR": "/program",
     "OPENBLAS_NUM_THREADS": "1",
 }
 """The whole environment: nothing else of the caller's, which holds secrets."""

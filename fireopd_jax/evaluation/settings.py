@@ -76,9 +76,10 @@ class EvalSetConfig(Section):
 class EvalConfig(Section):
     """Settings of the evaluation."""
 
-    problems: NonNegativeInt = 256
-    """Number of problems held out from training; 0 turns the evaluation on them off."""
-    samples: PositiveInt = 8
+    problems: NonNegativeInt | None = None
+    """Number of problems held out from training; 0 turns the evaluation on them off. null: 64, or a
+    tenth of the prompts with an answer if that is less: none where no row has an answer."""
+    samples: PositiveInt = 4
     """Responses per problem: the k of avg@k."""
     batch_size: PositiveInt | None = None
     """Responses sampled at a time. null: as many as in a training step, with the same program."""
@@ -98,12 +99,12 @@ class EvalConfig(Section):
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         """Nothing is evaluated without problems or sets, nor between steps without `every`."""
-        if not self.problems:
+        if self.problems == 0:
             used = ("batch_size", "temperature", "top_p", "every") if self.sets else ("batch_size",)
             for field in dataclasses.fields(self):
                 if field.name not in ("problems", "sets", *used):
                     yield field.name, "with eval.problems=0"
         elif not self.every:
             yield "every_problems", "with eval.every=0"
-        if self.temperature == 0 and (self.problems or self.sets):
+        if self.temperature == 0 and (self.problems != 0 or self.sets):
             yield "top_p", "with eval.temperature=0, which is greedy"

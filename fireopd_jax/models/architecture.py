@@ -5,9 +5,9 @@ code of a family (biases, query and key norms, extra norms) are fields, too.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from fireopd_jax.config import config
 from fireopd_jax.models.rope import LinearRope, Llama3Rope, RopeScaling, YarnRope
@@ -15,6 +15,10 @@ from fireopd_jax.models.rope import LinearRope, Llama3Rope, RopeScaling, YarnRop
 Family = Literal[
     "qwen3", "qwen3_moe", "qwen2", "llama", "smollm3", "mistral", "ministral", "gemma3_text"
 ]
+# No model is larger; a misprint, or a stranger's file, must not be counted to or allocated.
+Size = Annotated[int, Field(gt=0, le=2**24)]
+MOST_LAYERS = 2**12
+Layers = Annotated[int, Field(gt=0, le=MOST_LAYERS)]
 LayerType = Literal["full_attention", "sliding_attention"]
 
 
@@ -22,11 +26,11 @@ LayerType = Literal["full_attention", "sliding_attention"]
 class MoEConfig:
     """A mixture of experts in place of the MLP of every layer."""
 
-    num_experts: PositiveInt = 8
+    num_experts: Size = 8
     """Experts in each layer."""
     num_experts_per_tok: PositiveInt = 2
     """Experts that each token is routed to."""
-    moe_intermediate_size: PositiveInt = 128
+    moe_intermediate_size: Size = 128
     """Width of each expert's gated MLP."""
     norm_topk_prob: bool = True
     """Renormalise the probabilities of the chosen experts to sum to one."""
@@ -58,19 +62,19 @@ class DecoderConfig:
 
     model_type: Family = "qwen3"
     """Model family of Hugging Face that the model is exported as."""
-    vocab_size: PositiveInt | None = None
+    vocab_size: Size | None = None
     """Rows of the embedding and of the head; by default the size of the tokenizer."""
-    hidden_size: PositiveInt = 128
+    hidden_size: Size = 128
     """Width of the residual stream."""
-    num_hidden_layers: PositiveInt = 3
+    num_hidden_layers: Layers = 3
     """Decoder layers."""
-    num_attention_heads: PositiveInt = 4
+    num_attention_heads: Size = 4
     """Query heads."""
-    num_key_value_heads: PositiveInt = 2
+    num_key_value_heads: Size = 2
     """Key and value heads; divides the query heads."""
-    head_dim: PositiveInt = 32
+    head_dim: Size = 32
     """Width of a head; even."""
-    intermediate_size: PositiveInt = 384
+    intermediate_size: Size = 384
     """Width of the gated MLP."""
     hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
     """Activation of the gate."""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from fireopd_jax.config import UserError
-from fireopd_jax.models.architecture import DecoderConfig, MoEConfig
+from fireopd_jax.models.architecture import MOST_LAYERS, DecoderConfig, MoEConfig
 from fireopd_jax.models.hf_forms import FORMS, NONE_IGNORED, IgnoredKeys, Json, Reader
 from fireopd_jax.models.rope import LinearRope, Llama3Rope, YarnRope
 
@@ -26,6 +26,10 @@ def architecture(
     Raises UserError with file and key for an unsupported family, key or value.
     """
     reader = Reader(config_json, source, ignored)
+    if (layers := reader.integer("num_hidden_layers")) > MOST_LAYERS:
+        raise reader.error(
+            "num_hidden_layers", f"expected at most {MOST_LAYERS:,} layers (it is {layers:,})"
+        )
     fields = dict(reader.form.fixed) | _sizes(reader) | _biases(reader) | _windows(reader)
     fields |= _rope(reader, "sliding_window" in fields)
     fields["max_position_embeddings"] = _longest(reader, fields["rope_scaling"])

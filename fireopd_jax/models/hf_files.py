@@ -24,7 +24,18 @@ TYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
+INFINITY = {
+    TYPES["F32"]: np.uint32(0x7F800000),
+    TYPES["F16"]: np.uint16(0x7C00),
+    TYPES["BF16"]: np.uint16(0x7F80),
+}
+"""Bits of infinity; those of NaN are larger integers."""
+SIGN = {np.dtype(np.uint32): np.uint32(2**31), np.dtype(np.uint16): np.uint16(2**15)}
+PIECE = 2**17
+"""Values that are compared at a time, in the processor's cache."""
 ALIGNMENT = 64
+LONGEST_HEADER = 100_000_000
+"""Bytes of a header, as the library safetensors has it."""
 POINTER = b"version https://git-lfs"
 Slices = tuple[slice, ...]
 
@@ -37,6 +48,7 @@ class Stored:
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
+    name: str
 
     @property
     def bytes(self) -> int:
@@ -44,7 +56,10 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Read indices `start` to `stop` of the first axis."""
+        """Read indices `start` to `stop` of the first axis.
+
+        Raises UserError for values that are not finite: a model with such weights computes nothing.
+        """
         inner = math.prod(self.shape[1:])
         values = np.fromfile(
             self.file,
@@ -52,6 +67,13 @@ class Stored:
             count=(stop - start) * inner,
             offset=self.offset + start * inner * self.dtype.itemsize,
         )
+        if len(values) < (stop - start) * inner:
+            raise UserError(f"{self.file}: cut off while it was read, in {self.name}")
+        if (first := first_nonfinite(values)) is not None:
+            raise UserError(
+                f"{self.file}: {self.name} is not finite: {values[first]} in row "
+                f"{start + first // max(inner, 1)}; expected the weights of a model that works"
+            )
         return values.reshape(stop - start, *self.shape[1:])
 
     def place(self, sharding: Sharding) -> jax.Array:
@@ -67,6 +89,23 @@ class Stored:
             return read[start, stop][(slice(None), *index[1:])]
 
         return jax.make_array_from_callback(self.shape, sharding, part)
+
+
+def first_nonfinite(values: np.ndarray) -> int | None:
+    """Return the index of the first value that is NaN or infinite, None without one.
+
+    Integers of the bits are compared: NumPy has no fast `isfinite` for bfloat16.
+    """
+    infinity = INFINITY[values.dtype]
+    bits = values.reshape(-1).view(infinity.dtype)
+    signed = bits.view(f"i{infinity.itemsize}")
+    for start in range(0, len(bits), PIECE):
+        part = slice(start, start + PIECE)
+        # NaN and infinity are the largest integers: signed the positive ones, unsigned the others.
+        if signed[part].max() >= infinity or bits[part].max() >= infinity | SIGN[infinity.dtype]:
+            magnitude = bits[part] & ~SIGN[infinity.dtype]
+            return start + int(np.argmax(magnitude >= infinity))
+    return None
 
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -124,6 +163,8 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= size - 8:
             raise UserError(f"{file}: not a complete safetensors file: its header is cut off")
+        if length > LONGEST_HEADER:
+            raise UserError(f"{file}: not a safetensors file: a header of {length:,} bytes")
         try:
             header = json.loads(stream.read(length))
             found = {
@@ -131,7 +172,10 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
                 for name, entry in header.items()
                 if name != "__metadata__"
             }
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (
+            *(ValueError, TypeError, KeyError, AttributeError),
+            *(RecursionError, OverflowError),
+        ) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{file}: not a safetensors file: {reason}") from None
     for name, tensor in found.items():
@@ -150,7 +194,7 @@ def _stored(file: Path, name: str, entry: Any, start: int) -> Stored:
             "checkpoints are not read)"
         )
     first, last = entry["data_offsets"]
-    tensor = Stored(file, TYPES[entry["dtype"]], tuple(entry["shape"]), start + first)
+    tensor = Stored(file, TYPES[entry["dtype"]], tuple(entry["shape"]), start + first, name)
     if first < 0 or last - first != tensor.bytes or min(tensor.shape, default=1) < 0:
         raise UserError(
             f"{file}: {name}: shape {entry['shape']} does not fill its {last - first} bytes"

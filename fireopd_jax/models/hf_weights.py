@@ -6,7 +6,6 @@
 Files are chosen as `transformers` chooses them; what is left out is logged.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from fireopd_jax.config import UserError
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.hf_files import Stored, stored_tensors
 from fireopd_jax.models.hf_names import hf_shapes
+from fireopd_jax.runtime import limits
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def refuse_adapters(folder: Path) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raise UserError if it holds something else."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = limits.read_json(file)
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

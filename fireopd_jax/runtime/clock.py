@@ -95,7 +95,8 @@ class StageClock:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """End it."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End it; after a KeyboardInterrupt without waiting for what the device computes."""
         self._queue.put(None)
-        self._thread.join()
+        if kind is not KeyboardInterrupt:
+            self._thread.join()

@@ -6,29 +6,41 @@ A program that is loaded from the disk cache counts too: it was new to this proc
 """
 
 import functools
+import logging
 import os
+import tempfile
 from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+log = logging.getLogger(__name__)
 
 # JAX records this event for every backend compile, also when the persistent cache has the program.
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
 def cache_folder() -> Path:
-    """Return `$FIREOPD_CACHE_DIR`, else `fireopd_jax` in the user's cache folder."""
+    """Return `$FIREOPD_CACHE_DIR`, else `fireopd_jax` in the user's cache folder.
+
+    A user without a home has one in the folder for temporary files.
+    """
     if folder := os.environ.get("FIREOPD_CACHE_DIR"):
         return Path(folder).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "fireopd_jax"
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # no HOME, and no entry of the user id in the system's list of users
+        base = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return base / "fireopd_jax"
 
 
 def compile_cache(enabled: bool = True, folder: Path | None = None) -> Path | None:
-    """Turn JAX's persistent compilation cache on or off; return the folder it uses."""
-    where = (folder or cache_folder() / "xla") if enabled else None
-    if where is not None:
-        where.mkdir(parents=True, exist_ok=True)
+    """Turn JAX's persistent compilation cache on or off; return the folder it uses.
+
+    Without a folder that can be written to it is off, with a warning.
+    """
+    where = _writable(folder or cache_folder() / "xla") if enabled else None
+    enabled = where is not None
     jax.config.update("jax_enable_compilation_cache", enabled)
     jax.config.update("jax_compilation_cache_dir", None if where is None else str(where))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -36,6 +48,21 @@ def compile_cache(enabled: bool = True, folder: Path | None = None) -> Path | No
     # JAX opens its cache at the first compile and ignores these options after it, unless reset.
     reset_cache()
     return where
+
+
+def _writable(folder: Path) -> Path | None:
+    """Return the folder, made if it is missing; warn and return None if it takes no files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as probe:
+            probe.write(b"x")
+    except OSError as error:
+        log.warning(
+            f"{folder}: cannot be written ({error.strerror}): programs are compiled without a "
+            "cache; FIREOPD_CACHE_DIR names another folder"
+        )
+        return None
+    return folder
 
 
 class _Total:

@@ -3,24 +3,46 @@
 This module does not import JAX.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fireopd_jax.config import UserError
+from fireopd_jax.runtime.limits import read_json
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write under another name, flush to disk, rename: a reader sees the old file or the new."""
     beside = path.with_name(f".writing-{path.name}-{os.getpid()}")
     try:
-        with beside.open("w", encoding="utf-8") as file:
+        with beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+    except OSError as error:
+        if error.filename is None:  # such as of a full disk: the command line names the file
+            error.filename = str(path)
+        raise
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def recorded(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a run; raise UserError for a damaged one."""
+    try:
+        found = read_json(file)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+    else:
+        if isinstance(found, dict):
+            return found
+        reason = "not an object"
+    raise UserError(f"{file}: damaged ({reason}); delete it, a resumed run writes it again")
 
 
 def plain(value: Any) -> Any:

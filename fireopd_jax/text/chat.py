@@ -17,6 +17,7 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from fireopd_jax.config import UserError
+from fireopd_jax.runtime.limits import TooLong, at_most
 from fireopd_jax.text.chat_templates import chat_template, key_of, named
 from fireopd_jax.text.clock import CLOCK, DATES, moment_of, stopped
 
@@ -31,6 +32,9 @@ FIXED_ARGUMENTS = (
     "return_dict",
     "padding",
 )
+FIRST_S, EACH_S = 30.0, 0.1
+"""Seconds that a template may take, and those for each conversation: thousand times the usual."""
+LONGEST_TEXT = 2**27
 SHOWN = 300
 """Longest reason of a template that is shown."""
 Tools = Sequence[Mapping[str, Any]]
@@ -163,21 +167,26 @@ class Writer:
         if (moment := kwargs.pop(CLOCK, None)) is not None:
             more = tuple(value for value in kwargs.values() if isinstance(value, str))
             template, kwargs[DATES] = stopped(template, moment_of(moment), more)
-        texts = self.tokenizer.apply_chat_template(
-            list(turns),  # pyright: ignore[reportArgumentType]
-            tools=tools,  # pyright: ignore[reportArgumentType]
-            chat_template=template,
-            add_generation_prompt=self.header,
-            tokenize=False,
-            **kwargs,
-        )
+        with at_most(FIRST_S + EACH_S * len(turns)):
+            texts = self.tokenizer.apply_chat_template(
+                list(turns),  # pyright: ignore[reportArgumentType]
+                tools=tools,  # pyright: ignore[reportArgumentType]
+                chat_template=template,
+                add_generation_prompt=self.header,
+                tokenize=False,
+                **kwargs,
+            )
         assert isinstance(texts, list)
+        if any(len(str(text)) > LONGEST_TEXT for text in texts):
+            raise UserError(f"{self.name} writes over {LONGEST_TEXT:,} characters for a prompt")
         return texts  # pyright: ignore[reportReturnType]
 
     def _refusal(self, error: Exception, chats: Chats, indices: Sequence[int]) -> UserError:
         """Return the error for the first of the conversations that the template raises for."""
         if isinstance(error, UserError):
             return error
+        if isinstance(error, TooLong):
+            return UserError(f"{self.name} does not end; expected another ({key_of(self.model)})")
         if isinstance(error, TemplateSyntaxError):
             line = error.lineno - (CLOCK in self.kwargs)
             return UserError(f"{self.name} is not valid Jinja: line {line}: {_reason(error)}")
@@ -233,6 +242,11 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     )
     assert isinstance(text, str)
     return text
+
+
+def settled(text: str) -> str:
+    """Return the text of a response so far without the beginning of a character at its end."""
+    return text.rstrip("\ufffd")
 
 
 def stop_ids(

@@ -9,6 +9,7 @@ is a template, too.
 import re
 from collections.abc import Mapping, Sequence
 
+import regex
 from pydantic import field_validator
 
 from fireopd_jax.config import config, nearest
@@ -88,7 +89,8 @@ class Leak:
     def _compiles(cls, pattern: str) -> str:
         try:
             re.compile(pattern)
-        except re.error as error:
+            regex.compile(pattern)
+        except (re.error, regex.error) as error:
             raise ValueError(f"not a regular expression: {error}") from None
         return pattern
 

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import os
 
 import pyarrow
 import pyarrow.feather
@@ -155,3 +156,26 @@ def test_keys_of_the_hub_beside_a_file_are_refused(tmp_path):
         for key in ("subset", "split", "revision"):
             with pytest.raises(UserError, match=rf"data\.{key}='test': .*neither a folder nor"):
                 read(path, **{key: "test"})
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.gz", "rows.csv.bz2"])
+def test_a_compressed_file_that_fills_the_memory_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(files, "UNSUSPICIOUS", 10_000)
+    text = b"prompt,answer\n" if ".csv" in name else b"[" if ".json." in name else b""
+    text += b'{"prompt": "2+2=", "answer": "4"}\n' * 100_000
+    file = tmp_path / name
+    file.write_bytes(gzip.compress(text) if name.endswith("gz") else bz2.compress(text))
+    with pytest.raises(UserError, match="over 100 times as large as its"):
+        list(files.read_file(str(file)))
+
+
+def test_devices_pipes_and_loops_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    for name in ("pipe.jsonl", "zero.jsonl"):
+        with pytest.raises(UserError, match="a device, pipe or folder"):
+            list(files.read_file(str(tmp_path / name)))
+        assert "a device, a pipe" in str(files.missing(str(tmp_path / name)))
+    with pytest.raises(UserError, match="Too many levels of symbolic links"):
+        list(files.read_file(str(tmp_path / "loop.jsonl")))

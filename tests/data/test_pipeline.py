@@ -155,8 +155,18 @@ def test_prompts_and_references_that_are_too_long_are_dropped_and_counted():
 def test_a_prompt_that_is_too_long_may_be_an_error():
     with pytest.raises(UserError, match=r"file:aaaaaa: the prompt has 9 tokens, over .*=8"):
         encoded_rows([row("a"), row("a" * 6)], overlong="error")
-    with pytest.raises(UserError, match="none of 2 prompts fits into 8 tokens, the shortest has 9"):
+    fits = "none of 2 prompts fits, they have 9 to 10 tokens; expected data.max_prompt_tokens=16"
+    with pytest.raises(UserError, match=fits):
         encoded_rows([row("a" * 6), row("a" * 7)])
+
+
+@pytest.mark.parametrize(("answered", "held"), [(0, 0), (9, 0), (10, 1), (200, 20), (900, 64)])
+def test_by_default_a_tenth_of_the_answered_prompts_is_held_out_up_to_64(answered, held):
+    asked = [dataclasses.replace(row(f"q{i}"), answer=None) for i in range(1000)]
+    rows = [dataclasses.replace(each, answer="0") for each in asked[:answered]] + asked[answered:]
+    train, held_out = split(rows, None)
+    assert (len(train), len(held_out)) == (1000 - held, held)
+    assert all(rows[i].answer is not None for i in held_out)
 
 
 def test_a_batch_holds_groups_side_by_side():

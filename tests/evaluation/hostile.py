@@ -120,7 +120,7 @@ try: deep()
 except OSError: pass
 try: open("n" * 255, "w").close()
 except OSError: pass
-try: os.chmod("/work", 0)
+try: os.chmod("/program", 0)
 except OSError: pass
 """
 OUTPUT = "while True: print('x' * 1000)"
@@ -195,8 +195,8 @@ attempt("open to write", lambda: os.open({secret!r}, os.O_RDONLY | os.O_TRUNC) a
 attempt("standard library", lambda: open(os.__file__, "a").write("#"))
 """
 RIGHTS = """
-attempt("mount", lambda: libc.mount(b"none", b"/work", b"tmpfs", 0, None))
-attempt("umount", lambda: libc.umount2(b"/work", 2))
+attempt("mount", lambda: libc.mount(b"none", b"/program", b"tmpfs", 0, None))
+attempt("umount", lambda: libc.umount2(b"/program", 2))
 attempt("unshare", lambda: libc.unshare(0x20000))
 attempt("chroot", lambda: os.chroot("/") or "changed")
 attempt("setuid", lambda: os.setuid(0) or "changed" if os.getuid() else -1)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from safetensors.numpy import load_file, save_file
 
 from fireopd_jax.config import UserError
-from fireopd_jax.models import hf_load
+from fireopd_jax.models import hf_files, hf_load
 from fireopd_jax.models.architecture import DecoderConfig, MoEConfig
 from fireopd_jax.models.hf_config import hf_config_json
 from fireopd_jax.models.hf_load import load, read_config, resolve
@@ -329,3 +329,46 @@ def test_config_json_must_be_there_and_be_json(tmp_path):
     written = hf_config_json(MODELS["experts"].config, 32)
     (tmp_path / "config.json").write_text(json.dumps(written))
     assert read_config(tmp_path).moe == MODELS["experts"].config.moe
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
+@pytest.mark.parametrize(("dtype", "quantized"), [("float32", None), ("bfloat16", "int8")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value, dtype, quantized):
+    write(tmp_path, "tied", dtype=dtype)
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def spoil(tensors):
+        tensors[name] = tensors[name].copy()
+        tensors[name][2, 1] = value
+
+    rewrite(tmp_path, spoil)
+    where = rf"{tmp_path}/model.safetensors: {name} is not finite: -?(nan|inf) in row 2"
+    with pytest.raises(UserError, match=where):
+        read(tmp_path, "tied", quantized=quantized)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_the_first_value_that_is_not_finite_is_found(dtype, monkeypatch):
+    monkeypatch.setattr(hf_files, "PIECE", 8)
+    limits = jnp.finfo(dtype)
+    values = np.array([limits.max, limits.min, 0.0, -0.0, limits.tiny, -1.0] * 5, dtype)
+    assert hf_files.first_nonfinite(values) is None
+    for value in (np.nan, -np.nan, np.inf, -np.inf):
+        for place in (0, 17, 29):
+            spoilt = values.copy()
+            spoilt[place:] = value
+            assert hf_files.first_nonfinite(spoilt) == place
+
+
+def test_a_header_without_bounds_is_no_header(tmp_path):
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", 2**30))
+        out.truncate(2**31)  # sparse: takes no room
+    with pytest.raises(UserError, match="a header of 1,073,741,824 bytes"):
+        hf_files.stored_tensors(file)
+    deep = b"[" * 100_000
+    file.write_bytes(struct.pack("<Q", len(deep)) + deep)
+    with pytest.raises(UserError, match="not a safetensors file"):
+        hf_files.stored_tensors(file)

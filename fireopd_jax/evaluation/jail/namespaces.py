@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 
 from . import linux
 
-WORK = "/work"
-"""The folder of the program: the only place it can write."""
+WORK = "/program"
+"""The folder of the program, the only place it can write; no environment lies below such a name."""
 INERT = linux.NO_SETUID | linux.NO_DEVICES
 SPARE_ID = 1_900_000_000
 """First of the user ids that systemd's list of ranges leaves unused."""
