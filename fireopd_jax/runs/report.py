@@ -73,7 +73,7 @@ def print_curve(folder: Path, config: Config, log: Callable[[str], None]) -> Non
     homes = {"student": folder}
     homes |= {n: folder / "controls" / n for n in config.run.compare}
     key, title = "eval/held_out/avg@1", "avg@1 on held-out problems"
-    if not config.eval.every:
+    if not (config.eval.every and config.eval.problems):
         key, title = "distill/reverse_kl", "KL(student || teacher) on the student's tokens, nats"
     series = _histories(homes, key)
     if not series:

@@ -1,4 +1,4 @@
-"""Progress of a loop on stderr.
+"""Progress of a loop on stderr, and in the log of a run.
 
     with progress(label, total) as advance:  advance(1, loss=0.3)
 
@@ -7,23 +7,18 @@ This module does not import JAX.
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Protocol, runtime_checkable
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
-from fireopd_jax.terminal.tables import cell
+from fireopd_jax.terminal.meter import Meter
+from fireopd_jax.terminal.record import keep
+from fireopd_jax.terminal.screen import Screen, is_live, screen
 
 PLAIN_INTERVAL_S = 10.0
+FIRST_LINE_S = 0.5
+"""A loop that ends before has one line, its last."""
+BARS = {True: "━─", False: "#-"}
 
 
 @runtime_checkable
@@ -40,73 +35,63 @@ def progress(
     label: str,
     total: int,
     *,
+    start: int = 0,
     interactive: bool | None = None,
     clock: Callable[[], float] = time.monotonic,
+    on: Screen | None = None,
 ) -> Iterator[Advance]:
-    """Show a loop's progress on stderr: a live bar on a terminal, else a line every ten seconds."""
-    live = sys.stderr.isatty() if interactive is None else interactive
-    with _bar(label, total, clock) if live else _plain_lines(label, total, clock) as advance:
-        yield advance
+    """Show a loop's progress on stderr: a live line on a terminal, else a line every ten seconds.
+
+    `start` units were done before, such as by the run that this one resumes. The plain lines are
+    kept for the log of the run in both cases. `on` is the screen, by default stderr.
+    """
+    live = is_live(sys.stderr) if interactive is None else interactive
+    loop = _Loop(Meter(label, total, start, clock), clock, None if not live else on or screen())
+    with loop.screen.showing(loop) if loop.screen else nullcontext():
+        try:
+            yield loop.advance
+        finally:
+            loop.end()
 
 
-@contextmanager
-def _bar(label: str, total: int, clock: Callable[[], float]) -> Iterator[Advance]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[shown]}"),
-    )
-    # Rich would redirect stdout to stderr, which is right for a terminal only.
-    bar = Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty())
-    start, done = clock(), 0
-    with bar:
-        task = bar.add_task(label, total=total, rate="", shown="")
+class _Loop:
+    """A loop on the live line, or in plain lines where there is no screen."""
 
-        def advance(n: int = 1, **shown: object) -> None:
-            nonlocal done
-            done += n
-            rate = _rate(done, clock() - start)
-            bar.update(task, completed=done, rate=rate, shown=_pairs(shown))
+    def __init__(self, meter: Meter, clock: Callable[[], float], screen: Screen | None):
+        self.meter, self.screen, self._clock = meter, screen, clock
+        self._printed, self._printed_at = -1, float("-inf")
 
-        yield advance
+    def advance(self, n: int = 1, **shown: object) -> None:
+        self.meter.add(n, shown)
+        now = self._clock()
+        began = now - self.meter.began >= FIRST_LINE_S
+        if n and began and now - self._printed_at >= PLAIN_INTERVAL_S:
+            self._print()
 
+    def end(self) -> None:
+        if self._printed != self.meter.done:
+            self._print()
+        if self.screen is not None:
+            self.screen.leave(self)
 
-@contextmanager
-def _plain_lines(label: str, total: int, clock: Callable[[], float]) -> Iterator[Advance]:
-    start = printed_at = clock()
-    done, printed = 0, -1
-    last: dict[str, object] = {}
+    def _print(self) -> None:
+        self._printed, self._printed_at = self.meter.done, self._clock()
+        plain_line(self.meter.plain(), self.screen is None)
 
-    def print_line() -> None:
-        nonlocal printed_at, printed
-        printed_at, printed = clock(), done
-        parts = (f"{label} {done}/{total}", _rate(done, printed_at - start), _pairs(last))
-        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+    def line(self, width: int, unicode: bool) -> str:
+        return self.meter.line(width, BARS[unicode])
 
-    def advance(n: int = 1, **shown: object) -> None:
-        nonlocal done, last
-        done, last = done + n, shown
-        if clock() - printed_at >= PLAIN_INTERVAL_S:
-            print_line()
-
-    try:
-        yield advance
-    finally:
-        if printed != done:
-            print_line()
+    def short(self) -> str:
+        return f"{self.meter.label} {self.meter.count()}"
 
 
-def _rate(done: int, seconds: float) -> str:
-    if done == 0 or seconds <= 0:
-        return ""
-    rate = done / seconds
-    return f"{rate:.1f} it/s" if rate >= 1 else f"{1 / rate:.1f} s/it"
+def plain_line(text: str, shown: bool = True) -> None:
+    """Keep a line, and print it with the time to stderr if it is `shown` there."""
+    keep(text)
+    if shown:
+        print(f"{time_of_day()} {text}", file=sys.stderr, flush=True)
 
 
-def _pairs(shown: Mapping[str, object]) -> str:
-    return "  ".join(f"{name} {cell(value)}" for name, value in shown.items())
+def time_of_day() -> str:
+    """Return the time as HH:MM:SS."""
+    return time.strftime("%H:%M:%S")
