@@ -9,11 +9,10 @@ them.
 import dataclasses
 import difflib
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from annotated_types import Ge, Le
 
 Class = TypeVar("Class")
 Tree = dict[str, Any]
@@ -24,20 +23,20 @@ Origins = dict[Key, str]
 
 LOCAL = "a path on this machine"
 """In `Annotated`: marks a key whose values may be paths; names of another kind are allowed, too."""
-UnitInterval = Annotated[float, Field(ge=0, le=1)]
+UnitInterval = Annotated[float, Ge(0), Le(1)]
 
 
 class UserError(Exception):
     """A mistake of the user's, in one clear line; the command line prints it and exits."""
 
-    status = 2
+    exit_status = 2
     """Exit status of the command."""
 
 
 class NothingLearnt(UserError):
     """A run that cannot learn, or has not: every update was skipped, or many in a row."""
 
-    status = 1
+    exit_status = 1
 
 
 class Section:
@@ -51,6 +50,10 @@ class Section:
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: type[Class]) -> type[Class]:
     """Make `cls` a frozen, validated dataclass; the string below a field is its documentation."""
+    # Here, as in `validate`: the command line shows help and mistyped keys without pydantic.
+    from pydantic import ConfigDict
+    from pydantic.dataclasses import dataclass
+
     settings = ConfigDict(extra="forbid", use_attribute_docstrings=True)
     made = dataclass(frozen=True, kw_only=True, config=settings)(cls)
     # pydantic finds the documentation of a class's own fields only: a subclass inherits it here.
@@ -80,8 +83,17 @@ def origin_of(key: Key, origins: Origins) -> str | None:
     return None
 
 
-def validate(root: type[Class], tree: Tree, origins: Origins) -> Class:
-    """Return an instance of `root`; raise UserError that names the first wrong key and why."""
+Hint = Callable[[Key, Any, str, str], str]
+"""(key, value, type of the error, allowed values) -> what was meant, or ""."""
+
+
+def validate(root: type[Class], tree: Tree, origins: Origins, hint: Hint = lambda *_: "") -> Class:
+    """Return an instance of `root`; raise UserError that names the first wrong key and why.
+
+    `hint` returns what a wrong value was probably meant to be.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         return TypeAdapter(root).validate_python(tree)
     except ValidationError as error:
@@ -91,9 +103,14 @@ def validate(root: type[Class], tree: Tree, origins: Origins) -> Class:
         key, value = (*key, "kind"), value.get("kind")
     where = f"{origin}: " if (origin := origin_of(key, origins)) else ""
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "union_tag_invalid":
+        message = f"expected one of {first.get('ctx', {}).get('expected_tags')}"
     message = message[0].lower() + message[1:]
     shown = "" if isinstance(value, Mapping) else f" (it is {value!r})"
-    raise UserError(f"{where}{dotted(key) or 'configuration'}: {message}{shown}")
+    allowed = first.get("ctx", {})
+    allowed = str(allowed.get("expected_tags", allowed.get("expected", "")))
+    meant = hint(key, value, first["type"], allowed)
+    raise UserError(f"{where}{dotted(key) or 'configuration'}: {message}{shown}{meant}")
 
 
 def idle_keys(section: Any, prefix: Key = ()) -> Iterator[tuple[Key, str]]:
@@ -124,6 +141,8 @@ def _key(tree: Any, loc: Sequence[str | int]) -> tuple[Key, Any]:
     """Return the key and the value of pydantic's location, which names union members too."""
     parts: list[str] = []
     for part in loc:
+        if isinstance(tree, str):  # a list was expected
+            break
         try:
             tree = tree[part]
         except (LookupError, TypeError):

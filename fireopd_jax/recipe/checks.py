@@ -276,8 +276,9 @@ def _models(config: "Config") -> Iterator[tuple[str, ModelConfig]]:
 
 
 def _optimizers(config: "Config") -> Iterator[tuple[str, OptimConfig, int]]:
-    """Yield key, configuration and number of updates of each optimizer."""
-    yield "optim", config.optim, config.run.steps * config.run.updates_per_rollout
+    """Yield key, configuration and number of updates of each optimizer, where it is known."""
+    if config.run.epochs is None:
+        yield "optim", config.optim, config.run.steps * config.run.updates_per_rollout
     for key, model in _models(config):
         if model.sft is not None:
             yield f"{key}.sft.optim", model.sft.optim, model.sft.steps

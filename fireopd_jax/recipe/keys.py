@@ -8,14 +8,13 @@ checked and listed without importing the classes, which takes seconds.
 """
 
 import dataclasses
-import difflib
 import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fireopd_jax.config import Key, Tree, UserError, dotted, nearest, origin_of
-from fireopd_jax.recipe.aliases import ALIASES, ELSEWHERE
+from fireopd_jax.config import Key, Tree, UserError, dotted, origin_of
+from fireopd_jax.recipe.hints import unknown_keys
 from fireopd_jax.recipe.layers import SHIPPED, Layer, overlay
 
 Node = Mapping[str, Any]
@@ -33,6 +32,8 @@ class Field:
     meaning: str
     kind: str | None
     """The variant that the key belongs to, where a section has several."""
+    kinds: tuple[tuple[Key, str], ...]
+    """The variants that it belongs to, from the root down: (section, kind) of each."""
 
 
 @functools.cache
@@ -118,20 +119,45 @@ class Schema:
             for name in whole:
                 yield from self.chosen(whole[name], inner, (*prefix, str(name)))
 
-    def fields(self, node: Node | None = None, prefix: Key = ()) -> Iterator[Field]:
+    @functools.cached_property
+    def every_field(self) -> tuple[Field, ...]:
+        """Every key of all variants."""
+        return tuple(self.fields())
+
+    def kinds_of(self, key: Key) -> list[tuple[Key, tuple[str, ...]]]:
+        """Return the kinds with which a key exists, of each section that has several.
+
+        [] for a key that exists with all kinds, or with none. Teachers and sets may have any name.
+        """
+        named = _without_names(key)
+        found = [each.kinds for each in self.every_field if each.key == named and each.kinds]
+        if not found:
+            return []
+        # Of nested choices the first; of the innermost one all that have the key.
+        *outer, (section, _) = found[0]
+        same = [kinds[-1][1] for kinds in found if list(kinds[:-1]) == outer]
+        return [(each, (kind,)) for each, kind in outer] + [(section, tuple(dict.fromkeys(same)))]
+
+    def fields(
+        self,
+        node: Node | None = None,
+        prefix: Key = (),
+        kinds: tuple[tuple[Key, str], ...] = (),
+    ) -> Iterator[Field]:
         """Yield every key of all variants; in mappings by name, NAME stands for the name."""
         node = self.root if node is None else node
         sections = [node] if "properties" in node else self.sections(node)
         for section in sections:
             kind = kind_of(section) if len(sections) > 1 else None
+            under = kinds if kind is None else (*kinds, (prefix, kind))
             for name, field in section["properties"].items():
                 key = (*prefix, name)
                 default = json.dumps(field["default"]) if "default" in field else None
                 meaning = " ".join(field.get("description", "").split())
-                yield Field(key, type_of(field), default, meaning, kind)
-                yield from self.fields(field, key)
+                yield Field(key, type_of(field), default, meaning, kind, under)
+                yield from self.fields(field, key, under)
         if (inner := self.named(node)) is not None:
-            yield from self.fields(inner, (*prefix, "NAME"))
+            yield from self.fields(inner, (*prefix, "NAME"), kinds)
 
 
 def check_layers(layers: Sequence[Layer], schema: Schema | None = None) -> tuple[Tree, list[Layer]]:
@@ -143,8 +169,8 @@ def check_layers(layers: Sequence[Layer], schema: Schema | None = None) -> tuple
     tree, read = schema.defaults(), []
     for layer in layers:
         whole = overlay(tree, layer.tree)
-        for key in schema.unknown(layer.tree, whole):
-            raise UserError(_unknown_key(schema, key, layer, whole))
+        if error := unknown_keys(schema, layer, whole):
+            raise UserError(error)
         layer = _with_texts(schema, layer, whole)
         tree = overlay(tree, layer.tree)
         read.append(layer)
@@ -222,46 +248,10 @@ def _replaced(tree: Tree, key: Key, value: Any) -> Tree:
     return {**tree, key[0]: inner}
 
 
-def _unknown_key(schema: Schema, key: Key, layer: Layer, whole: Tree) -> str:
-    """Return the error for an unknown key: its place, and the key that was probably meant."""
-    # Keys inside an unknown section count, too: other libraries have sections of their own.
-    inside = [each for each in layer.origins if each[: len(key)] == key]
-    where = origin_of(key, layer.origins) or (layer.origins[inside[0]] if inside else layer.name)
-    for each in dict.fromkeys([key, *inside]):
-        at = layer.origins.get(each, where)
-        if ours := ALIASES.get(each[-1]):
-            return f"{at}: unknown key {dotted(each)!r}: use {ours!r}"
-        if reason := ELSEWHERE.get(each[-1]):
-            return f"{at}: unknown key {dotted(each)!r}: {reason}"
-    if any(
-        each.kind is not None and each.key == _without_names(key, whole) for each in schema.fields()
-    ):
-        section = dotted(key[:-1])
-        return (
-            f"{where}: {dotted(key)!r} is a key of another kind of {section!r} than the chosen one"
-        )
-    return f"{where}: unknown key {dotted(key)!r}{_hint(key, list(schema.chosen(whole)))}"
-
-
-def _without_names(key: Key, whole: Tree) -> Key:
-    """Return the key with the teacher's name replaced by NAME."""
-    return (key[0], "NAME", *key[2:]) if key[0] == "teachers" and len(key) > 1 else key
-
-
-def _hint(key: Key, known: Sequence[Key]) -> str:
-    """Return a hint at the nearest key: in the same section, of the same name, or similar."""
-    siblings = {dotted(each): each for each in known if each[:-1] == key[:-1]}
-    if close := nearest(dotted(key), siblings):
-        return close
-    namesakes = sorted((each for each in known if each[-1] == key[-1]), key=len)
-    if namesakes:
-        # The key whose sections are most similar to those written.
-        best = max(namesakes, key=lambda each: _alike(each, key))
-        return f" (did you mean {dotted(best)!r}?)"
-    close = difflib.get_close_matches(dotted(key), [dotted(each) for each in known], 1, 0.7)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _alike(one: Key, other: Key) -> tuple[float, int]:
-    ratio = difflib.SequenceMatcher(None, dotted(one), dotted(other)).ratio()
-    return ratio, -len(one)
+def _without_names(key: Key) -> Key:
+    """Return the key with the name of a teacher or a set replaced by NAME."""
+    for prefix in (("teachers",), ("eval", "sets")):
+        size = len(prefix)
+        if key[:size] == prefix and len(key) > size:
+            return (*prefix, "NAME", *key[size + 1 :])
+    return key

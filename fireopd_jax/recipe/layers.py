@@ -8,6 +8,7 @@ a mistyped key is reported at once.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from typing import Any
 import yaml
 
 from fireopd_jax.config import Key, Origins, Tree, UserError, dotted, nearest
+from fireopd_jax.recipe.forms import refuse_other_forms
+from fireopd_jax.runtime.limits import TooLarge, read_yaml
 
 KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 COMMAND_LINE = "command line"
+DEEPEST = 32
+"""Parts of a key."""
 
 PACKAGE = Path(__file__).parent.parent
 SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "configs")
@@ -43,6 +48,7 @@ def read_layers(arguments: Sequence[str]) -> list[Layer]:
     """
     files = [a for a in arguments if "=" not in a or _is_file(a)]
     _refuse_torn(arguments, files)
+    refuse_other_forms(arguments, [a for a in arguments if _is_file(a)])
     layers = [read_file(find_config(name)) for name in files]
     overrides = [read_override(a) for a in arguments if a not in files]
     if overrides:
@@ -77,8 +83,7 @@ def read_file(path: Path) -> Layer:
     Raises UserError for invalid YAML, and for a key that is set twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        node, tree = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+        node, tree = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if node is None:
@@ -113,12 +118,23 @@ def read_override(text: str) -> Layer:
     """Return the layer of one `a.b.c=value`; a value that is not valid YAML is a string."""
     name, _, value = text.partition("=") if '"' not in text.partition("=")[0] else _quoted(text)
     key = split_key(name.strip())
+    if len(key) > DEEPEST:
+        raise UserError(f"{name[:40]!r}...: {len(key)} parts; no key has more than {DEEPEST}")
     if not all(key):
         raise UserError(f"{text!r}: expected key=value with a dotted key")
+    if not value.strip():
+        raise UserError(
+            f"{text!r}: the value is empty; write {dotted(key)}=null for none, "
+            f"{dotted(key)}=\"''\" for an empty text"
+        )
     try:
-        inner = yaml.safe_load(value)
+        inner = read_yaml(value)[1]
+    except TooLarge as error:
+        raise UserError(f"{dotted(key)}: {error}") from None
     except yaml.YAMLError:
         inner = value
+    if isinstance(inner, str | None) and re.search(r"\s#", value) and value.strip()[0] not in "'\"":
+        inner = value.strip()  # a file has comments, an override has not
     tree: Tree = {key[-1]: inner}
     for part in reversed(key[:-1]):
         tree = {part: tree}

@@ -34,10 +34,11 @@ class OptimConfig(Section):
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of AdamW's first moment; the second is float32: bfloat16 would round its decay away."""
     micro_batch_size: PositiveInt | None = None
-    """Rows per forward and backward pass; changes memory, not the gradient. By default all."""
-    remat: Remat = "none"
-    """What the backward pass recomputes: nothing, each layer (`full`), or all but matrix products
-    (`dots`)."""
+    """Rows per forward and backward pass; changes memory, not the gradient. null: all, or as many
+    as fit the device."""
+    remat: Remat | None = None
+    """What the backward pass recomputes: nothing (`none`), each layer (`full`), or all but matrix
+    products (`dots`). null: as little as fits the device."""
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         """Yield `final_fraction` for a constant schedule."""

@@ -1,11 +1,20 @@
 """Configuration of a run: folder, length, checkpoints and reports."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from fireopd_jax.config import Section, config
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
+
+def _names(given: object) -> object:
+    """Return the trackers of `a,b`, of one name, or of the `none` that other libraries have."""
+    if isinstance(given, str):
+        given = [name.strip() for name in given.split(",")]
+    return () if given in (None, [], ["none"]) else given
 
 
 @config
@@ -21,6 +30,9 @@ class RunConfig(Section):
     """Seed of all randomness in the run."""
     steps: PositiveInt = 100
     """Number of rollout batches that the student is trained on."""
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Passes over the training rows, in place of `steps`: the number of steps is computed from it,
+    rounded up, once the rows are known."""
     updates_per_rollout: PositiveInt = 1
     """Optimizer updates per rollout batch; the loss's clipping takes effect from the second on."""
     compare: tuple[str, ...] = ()
@@ -35,6 +47,14 @@ class RunConfig(Section):
     """Number of checkpoints with the best evaluation to keep in addition."""
     log_every: PositiveInt = 1
     """Steps between lines of metrics.jsonl."""
+    report_to: Annotated[
+        tuple[TrackerName, ...],
+        BeforeValidator(_names, json_schema_input_type=str | tuple[TrackerName, ...]),
+    ] = ()
+    """Trackers that get the metrics besides metrics.jsonl; each is an extra of the package. wandb
+    is offline where no key is found."""
+    project: str | None = None
+    """Project of wandb and trackio. null: `WANDB_PROJECT` of the environment, else `fireopd`."""
     completions_every: NonNegativeInt = 50
     """Steps between saved batches of prompts and responses; 0 saves none."""
     max_nonfinite: PositiveInt = 20

@@ -24,6 +24,7 @@ from fireopd_jax.data.sources import DataConfig
 from fireopd_jax.evaluation.settings import EvalConfig
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.recipe.checks import conflicts, sft_conflicts
+from fireopd_jax.recipe.hints import wrong_value
 from fireopd_jax.recipe.keys import check_layers
 from fireopd_jax.recipe.layers import Layer, find_config, overlay, read_file, read_layers
 from fireopd_jax.recipe.models import ModelConfig, StudentConfig, TeacherConfig
@@ -36,6 +37,12 @@ from fireopd_jax.text.templates import Leak
 
 MEANS = ("micro_batch_size", "head", "head_chunk")
 """Keys of `method.score` that do not change the scores: a control keeps the run's values."""
+
+
+RATE = ("optim", "learning_rate")
+LORA_RATE, LOW_LORA_RATE = 1e-4, 1e-5
+"""Learning rate of adapters by default, and the one below which a warning is shown. Adapters need
+about ten times the rate of all parameters, or more (arXiv 2405.09673)."""
 
 
 @config
@@ -92,7 +99,8 @@ def load(arguments: Sequence[str]) -> Loaded:
     """Return the same as `load_config`, with notes on the files and on keys without effect."""
     loaded, layers, origins = _read(arguments)
     check(loaded)
-    return Loaded(loaded, (*_sources(layers, loaded), *_warnings(loaded, origins)))
+    notes = *_sources(layers, loaded), *_of_rate(loaded, layers, origins)
+    return Loaded(loaded, (*notes, *_warnings(loaded, origins)))
 
 
 def load_sections(arguments: Sequence[str]) -> Config:
@@ -111,9 +119,29 @@ def _read(arguments: Sequence[str]) -> tuple[Config, list[Layer], Origins]:
     for layer in layers:
         tree = overlay(tree, layer.tree)
         origins = origins | layer.origins
+    if not _in_epochs(layers):
+        tree = overlay(tree, {"run": {"epochs": None}})
+    if _adapts(tree) and not _sets_rate(layers):
+        tree["optim"]["learning_rate"] = LORA_RATE
     # Drop the keys of sections that a later `kind` or `path` has replaced.
     origins = {key: where for key, where in origins.items() if _stands(tree, key)}
-    return validate(Config, tree, origins), layers, origins
+    return validate(Config, tree, origins, wrong_value), layers, origins
+
+
+def _in_epochs(layers: Sequence[Layer]) -> bool:
+    """Return whether the length of the run is its `epochs`: the last layer with a length counts.
+
+    Raises UserError for a layer with both lengths.
+    """
+    counted = False
+    for layer in layers:
+        run = layer.tree.get("run")
+        given = [key for key in ("steps", "epochs") if isinstance(run, Mapping) and run.get(key)]
+        if len(given) == 2:
+            where = origin_of(("run", "epochs"), layer.origins)
+            raise UserError(f"{where}: run.steps and run.epochs are both lengths; give one of them")
+        counted = given == ["epochs"] if given else counted
+    return counted
 
 
 def with_method(config: Config, name: str) -> Config:
@@ -166,6 +194,36 @@ def check(config: Config) -> None:
             )
         for problem in conflicts(control):
             raise UserError(f"run.compare: {name}: {problem}")
+
+
+def _adapts(tree: Any) -> bool:
+    """Return whether the student's adapters are trained; the tree need not be valid yet."""
+    student = tree.get("student")
+    return (
+        isinstance(student, dict)
+        and student.get("lora") is not None
+        and isinstance(tree.get("optim"), dict)
+    )
+
+
+def _sets_rate(layers: Sequence[Layer]) -> bool:
+    """Return whether a layer gives the student's learning rate."""
+    return any("learning_rate" in (layer.tree.get("optim") or ()) for layer in layers)
+
+
+def _of_rate(config: Config, layers: Sequence[Layer], origins: Origins) -> Iterator[str]:
+    """Yield a line for the learning rate of adapters: chosen here, or low."""
+    if config.student.lora is None:
+        return
+    rate = config.optim.learning_rate
+    if not _sets_rate(layers):
+        yield f"note: optim.learning_rate={rate:g}, for adapters (student.lora)"
+    elif rate < LOW_LORA_RATE:
+        yield (
+            f"warning: {origin_of(RATE, origins)}: optim.learning_rate={rate:g} is low for "
+            f"adapters (student.lora), which need ten times the usual rate; the default "
+            f"is {LORA_RATE:g}"
+        )
 
 
 def _stands(tree: Any, key: Sequence[str]) -> bool:

@@ -6,9 +6,15 @@ import pytest
 import yaml
 
 from fireopd_jax.config import UserError, dotted, nearest, validate
-from fireopd_jax.recipe.aliases import ALIASES, ELSEWHERE
 from fireopd_jax.recipe.keys import shipped_schema
-from fireopd_jax.recipe.layers import find_config, overlay, read_file, read_override, split_key
+from fireopd_jax.recipe.layers import (
+    find_config,
+    overlay,
+    read_file,
+    read_layers,
+    read_override,
+    split_key,
+)
 from fireopd_jax.recipe.schema import Config, as_tree, load, load_config
 
 TEACHER = "teacher.architecture.hidden_size=32"
@@ -305,24 +311,6 @@ def test_names_with_dots_are_quoted_in_keys(tmp_path):
     assert refusal([bad]).startswith(f'{bad}:3: teachers."a.b".dtype: ')
 
 
-def test_every_hint_is_a_key_that_may_be_set():
-    """Foreign names: what the answer names exists, and means a setting of the default run."""
-    schema = shipped_schema()
-    tree = as_tree(load_config([TEACHER]))
-    known = {dotted(key) for key in schema.chosen(tree)}
-    for foreign, ours in ALIASES.items():
-        assert ours.replace("teacher.", "teachers.default.") in known, (foreign, ours)
-    for foreign, text in ELSEWHERE.items():
-        for word in text.replace(",", " ").split():
-            if word.partition(".")[0] in tree and "." in word:
-                name = word.strip(".").replace("teacher.", "teachers.default.")
-                assert name in known, (foreign, word)
-    assert not ALIASES.keys() & ELSEWHERE.keys()
-    assert not {key.rpartition(".")[2] for key in known} & (ALIASES.keys() | ELSEWHERE.keys()) - {
-        "chat_template_kwargs"
-    }
-
-
 def mutations(name):
     """Typing errors: a letter left out, doubled, or swapped with the next."""
     for i in range(1, len(name) - 1):
@@ -352,8 +340,14 @@ def test_every_mistyped_key_is_answered_by_itself_or_by_a_key_that_exists():
     [
         ("data.train_files", "use 'data.path'"),
         ("gradient_accumulation_steps", "optim.micro_batch_size"),
-        ("trainer.report_to", "metrics.jsonl"),
+        ("trainer.report_to", "use 'run.report_to'"),
     ],
 )
 def test_foreign_keys_are_not_answered_by_what_means_something_else(key, words):
     assert words in refusal([TEACHER, f"{key}=1"])
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "&a [*a]"])
+def test_an_override_without_an_end_is_one_line(value):
+    with pytest.raises(UserError, match=r"^data\.path: nested too deeply"):
+        read_layers([f"data.path={value}"])
