@@ -2,8 +2,9 @@
 
     {metric: value} of a step -> lines for the log, each rule once
 
-A rule compares a moving mean with the mean over the first steps of the process; a resumed run
-starts afresh. References: arXiv 2603.25562, 2604.13016; 2605.11182 and 2604.08527 for collapses.
+A rule compares a moving mean with the mean over the first steps of the process, or judges these
+first steps themselves; a resumed run starts afresh. References: arXiv 2603.25562, 2604.13016;
+2605.11182 and 2604.08527 for collapses.
 """
 
 import dataclasses
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 FIRST = 10
 """Number of first steps whose mean is the reference value."""
+EARLY = 5
+"""Number of steps after which what is wrong from the start is reported: short runs have few."""
 DECAY = 0.9
 """Decay of the moving means."""
 PATIENCE = 50
@@ -27,12 +30,14 @@ class Course:
     """Mean over the first steps."""
     now: float = 0.0
     """Exponential moving mean."""
+    last: float = 0.0
+    """Value of the newest step."""
 
     def add(self, value: float | int) -> None:
         """Add the value of a step; values that are not finite are ignored."""
         if not math.isfinite(value):
             return
-        self.steps += 1
+        self.steps, self.last = self.steps + 1, value
         if self.steps <= FIRST:
             self.start += (value - self.start) / self.steps
         self.now = value if self.steps == 1 else DECAY * self.now + (1 - DECAY) * value
@@ -101,6 +106,78 @@ def _looping(get: Get) -> str | None:
             f"more responses reach the length limit, {cut.start:.0%} to {cut.now:.0%}, while the "
             "divergence falls: the student may repeat text that the teacher finds likely; set "
             "method.filter.kind=repetition_guard, or score=student_relative of teacher_quantile"
+        )
+    return None
+
+
+def _always_cut(get: Get) -> str | None:
+    cut = get("completions/clipped_ratio")
+    if cut.steps >= EARLY and min(cut.start, cut.now) > 0.95:
+        return (
+            f"{cut.start:.0%} of the responses reach the length limit from the first steps on, so "
+            "the student never learns to end: raise rollout.max_tokens; where the texts in "
+            "completions/ look finished, compare their ends with the stop tokens logged above, and "
+            "the chat templates of student and teacher"
+        )
+    return None
+
+
+def _collapsing(get: Get) -> str | None:
+    length, cut = get("completions/mean_length"), get("completions/clipped_ratio")
+    # A student that ran into the limit and learns to end becomes shorter, as it should.
+    if length.steps <= FIRST or cut.start > 0.5:
+        return None
+    if length.now < 0.4 * length.start and length.last < 0.25 * length.start:
+        return (
+            f"responses collapse in length, {length.start:.0f} to {length.last:.0f} tokens: read "
+            "completions/; lower optim.learning_rate, and where the teacher is terse, give each "
+            "token the same weight with method.aggregate=token"
+        )
+    return None
+
+
+def _empty(get: Get) -> str | None:
+    length, cut = get("completions/mean_length"), get("completions/clipped_ratio")
+    if length.steps >= EARLY and length.start < 1.5 and length.now < 1.5 and cut.now < 0.5:
+        return (
+            "the responses are empty: the student ends with its first token; compare the end of "
+            "the prompt logged above with its chat template (student.chat_template, "
+            "student.chat_template_kwargs)"
+        )
+    return None
+
+
+def _equal(get: Get) -> str | None:
+    gap, peak, tokens = (
+        get(name) for name in ("distill/reverse_kl", "distill/log_ratio_max", "num_tokens")
+    )
+    if tokens.start > 0 and gap.steps >= 2 and max(abs(gap.start), peak.start / 100) < 1e-5:
+        return (
+            "teacher and student give every token the same probability from the start: they are "
+            "the same model, so there is nothing to learn; compare student.path and teacher.path"
+        )
+    return None
+
+
+def _still(get: Get) -> str | None:
+    norm, tokens, gap = get("grad_norm"), get("loss_tokens"), get("distill/reverse_kl")
+    if norm.steps >= EARLY and norm.start == norm.now == 0 and tokens.start > 0:
+        if _equal(get):  # which says why
+            return None
+        return (
+            f"the gradient of the loss is exactly 0 since the first step (divergence {gap.now:.3g})"
+            ": no update changes the student; see method.loss and method.reweight"
+        )
+    return None
+
+
+def _certain(get: Get) -> str | None:
+    own, other = get("student_entropy"), get("teacher_entropy")
+    if own.steps > FIRST and other.now > 0.1 and own.now < 0.3 * min(own.start, other.now):
+        return (
+            f"the student's entropy collapses, {own.start:.2f} to {own.now:.2f} nats, where the "
+            f"teacher's is {other.now:.2f}: lower optim.learning_rate, or use a divergence that "
+            "covers the teacher's mass (method/gkd)"
         )
     return None
 
@@ -186,6 +263,12 @@ RULES: dict[str, Callable[[Get], str | None]] = {
     "unsure late": _unsure_late,
     "leaking": _leaking,
     "looping": _looping,
+    "always cut": _always_cut,
+    "collapsing": _collapsing,
+    "empty": _empty,
+    "equal": _equal,
+    "still": _still,
+    "certain": _certain,
     "repeating": _repeating,
     "foreign": _foreign,
     "drifting": _drifting,

@@ -19,6 +19,13 @@ CALM = {
     "refine/cut_fraction": 0.05,
     "refine/nll": 0.6,
     "refine/nll_original": 0.5,
+    "completions/mean_length": 100.0,
+    "distill/log_ratio_max": 3.0,
+    "num_tokens": 6400.0,
+    "loss_tokens": 6400.0,
+    "grad_norm": 0.3,
+    "student_entropy": 0.5,
+    "teacher_entropy": 0.4,
 }
 COURSES = {
     "incompatible": ({"distill/overlap_ratio": (0.5, 0.5)}, "template"),
@@ -28,6 +35,15 @@ COURSES = {
         {"completions/clipped_ratio": (0.05, 0.8), "distill/reverse_kl": (0.5, 0.2)},
         "repetition_guard",
     ),
+    "always cut": ({"completions/clipped_ratio": (1.0, 1.0)}, "rollout.max_tokens"),
+    "collapsing": ({"completions/mean_length": (100.0, 3.0)}, "completions/"),
+    "empty": ({"completions/mean_length": (1.0, 1.0)}, "student.chat_template"),
+    "equal": (
+        {"distill/reverse_kl": (0.0, 0.0), "distill/log_ratio_max": (0.0, 0.0)},
+        "teacher.path",
+    ),
+    "still": ({"grad_norm": (0.0, 0.0)}, "method.loss"),
+    "certain": ({"student_entropy": (0.5, 0.01)}, "optim.learning_rate"),
     "repeating": ({"completions/repetition_rate": (0.02, 0.7)}, "repetition_guard"),
     "foreign": ({"distill/foreign_fraction": (0.05, 0.05)}, "special_tokens"),
     "drifting": ({"sampler/logprob_gap": (0.4, 0.4)}, "importance_cap"),
@@ -58,6 +74,52 @@ def test_each_rule_rings_once_and_names_what_to_do(name):
     changes, remedy = COURSES[name]
     (line,) = run(changes)
     assert remedy in line
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # Short of always; a student that learns to end; one that was cut at first and gets terse.
+        {"completions/clipped_ratio": (0.9, 0.9)},
+        {"completions/clipped_ratio": (1.0, 0.1), "completions/mean_length": (500.0, 30.0)},
+        {"completions/mean_length": (100.0, 45.0)},
+        # Answers of one letter, cut by their limit of one token.
+        {"completions/mean_length": (2.0, 2.0)},
+        # A converged student, and one whose entropy falls with a teacher that has none.
+        {"distill/reverse_kl": (0.0, 0.0), "distill/log_ratio_max": (0.2, 0.2)},
+        {"student_entropy": (0.9, 0.02), "teacher_entropy": (0.02, 0.02)},
+        {"grad_norm": (1e-6, 1e-6)},
+    ],
+)
+def test_what_is_healthy_rings_nothing(changes):
+    assert [line for line in run(changes) if "length limit" not in line] == []
+
+
+def test_a_student_that_was_cut_and_learns_to_end_is_told_only_of_the_first():
+    (line,) = run({"completions/clipped_ratio": (1.0, 0.0)})
+    assert "from the first steps on" in line
+
+
+def test_short_runs_are_long_enough():
+    """Twenty steps tell what is wrong from the start, and a collapse in the second half."""
+    assert "rollout.max_tokens" in run({"completions/clipped_ratio": (1.0, 1.0)}, steps=5)[0]
+    assert "same model" in run(COURSES["equal"][0], steps=2)[0]
+    alarms = Alarms()
+    lengths = [100.0] * 10 + [2.0] * 10
+    lines = [x for n in lengths for x in alarms.check(CALM | {"completions/mean_length": n})]
+    assert len(lines) == 1 and "100 to 2 tokens" in lines[0]
+
+
+def test_one_step_of_a_collapse_is_none():
+    alarms = Alarms()
+    lengths = [100.0] * 12 + [2.0] + [100.0] * 12
+    assert [x for n in lengths for x in alarms.check(CALM | {"completions/mean_length": n})] == []
+
+
+def test_without_a_token_nothing_is_equal():
+    alarms = Alarms()
+    none = {"distill/reverse_kl": 0.0, "distill/log_ratio_max": 0.0, "num_tokens": 0.0}
+    assert [line for _ in range(20) for line in alarms.check(none)] == []
 
 
 def test_what_is_missing_or_not_finite_tells_nothing():

@@ -1,0 +1,1 @@
+"""TensorBoard, Weights & Biases and trackio, behind metrics.jsonl; see `reporting`."""
