@@ -11,7 +11,7 @@ from fireopd_jax.config import UserError
 from fireopd_jax.rollout.sampling import NO_TOKEN
 
 Finish = Literal["running", "stop", "length", "not_finite", "overlong", "budget"]
-"""Why a response ended; the engine never returns `running`."""
+"""Why a response ended; `running` is of those that `partial` asks the engine for."""
 STOP_SLOTS = 8
 """Largest number of stop tokens of a request."""
 

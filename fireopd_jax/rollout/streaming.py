@@ -36,41 +36,13 @@ from fireopd_jax.rollout.requests import (
     padded_stop,
 )
 from fireopd_jax.rollout.state import FINISH, RUNNING, EngineState, Requests, Shape
+from fireopd_jax.rollout.statistics import Statistics
 
 NO_BUDGET = Budget()
 BLOCK = 64
 """Requests that are written to a replica's table, or fetched from it, in one call."""
 Place = tuple[int, int]
 """Replica, and row of its request table."""
-
-
-@dataclasses.dataclass
-class Statistics:
-    """Counts since the engine was made, summed over replicas."""
-
-    steps: int = 0
-    """Decoding steps."""
-    drawn: int = 0
-    """Sampled tokens."""
-    slot_steps: int = 0
-    """Decoding steps times slots."""
-    prefills: int = 0
-    prefilled: int = 0
-    """Prompt tokens whose keys and values were computed."""
-    stalled: int = 0
-    """Slots without a free page, summed over decoding steps."""
-    preempted: int = 0
-    """Rows that lost their slot for lack of pages, and were queued again."""
-    not_finite: int = 0
-    """Responses that ended at logits that were not finite."""
-    overlong: int = 0
-    """Requests that were refused: a prompt or a begun response does not fit the table."""
-    compile_seconds: float = 0.0
-
-    @property
-    def slot_use(self) -> float:
-        """Sampled tokens per slot and decoding step, at most 1."""
-        return self.drawn / max(self.slot_steps, 1)
 
 
 class Engine:
@@ -122,20 +94,41 @@ class Engine:
 
     # -- parameters
 
-    def load(self, params: Params, version: int = 0) -> None:
-        """Sample from `params` from now on; the first call compiles.
+    def load(self, params: Params, version: int = 0, *, compiled: bool = True) -> None:
+        """Sample from `params` from now on; the first call compiles, unless `fit` is to do it.
 
         `version` is the update count that is recorded with each token drawn from them.
         """
         self._params = params = self._jitted.to_decode_layout(params)
         self.version = jnp.int32(version)
-        if not self._runs:
-            start = time.perf_counter()
-            for capacity in self.capacities:
-                run = self._jitted.compile_run(capacity, params, self.version)
-                self._runs[capacity] = run
-            self.statistics.compile_seconds = time.perf_counter() - start
+        if compiled and not self._runs:
+            self._compile(params, self.capacities)
             self._state = self._jitted.make(self.capacity)
+
+    def fit(self, positions: int) -> None:
+        """Resize the caches of an engine without requests, for sequences of `positions` tokens.
+
+        They grow or shrink to `capacity_for` these; only its program is compiled, if it is new.
+        """
+        assert self._params is not None
+        self.capacity = self.capacity_for(positions)
+        if self.capacity not in self._runs:
+            self._compile(self._params, [self.capacity])
+        self._state = self._jitted.make(self.capacity)
+
+    def compiled(self, capacity: int) -> bool:
+        """Return whether there is a program for caches of this size."""
+        return capacity in self._runs
+
+    def capacity_for(self, positions: int) -> int:
+        """Return the smallest of `capacities` for `positions` tokens, else the largest."""
+        return next((each for each in self.capacities if each >= positions), self.capacities[-1])
+
+    def _compile(self, params: Params, sizes: Sequence[int]) -> None:
+        start = time.perf_counter()
+        for capacity in sizes:
+            self._runs[capacity] = self._jitted.compile_run(capacity, params, self.version)
+        self.statistics.compile_seconds += time.perf_counter() - start
 
     # -- requests
 
@@ -154,17 +147,19 @@ class Engine:
         requests: Iterable[Request],
         budget: Budget = NO_BUDGET,
         feed: Feed | None = None,
+        partial: bool = False,
     ) -> Iterator[Completion]:
         """Yield each response when it ends, or unfinished when the budget ends.
 
         Requests with the largest `expected` length start first; consecutive requests with the same
-        prompt share its prefill. `feed` is asked for more of them between two runs.
+        prompt share its prefill. `feed` is asked for more of them between two runs. `partial` also
+        yields the responses so far, `running`, after each run of `chunk_steps`.
 
         Raises UserError for a request that cannot be sampled, RuntimeError before `load`.
         """
         if self._params is None:
             raise RuntimeError("Engine.load must be called before requests are sampled")
-        return self._stream(deque(self._checked(requests)), budget, feed)
+        return self._stream(deque(self._checked(requests)), budget, feed, partial)
 
     def _checked(self, requests: Iterable[Request]) -> list[Request]:
         """Return the requests, the longest expected first; raise UserError for a wrong one."""
@@ -176,7 +171,7 @@ class Engine:
         return ordered
 
     def _stream(
-        self, pending: deque[Request], budget: Budget, feed: Feed | None
+        self, pending: deque[Request], budget: Budget, feed: Feed | None, partial: bool
     ) -> Iterator[Completion]:
         running: dict[Place, Request] = {}
         searched: dict[Place, int] = {}
@@ -202,7 +197,7 @@ class Engine:
                 finish, count, drawn = self._advance(running, steps)
                 left = None if left is None else left - drawn
                 over = [at for at in running if finish[at] != RUNNING]
-                texts = [at for at, r in running.items() if r.knobs.stop_strings]
+                texts = [at for at, r in running.items() if partial or r.knobs.stop_strings]
                 for at, completion in self._fetch(running, {*over, *texts}, finish, count):
                     strings = running[at].knobs.stop_strings
                     if strings and self.text is not None:
@@ -215,6 +210,8 @@ class Engine:
                             self._cancel(at)
                         free[at[0]].append(at[1])
                         del running[at], searched[at]
+                        yield completion
+                    elif partial:
                         yield completion
             if running:
                 finish, count, _ = self._progress()

@@ -11,7 +11,7 @@ from fireopd_jax.bench import contestants, workload
 from fireopd_jax.bench import rollout as bench
 from fireopd_jax.config import UserError
 from fireopd_jax.models.language_model import LanguageModel
-from fireopd_jax.rollout.streaming import Statistics
+from fireopd_jax.rollout.statistics import Statistics
 
 KEYS = {
     "useful_tokens_per_cpu_second",

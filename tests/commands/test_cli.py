@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from fireopd_jax.recipe.schema import as_tree, load_config
 from tests.cases import one_device
 
 COMMAND = "from fireopd_jax.cli import main; main()"
-HEAVY = "{'jax', 'flax', 'transformers', 'datasets', 'numpy', 'orbax'}"
+HEAVY = "{'jax', 'flax', 'transformers', 'datasets', 'numpy', 'orbax', 'rich'}"
 
 
 def process(*arguments, code=COMMAND, **kwargs):
@@ -38,7 +39,9 @@ def call(monkeypatch, *arguments):
     return 0
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["chat", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments):
     code = (
         "import sys, atexit\n"
@@ -114,7 +117,7 @@ def test_help_names_the_commands(monkeypatch, capsys):
 def test_a_dry_run_prints_what_loads_to_the_same(monkeypatch, capsys, tmp_path, command):
     monkeypatch.chdir(tmp_path)
     settings = ["quickstart.yaml", "optim.learning_rate=1e-6", "eval.problems=0"]
-    assert call(monkeypatch, command, "--dry-run", *settings) == 0
+    assert call(monkeypatch, command, "--dry-run", "--full", *settings) == 0
     file = tmp_path / "printed.yaml"
     file.write_text(capsys.readouterr().out)
     assert load_config([str(file)]) == load_config(settings)
@@ -189,6 +192,23 @@ def test_the_environment_is_json(monkeypatch, capsys):
     assert call(monkeypatch, "env") == 0
     described = json.loads(capsys.readouterr().out)
     assert len(described["devices"]) == 8 and described["packages"]["jax"]
+
+
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_the_version_imports_nothing_heavy(option):
+    code = (
+        "import sys, atexit\n"
+        f"atexit.register(lambda: print('HEAVY', sorted({HEAVY} & set(sys.modules))))\n{COMMAND}"
+    )
+    done = process(option, code=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"fireopd {version('fireopd-jax')}\nHEAVY []\n"
+
+
+def test_the_module_runs_as_the_command():
+    arguments = [sys.executable, "-m", "fireopd_jax", "-V"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=one_device())
+    assert done.stdout == f"fireopd {version('fireopd-jax')}\n"
 
 
 def test_the_schema_is_written_for_every_section(monkeypatch, tmp_path):

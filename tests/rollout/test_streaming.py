@@ -333,3 +333,32 @@ def test_what_cannot_be_drawn_is_refused(plain, request_, message):
 def test_a_pool_too_small_for_one_response_is_refused():
     with pytest.raises(UserError, match=r"rollout\.cache\.tokens=32: .* may need 48 tokens; .* 64"):
         engine(memory=Paged(page_size=8, tokens=32))
+
+
+def test_partial_responses_grow_to_those_that_are_drawn(plain):
+    sampler = engine(slots=3, chunk_steps=2)
+    whole = {each.id: each.tokens.tolist() for each in plain.generate(requests())}
+    last = {}
+    for each in sampler.stream(requests(), partial=True):
+        tokens = each.tokens.tolist()
+        assert tokens[: len(last.get(each.id, []))] == last.get(each.id, [])
+        last[each.id] = tokens
+        if each.finish != "running":
+            assert tokens == whole[each.id]
+    assert last == whole
+
+
+def test_an_engine_that_is_fitted_compiles_what_it_needs_and_draws_the_same():
+    made = Engine(MODEL, width=8, room=1100, seed=3, slots=3, rows=6)
+    made.load(PARAMS, compiled=False)
+    assert made.programs == 0
+    request = Request(1, PROMPTS.tokens[0, :5], Knobs(max_tokens=60))
+    made.fit(500)
+    assert made.programs == 1 and made.capacity == made.capacities[1]
+    (large,) = made.generate([request])
+    made.fit(100)
+    assert made.programs == 2 and made.capacity == made.capacities[0]
+    (small,) = made.generate([request])
+    np.testing.assert_array_equal(large.tokens, small.tokens)
+    made.fit(2000)
+    assert made.capacity == made.capacities[-1]
