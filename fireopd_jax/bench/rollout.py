@@ -39,7 +39,7 @@ from fireopd_jax.rollout.engine import DENSE, CacheLayout
 from fireopd_jax.rollout.kv_dense_gpu import DenseGPU
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.kv_paged_gpu import PagedGPU
-from fireopd_jax.rollout.streaming import Statistics
+from fireopd_jax.rollout.statistics import Statistics
 from fireopd_jax.session.fits import CACHES as NEEDS
 from fireopd_jax.session.fits import check_model
 

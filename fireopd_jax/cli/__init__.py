@@ -1,7 +1,7 @@
 """The command line: arguments and help; the commands are implemented in `commands/`.
 
-    app         the typer application            training    train, sft, data, keys, schema
-    options     options of several commands      models      eval, generate, export
+    app         the typer application            training    train, resume, sft, data, keys, schema
+    options     options of several commands      models      eval, generate, chat, export
     main        errors as one line               serving     serve
                                                  machine     verify, env, bench
 

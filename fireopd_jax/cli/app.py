@@ -1,5 +1,7 @@
 """The typer application, which the other modules add their commands to."""
 
+from typing import Annotated
+
 import typer
 
 app = typer.Typer(
@@ -10,3 +12,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(wanted: bool | None) -> None:
+    if wanted:
+        from importlib.metadata import version  # slow to import
+
+        print(f"fireopd {version('fireopd-jax')}")
+        raise typer.Exit
+
+
+@app.callback()
+def fireopd(
+    version: Annotated[
+        bool | None,
+        typer.Option("--version", "-V", is_eager=True, callback=_version, help="Print it, exit."),
+    ] = None,
+) -> None:
+    """On-policy distillation of language models, native to JAX."""

@@ -1,9 +1,10 @@
-"""Commands about a model: eval, generate, export."""
+"""Commands about a model: eval, generate, chat, export."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fireopd_jax.cli.app import app
 from fireopd_jax.cli.options import (
@@ -182,6 +183,90 @@ def generate(
         logprobs=logprobs,
         ignore_config_keys=comma_separated(ignore_config_keys),
     )
+
+
+class Compared(TyperCommand):
+    """The command chat, in which `--compare` without a value is `--compare before`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; they are changed in place."""
+        for at, each in enumerate(args):
+            if each == "--compare" and (at + 1 == len(args) or args[at + 1].startswith("--")):
+                args.insert(at + 1, "before")
+                break
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=Compared)
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(help="A run, a model's folder, or a name on the hub.")
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[RUN|MODEL]",
+            help="Two answers side by side: a run's student before and after (--compare RUN, or "
+            "RUN --compare), or MODEL's and another's (--compare OTHER, or a model of the run: "
+            "teacher_NAME ...).",
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    chat_template: Template = None,
+    name: OfRun = "student",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer.")] = 512,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=8, help="Maximum length of a conversation; by default the model's, at most 4096."
+        ),
+    ] = None,
+    greedy: Greedy = False,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="By default 0.7, for answers to read; generate has 1."),
+    ] = None,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
+    min_p: Annotated[float, typer.Option(min=0, max=1)] = 0.0,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32 or bfloat16; by default the model's own, and float32 on a CPU, where it "
+            "is faster."
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="By default another one each time.")] = None,
+    tensor: Tensor = 1,
+    ignore_config_keys: IgnoredKeys = None,
+) -> None:
+    """Chat with a model, or with a run's student before and after; /help lists what to type."""
+    from fireopd_jax.commands.journal import say
+
+    say(f"opening {model or compare or 'a model'}")  # The imports below take seconds.
+    from fireopd_jax.commands.chat.command import ChatCommand, some_seed
+    from fireopd_jax.commands.chat.settings import Settings
+
+    status = ChatCommand(
+        model=model,
+        compare=compare,
+        name=name,
+        system=system,
+        chat_template=chat_template,
+        context=context,
+        settings=Settings(
+            temperature=temperature_of(greedy, temperature, 0.7),
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            max_tokens=max_tokens,
+            seed=some_seed() if seed is None else seed,
+        ),
+        dtype=known_dtype(dtype),
+        tensor=tensor,
+        ignore_config_keys=comma_separated(ignore_config_keys),
+    ).run()
+    raise typer.Exit(status)
 
 
 @app.command()

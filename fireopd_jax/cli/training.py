@@ -14,7 +14,12 @@ Layers = Annotated[
     ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Resolve and check the configuration, print it, exit.")
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check configuration, files, tokenizers and routes; print what differs from the "
+        "defaults, and what a run would do.",
+    ),
 ]
 Extend = Annotated[
     bool,
@@ -23,16 +28,23 @@ Extend = Annotated[
         help="Go on with more run.steps even where that changes the schedule of the steps to come.",
     ),
 ]
+Full = Annotated[bool, typer.Option("--full", help="With --dry-run: print every key.")]
 KEYS = "`fireopd keys` lists every key with type, default and meaning; `fireopd keys rollout` one \
 section of them. Values are YAML; quote those with spaces: 'student.lora={rank: 16}'."
 
 
-@app.command(epilog=KEYS)
-def train(settings: Layers = None, dry_run: DryRun = False, extend: Extend = False) -> None:
+# Options of other programs reach the command, which says how its settings are written.
+ANY = {"ignore_unknown_options": True}
+
+
+@app.command(epilog=KEYS, context_settings=ANY)
+def train(
+    settings: Layers = None, dry_run: DryRun = False, full: Full = False, extend: Extend = False
+) -> None:
     """Distil: load or make the models, train the student, evaluate it before and after."""
     from fireopd_jax.commands.train import launch
 
-    launch("train", settings or [], dry_run, extend)
+    launch("train", settings or [], dry_run, full, extend)
 
 
 @app.command()
@@ -53,12 +65,12 @@ def resume(
     resume(run, settings or [], extend)
 
 
-@app.command(epilog=KEYS)
-def sft(settings: Layers = None, dry_run: DryRun = False) -> None:
+@app.command(epilog=KEYS, context_settings=ANY)
+def sft(settings: Layers = None, dry_run: DryRun = False, full: Full = False) -> None:
     """Run only the supervised training of a run: of its teachers and its student."""
     from fireopd_jax.commands.train import launch
 
-    launch("sft", settings or [], dry_run)
+    launch("sft", settings or [], dry_run, full)
 
 
 @app.command(epilog=KEYS)

@@ -36,7 +36,18 @@ def begun_with(out: Path) -> dict[str, Any]:
         return {}
     with part.open("rb") as file:
         first = file.readline()
-    return json.loads(first) if first.endswith(b"\n") else {}
+    return _line(part, first) if first.endswith(b"\n") else {}
+
+
+def _line(part: Path, text: bytes) -> dict[str, Any]:
+    """Return a line of the file of lines so far; raise UserError for a damaged one."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{part}: damaged; delete it to begin again")
+    return found
 
 
 @contextmanager
@@ -89,13 +100,15 @@ def journal(part: Path, identity: Mapping[str, Any]) -> Iterator[tuple[set[int],
         file.truncate(sum(len(line) + 1 for line in lines))
         if not lines:
             file.write(json.dumps(identity).encode() + b"\n")
-        elif (begun := json.loads(lines[0])) != identity:
+        elif (begun := _line(part, lines[0])) != identity:
             key = next(key for key in {**identity, **begun} if begun.get(key) != identity.get(key))
             raise UserError(
                 f"{part} was begun with {key}={begun.get(key)!r}, not {identity.get(key)!r}; use "
                 "the same settings, or remove that file"
             )
-        done = {json.loads(line)["index"] for line in lines[1:]}
+        done = {_line(part, line).get("index", -1) for line in lines[1:]}
+        if done - set(range(len(lines) + max(done, default=0))):
+            raise UserError(f"{part}: damaged; delete it to begin again")
 
         def write(index: int, line: Mapping[str, Any]) -> None:
             text = json.dumps({"index": index, "row": line}, default=str)

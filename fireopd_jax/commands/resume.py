@@ -7,6 +7,7 @@ from pathlib import Path
 from fireopd_jax.config import Key, UserError
 from fireopd_jax.recipe.keys import check_layers
 from fireopd_jax.recipe.layers import read_layers
+from fireopd_jax.terminal.record import recording, say
 
 
 def resume(run: str, settings: Sequence[str], extend: bool) -> None:
@@ -19,11 +20,22 @@ def resume(run: str, settings: Sequence[str], extend: bool) -> None:
         if setting.startswith("run.dir="):
             raise UserError(f"{setting}: the run stays in {folder}; expected other keys")
     check_layers(read_layers([file, *settings]))
+    with recording():
+        from fireopd_jax.runtime.devices import first_line
+
+        # Before the other imports, which take seconds.
+        say(first_line())
+        go_on(folder, settings, extend)
+
+
+def go_on(folder: Path, settings: Sequence[str], extend: bool) -> None:
+    """Train on; paths that are not among the settings begin where the run began."""
     from fireopd_jax.data.identity import recorded_rows
     from fireopd_jax.recipe.paths import anchored, with_paths
     from fireopd_jax.recipe.schema import load
     from fireopd_jax.training import run as running
 
+    file = str(folder / "config.yaml")
     recorded, own = recorded_rows(folder), {}
     home = Path.cwd() if recorded is None else Path(recorded["folder"])
 
@@ -35,7 +47,7 @@ def resume(run: str, settings: Sequence[str], extend: bool) -> None:
         return anchored(path, home if own.get(key) == path else Path.cwd())
 
     with_paths(load([file]).config, note)
-    loaded = load([file, f"run.dir={folder}", *settings])
+    loaded = load([file, f"run.dir={folder}", "run.resume=auto", *settings])
     notes = [line for line in loaded.notes if not line.startswith(f"warning: {file}")]
     work = {"train": running.train, "sft": running.sft}[begun_by(folder)]
     work(with_paths(loaded.config, place), notes, extend=extend)
@@ -45,7 +57,8 @@ def run_folder(run: str) -> Path:
     """Return the folder of a run; raise UserError, with the nearest right thing, for another."""
     folder = Path(run).expanduser()
     if (folder / "config.yaml").is_file():
-        return folder
+        # runs/latest is another run later.
+        return folder.resolve() if folder.is_symlink() else folder
     if folder.suffix in (".yaml", ".yml"):
         raise UserError(f"{run}: a configuration; fireopd train {run} begins a run with it")
     above = next((each for each in folder.parents if (each / "config.yaml").is_file()), None)

@@ -23,6 +23,8 @@ INCIDENTAL = frozenset(
         "run.completions_every",
         "run.export",
         "run.max_nonfinite",
+        "run.report_to",
+        "run.project",
     }
 )
 OF_SERVED = re.compile(

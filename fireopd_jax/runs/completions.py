@@ -5,6 +5,7 @@ Batch, keep -> completions/step_000050.parquet, one row per trajectory
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow.parquet
 from fireopd_jax.data.sources import Row
 from fireopd_jax.evaluation.graders import verdict
 from fireopd_jax.method.stage import Keep
+from fireopd_jax.runtime.warnings import warn_once
 from fireopd_jax.types import Batch, Rewritten, Writer
 
 
@@ -26,16 +28,18 @@ def write_completions(
     teachers: Sequence[str],
     decode: Callable[[list[int]], str],
     grader: Callable[[int], str],
-) -> None:
+) -> list[dict[str, Any]]:
     """Write every trajectory of a batch to a Parquet file; lists have one entry per token.
 
     `rows` are those of the data set, `teachers` the names by route, `decode` maps token ids to
     text, `grader` a row index to its kind of grader. Rows without a token are left out, but for
-    rewrites that were dropped; without any row no file is written.
+    rewrites that were dropped; without any row no file is written. Returns the
+    rows.
     """
     batch, keep = jax.device_get((batch, keep))
     rollout, scores = batch.rollout, batch.scores
-    table, original = [], rollout.original
+    table: list[dict[str, Any]] = []
+    original = rollout.original
     shown = rollout.mask if original is None else rollout.mask | original.rewrite
     for i in np.flatnonzero(shown.any(axis=1)):
         row, real = int(rollout.prompts.row[i]), rollout.mask[i]
@@ -81,7 +85,14 @@ def write_completions(
             }
         table.append(line)
     if table:
-        file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_suffix(".part")
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), beside)
-        beside.rename(file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), beside)
+            beside.rename(file)
+        except (OSError, pyarrow.ArrowException, UnicodeError) as error:
+            # A report is not worth the run, which stops where it cannot save.
+            warn_once(
+                f"{file.parent}: responses cannot be written ({' '.join(str(error).split())})"
+            )
+    return table

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ from fireopd_jax.config import UserError
 from fireopd_jax.recipe.run import RunConfig
 from fireopd_jax.runs.changes import Changes, by_keys
 from fireopd_jax.runtime.files import plain, write_atomically
+from fireopd_jax.runtime.limits import read_yaml
+from fireopd_jax.runtime.yaml_core import dump, load
 
 RunState = Literal["new", "resume", "complete"]
 Compare = Callable[[Mapping[str, Any], Mapping[str, Any]], Changes]
@@ -56,6 +59,8 @@ class RunFolder:
         self.changes = changes or Changes()
         """Of the configuration, since the run began."""
         self._lock: int | None = lock
+        latest = path.parent / "latest"
+        self.latest_before = os.readlink(latest) if latest.is_symlink() else None
 
     @property
     def config(self) -> Path:
@@ -106,6 +111,20 @@ class RunFolder:
         """Write `data` atomically as a JSON file in the folder."""
         write_atomically(self.path / name, json.dumps(plain(data), indent=2) + "\n")
 
+    def discard_unused(self) -> None:
+        """Remove a new folder in which nothing has been computed; another one stays."""
+        made = (
+            *("metrics.jsonl", "checkpoints/*", "eval/*", "completions/*", "rollouts/*"),
+            *("controls/*", "models/*/*"),
+        )
+        if self.state == "new" and not any(next(self.path.glob(each), None) for each in made):
+            shutil.rmtree(self.path, ignore_errors=True)
+            latest = self.path.parent / "latest"
+            if latest.is_symlink() and not latest.exists():
+                latest.unlink()
+                if self.latest_before is not None:
+                    latest.symlink_to(self.latest_before)
+
     def close(self) -> None:
         """Release the lock."""
         if self._lock is not None:
@@ -119,19 +138,6 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         """Release the lock."""
         self.close()
-
-
-def state_of(
-    config: RunConfig, resolved: Mapping[str, Any], compare: Compare = by_keys
-) -> RunState:
-    """Return the state of `run.dir` as `open_run` would find it; nothing is created or locked.
-
-    Raises UserError for a run of another configuration.
-    """
-    if config.dir is None:
-        return "new"
-    path = Path(config.dir).expanduser()
-    return _state(path, config, _as_read_back(resolved), compare)[0]
 
 
 def open_run(
@@ -158,7 +164,7 @@ def open_run(
         if changes.extended is not None:
             set_aside(path, changes.extended)
         if state == "new" or (state == "resume" and changes.allowed):
-            write_atomically(folder.config, yaml.safe_dump(resolved, sort_keys=False))
+            write_atomically(folder.config, dump(resolved))
         if state != "complete":
             for part in (folder.completions, folder.evaluation, folder.checkpoints, folder.logs):
                 part.mkdir(exist_ok=True)
@@ -169,13 +175,38 @@ def open_run(
     return folder
 
 
-def _numbered(root: Path, name: str) -> Path:
-    """Create the first free of name, name-2, name-3 ...; mkdir is atomic, so races are safe."""
+def state_of(
+    config: RunConfig, resolved: Mapping[str, Any], compare: Compare = by_keys
+) -> RunState:
+    """Return the state in which `open_run` would find the run's folder; nothing is written.
+
+    Raises UserError as `open_run` does, but for a folder that is in use or cannot be written.
+    """
+    if config.dir is None:
+        _check_name(Path("runs"), config.name)
+        return "new"
+    path = Path(config.dir).expanduser()
+    if not path.exists():
+        return "new"
+    try:
+        _refuse_foreign(path)
+    except OSError as error:
+        raise UserError(f"run.dir={path}: not a folder to write in ({error.strerror})") from error
+    return _state(path, config, _as_read_back(resolved), compare)[0]
+
+
+def _check_name(root: Path, name: str) -> None:
+    """Raise UserError for a name that is not that of a folder in `root`."""
     if name in ("", ".", "..", "latest") or Path(name).name != name:
         raise UserError(
             f"run.name={name!r}: expected the plain name of a folder in {root}/, other than"
             " 'latest'; give a path as run.dir"
         )
+
+
+def _numbered(root: Path, name: str) -> Path:
+    """Create the first free of name, name-2, name-3 ...; mkdir is atomic, so races are safe."""
+    _check_name(root, name)
     try:
         root.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
@@ -239,9 +270,16 @@ def _state(
     if not file.exists():
         return "new", Changes()
     try:
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not valid YAML; expected the configuration of a run") from error
+        _, before = read_yaml(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file}: not valid YAML; expected the configuration of a run: delete {path}, or write "
+            "the file again"
+        ) from error
+    if not isinstance(before, dict):
+        raise UserError(
+            f"{file}: empty or no configuration of a run; delete {path}, or write the file again"
+        )
     changes = compare(before, resolved)
     if changes.refused:
         raise UserError(changes.refusal(path))
@@ -279,7 +317,7 @@ def set_aside(path: Path, steps: int) -> None:
 
 def _as_read_back(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration as read from its YAML, in which tuples are lists."""
-    return yaml.safe_load(yaml.safe_dump(dict(tree)))
+    return load(dump(dict(tree)))
 
 
 def _point_latest(root: Path, path: Path) -> None:
@@ -289,7 +327,7 @@ def _point_latest(root: Path, path: Path) -> None:
     beside = root / f".latest-{os.getpid()}"
     try:
         beside.unlink(missing_ok=True)
-        beside.symlink_to(path.name)
+        beside.symlink_to(path.resolve().name)
         beside.replace(root / "latest")
     except OSError:
         beside.unlink(missing_ok=True)

@@ -5,24 +5,25 @@
 The run's folder is only read, so the run may still be in progress.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 from jax.sharding import SingleDeviceSharding
 
 from fireopd_jax.config import UserError, nearest
 from fireopd_jax.models.decoder import parameter_count
 from fireopd_jax.models.hf_config import hf_config_json
 from fireopd_jax.models.hf_export import MAX_SHARD_BYTES, check_target, export_model
+from fireopd_jax.models.hf_load import resolve
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.models.lora import LoraConfig
+from fireopd_jax.recipe.layers import read_file
 from fireopd_jax.recipe.models import StudentConfig
 from fireopd_jax.runs.checkpoints import restore_step_params, saved_steps
-from fireopd_jax.session.finished import open_model
+from fireopd_jax.runtime import files
+from fireopd_jax.session.finished import open_model, run_config
 from fireopd_jax.session.parameters import abstract_params, load_or_make, placed
 from fireopd_jax.session.specs import ModelSpec, load_spec
 
@@ -91,7 +92,10 @@ def at_step(run: Path, model: str, step: int) -> tuple[ModelSpec, Params]:
     if step not in known:
         there = f"there are {', '.join(map(str, known))}" if known else "there is none"
         raise UserError(f"{checkpoints}: no checkpoint of step {step}; {there}")
-    spec = load_spec(model, start, StudentConfig(path=str(start)))
+    settings = StudentConfig(path=str(start))
+    if not (start / "model.json").is_file():  # read from where the student's path led
+        settings = run_config(run).student
+    spec = load_spec(model, resolve(str(settings.path)), settings)
     place = SingleDeviceSharding(jax.devices()[0])
     shapes = abstract_params(spec.model, place)
     settings = recorded(run)[0].get("student", {}).get("lora")
@@ -144,8 +148,8 @@ def model_card(name: str, spec: ModelSpec, params: Params, run: Path, step: int 
 def recorded(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a run's configuration, and its student's figures; {} where not written yet."""
     config, summary = run / "config.yaml", run / "summary.json"
-    tree = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    figures = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    tree = read_file(config).tree if config.is_file() else {}
+    figures = files.recorded(summary) if summary.is_file() else {}
     return tree, figures.get("student_after", {})
 
 

@@ -22,13 +22,20 @@ from fireopd_jax.recipe.models import ModelConfig, TeacherConfig
 from fireopd_jax.recipe.schema import Config, load_config
 from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.session.fits import check_cache, check_divisible
-from fireopd_jax.session.identity import SOURCES, TEMPLATES, recorded_sources, recorded_templates
+from fireopd_jax.session.identity import (
+    SOURCES,
+    START,
+    TEMPLATES,
+    recorded_sources,
+    recorded_templates,
+)
 from fireopd_jax.session.parameters import load_or_make, load_own
 from fireopd_jax.session.session import grade, make_generate
 from fireopd_jax.session.setup import set_up
 from fireopd_jax.session.specs import Model, ModelSpec, load_spec, slug
 from fireopd_jax.sharding.mesh import replicated, shard_rows
 from fireopd_jax.terminal.progress import progress
+from fireopd_jax.terminal.working import LONG_S, working
 from fireopd_jax.text.clock import stopped_kwargs
 
 ROWS = ("data.path=", "data.mixture=")
@@ -81,7 +88,8 @@ def open_model(
     )
     quantize = frozen.quantize if isinstance(frozen, TeacherConfig) else None
     spec = load_spec(name, folder, settings).quantized(quantize)
-    return spec, load_or_make(spec, place or SingleDeviceSharding(jax.devices()[0]))
+    with working(f"loading {name} of {run}", after=LONG_S):
+        return spec, load_or_make(spec, place or SingleDeviceSharding(jax.devices()[0]))
 
 
 def _frozen(run: Path, found: str) -> ModelConfig:
@@ -92,6 +100,8 @@ def _frozen(run: Path, found: str) -> ModelConfig:
     config = load_config([str(file)])
     models: dict[str, ModelConfig] = {f"teacher {n}": each for n, each in config.teachers.items()}
     models |= {} if config.base is None else {"base": config.base}
+    if found == slug(START):
+        return _as_written(run, "student", config.student)
     name = next((name for name in models if slug(name) == found), None)
     return ModelConfig() if name is None else _as_written(run, name, models[name])
 
@@ -171,16 +181,20 @@ def held_out_responses(run: Path, name: str, overrides: Sequence[str]) -> tuple[
                 f"{override}: only eval.* keys, data.path and data.mixture may be overridden here"
             )
     found, folder = find_model(run, name)
-    held_out = run_config(run).eval.problems
+    own = run_config(run)
+    held_out = own.eval.problems
+    if held_out is None:
+        held_out = set_up(own).config.eval.problems
     if not held_out:
         raise UserError(
             f"{run}: no held-out problems (eval.problems=0), all rows were trained on; "
             "expected a run with eval.problems of 1 or more"
         )
     config = run_config(run, overrides)
-    if not 0 < config.eval.problems <= held_out:
+    asked = config.eval.problems
+    if asked is not None and not 0 < asked <= held_out:
         raise UserError(
-            f"eval.problems={config.eval.problems}: expected 1 to {held_out}, the run's held-out "
+            f"eval.problems={asked}: expected 1 to {held_out}, the run's held-out "
             "problems; the others were trained on"
         )
     compile_cache()
@@ -196,7 +210,9 @@ def held_out_responses(run: Path, name: str, overrides: Sequence[str]) -> tuple[
         indices, params = setup.own_rows(setup.held_out, index), load_or_make(spec, place)
     else:
         spec, indices = setup.student, setup.held_out
-        params = load_own(folder, spec, place)
+        own_files = (folder / "model.json").is_file()
+        with working(f"loading {name}", after=LONG_S):
+            params = load_own(folder, spec, place) if own_files else load_or_make(spec, place)
     check_cache(config, setup.mesh, {name: spec.model.config})
     draw = make_generate(setup, spec)
     samples = config.eval.samples

@@ -6,14 +6,15 @@ A host stage sets the fields of the rollout that it declares. It blocks on the d
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+import regex
 from jaxtyping import Float32
 
+from fireopd_jax.config import UserError
 from fireopd_jax.evaluation.graders import verdicts
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.language_model import Params
@@ -22,6 +23,9 @@ from fireopd_jax.session.setup import Setup
 from fireopd_jax.sharding.mesh import shard_rows
 from fireopd_jax.text.chat import decode
 from fireopd_jax.types import Array, Rollout
+
+SEARCH_S = 5.0
+"""Seconds that a pattern may search one response."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +109,24 @@ class FindLeaks:
     def __init__(self, session: Session, method: MethodConfig):
         assert method.teacher.leak is not None
         self.session = session
-        self.pattern, self.drop = re.compile(method.teacher.leak.pattern), method.teacher.leak.drop
+        leak = method.teacher.leak
+        # Not `re`, which cannot be stopped: some patterns take ages for some texts.
+        self.pattern, self.drop = regex.compile(leak.pattern), leak.drop
 
     def __call__(self, rollout: Rollout, policies: Policies) -> Rollout:
         """Return the rollout with `leaked` set; with `drop`, without the tokens of such rows."""
         setup = self.session.setup
-        found = each_response(setup, rollout, lambda text, row: bool(self.pattern.search(text)))
+        found = each_response(setup, rollout, lambda text, row: self.leaks(text))
         leaked = shard_rows(setup.mesh, found > 0)
         mask = rollout.mask & ~leaked[:, None] if self.drop else rollout.mask
         return dataclasses.replace(rollout, leaked=leaked, mask=mask)
+
+    def leaks(self, text: str) -> bool:
+        """Return whether a response matches; raise UserError for a pattern that takes too long."""
+        try:
+            return self.pattern.search(text, timeout=SEARCH_S) is not None
+        except TimeoutError:
+            raise UserError(
+                f"method.teacher.leak.pattern: no answer within {SEARCH_S:g} s for a response of "
+                f"{len(text)} characters; expected a pattern without nested repetitions"
+            ) from None

@@ -14,7 +14,7 @@ from typing import Any
 
 from fireopd_jax.config import UserError
 from fireopd_jax.models.hf_load import resolve
-from fireopd_jax.runtime.files import write_atomically
+from fireopd_jax.runtime.files import recorded, write_atomically
 from fireopd_jax.session.setup import Setup
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.text.chat_templates import key_of
@@ -23,6 +23,8 @@ BLOCK = 1 << 22
 SOURCES = "models/sources.json"
 TEMPLATES = "models/templates.json"
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
+START = "student start"
+"""Name of the record of a student that the run does not train before distillation."""
 DIGEST = 64
 """Number of hexadecimal digits of a SHA-256."""
 
@@ -52,12 +54,14 @@ def check_sources(file: Path, specs: Sequence[ModelSpec]) -> None:
 
     Raises UserError, naming the model and the changed file.
     """
-    now = {spec.name: identity(spec) for spec in specs}
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(now, indent=2) + "\n")
-        return
+    names = [START if spec.name == "student" else spec.name for spec in specs]
+    now = {name: identity(spec) for name, spec in zip(names, specs, strict=True)}
     before = recorded_sources(file)
+    # Earlier versions copied the student's start instead of recording it.
+    if not file.is_file() or (START in now and START not in before):
+        before = now | before
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(before, indent=2) + "\n")
     for name, found in now.items():
         changed = _difference(before.get(name), found)
         if changed is not None:
@@ -65,6 +69,8 @@ def check_sources(file: Path, specs: Sequence[ModelSpec]) -> None:
                 f"{name}: {changed} of {found['folder']} has changed since the run began; expected "
                 "the same files, or another run.dir"
             )
+    if any(before[name] != found for name, found in now.items()):  # moved: the same files
+        write_atomically(file, json.dumps(before | now, indent=2) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +113,13 @@ def recorded_templates(file: Path) -> Written:
     """Return the record in `file`, an empty one without the file."""
     if not file.is_file():
         return Written()
-    return Written(**json.loads(file.read_text(encoding="utf-8")))
+    found = recorded(file)
+    return Written(found.get("moment"), found.get("templates") or {})
 
 
 def recorded_sources(file: Path) -> dict[str, Any]:
     """Return the identities recorded in `file`, by model name; {} without the file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return recorded(file) if file.is_file() else {}
 
 
 def _difference(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:

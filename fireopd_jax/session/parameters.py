@@ -4,30 +4,51 @@ ModelSpec -> shapes (nothing allocated) -> load_or_make -> parameters on the mes
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Sharding
+from jax.tree_util import keystr
 
+from fireopd_jax.config import UserError
 from fireopd_jax.models.hf_load import load, resolve
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.models.quantized import quantize_params
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.runs.checkpoints import restore_params
 from fireopd_jax.session.specs import ModelSpec
+from fireopd_jax.types import Array
 
 
 def placed(shapes: Any, place: Sharding) -> Any:
     """Return abstract arrays with the shapes and dtypes of a tree, and this sharding."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
-    )
+
+    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+        # A weak type is part of a program's signature, too.
+        weak = getattr(leaf, "weak_type", False)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place, weak_type=weak)
+
+    return jax.tree.map(one, shapes)
 
 
 def abstract_params(model: LanguageModel, place: Sharding) -> Params:
     """Return shapes, dtypes and sharding of a model's parameters; nothing is allocated."""
     return placed(jax.eval_shape(model.init, jax.random.key(0)), place)
+
+
+@functools.lru_cache(maxsize=16)
+def random_init(model: LanguageModel, place: Sharding) -> Callable[[Array], Params]:
+    """Return the jitted function from a key to a model's random parameters."""
+    return jax.jit(model.init, out_shardings=place)
+
+
+def random_key(spec: ModelSpec, seed: int) -> Array:
+    """Return the key of a model's random parameters in a run with this seed."""
+    return jax.random.key(seed_for(seed, f"init {spec.name}"), impl="threefry2x32")
 
 
 def load_or_make(spec: ModelSpec, place: Sharding, seed: int = 0) -> Params:
@@ -38,8 +59,7 @@ def load_or_make(spec: ModelSpec, place: Sharding, seed: int = 0) -> Params:
     """
     model = spec.model
     if spec.config.path is None:
-        key = jax.random.key(seed_for(seed, f"init {spec.name}"), impl="threefry2x32")
-        return jax.jit(model.init, out_shardings=place)(key)
+        return random_init(model, place)(random_key(spec, seed))
     folder = resolve(spec.config.path)
     if not (folder / "model.json").is_file():
         return load(folder, model.config, model.vocab_size, place, model.quantize)
@@ -50,7 +70,22 @@ def load_own(folder: Path, spec: ModelSpec, place: Sharding) -> Params:
     """Return parameters saved by a run, quantised according to the spec."""
     stored = dataclasses.replace(spec.model, quantize=spec.stored)
     params = restore_params(folder, abstract_params(stored, place))
+    refuse_nonfinite(folder, params)
     return quantized(spec, params, place) if spec.stored is None else params
+
+
+def refuse_nonfinite(folder: Path, params: Params) -> None:
+    """Raise UserError, with the first parameter, where one is NaN or infinite."""
+    leaves = jax.tree.leaves_with_path(params)
+    floats = {
+        keystr(path): leaf for path, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    finite = jax.jit(lambda tree: {name: jnp.isfinite(leaf).all() for name, leaf in tree.items()})
+    for name, whole in jax.device_get(finite(floats)).items():
+        if not whole:
+            raise UserError(
+                f"{folder}: {name} is not finite; expected the weights of a model that works"
+            )
 
 
 def quantized(spec: ModelSpec, params: Params, place: Sharding) -> Params:

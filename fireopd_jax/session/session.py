@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import eval_prompts
 from fireopd_jax.evaluation.evaluator import EvalResult, evaluate, sample
 from fireopd_jax.evaluation.responses import Graded, Grader, Problem
@@ -20,7 +22,8 @@ from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.runs.folder import RunFolder
 from fireopd_jax.runs.log import Log
-from fireopd_jax.runtime.files import write_atomically
+from fireopd_jax.runs.trackers.reporting import Trackers
+from fireopd_jax.runtime.files import recorded, write_atomically
 from fireopd_jax.runtime.signals import Interrupted, StopFlag
 from fireopd_jax.session.eval_sets import OpenSet
 from fireopd_jax.session.setup import Setup
@@ -54,6 +57,8 @@ class Session:
     stop: StopFlag
     log: Log
     generators: dict[str, Generate] = dataclasses.field(default_factory=dict)
+    trackers: Trackers = dataclasses.field(default_factory=Trackers.none)
+    """Where metrics go besides metrics.jsonl."""
     connections: Any = None
     """Connections to served teachers (`session.served.Connections`), once there are any."""
 
@@ -74,13 +79,20 @@ class Session:
 
         `max_tokens` is the width of the responses, by default `rollout.max_tokens`.
         """
-        key = f"{spec.model!r} {max_tokens}"
-        if key not in self.generators:
-            self.generators[key] = make_generate(self.setup, spec, max_tokens)
         # Replicated like the training state's counter: another sharding would compile again.
         mesh = self.setup.mesh
         counter = replicate(mesh, jnp.int32(0) if version is None else version)
-        return self.generators[key](params, shard_rows(mesh, prompts), sampling, counter)
+        asked = shard_rows(mesh, prompts)
+        drawn = self.sampler(spec, max_tokens)(params, student_side(asked), sampling, counter)
+        return dataclasses.replace(drawn, prompts=asked)
+
+    def sampler(self, spec: ModelSpec, max_tokens: int | None = None) -> Generate:
+        """Return the jitted sampler of a model, the same one for equal models."""
+        width = max_tokens or self.setup.config.rollout.max_tokens
+        key = f"{spec.model!r} {width}"
+        if key not in self.generators:
+            self.generators[key] = make_generate(self.setup, spec, width)
+        return self.generators[key]
 
     def evaluate(
         self,
@@ -94,15 +106,15 @@ class Session:
     ) -> EvalResult:
         """Return a model's grades on the held-out problems, or the rows `indices`.
 
-        `quiet` is for use in a training loop: no progress is shown, and signals are left to the
-        loop. Otherwise raises `Interrupted` after a signal.
+        `quiet` is for use in a training loop: no progress is shown. Raises `Interrupted` between
+        two batches after a signal.
         """
         setup, config = self.setup, self.setup.config.eval
         samples = samples or config.samples
         indices = setup.held_out if indices is None else indices
 
         def draw(prompts: Prompts, sampling: Sampling) -> Rollout:
-            if self.stop and not quiet:
+            if self.stop:
                 raise Interrupted(f"eval {label}: stopped")
             return self.generate(spec, params, prompts, sampling)
 
@@ -126,7 +138,7 @@ class Session:
         )
 
         def draw(prompts: Prompts) -> Rollout:
-            if self.stop and not quiet:
+            if self.stop:
                 raise Interrupted(f"eval {label} on {name}: stopped")
             return self.generate(spec, params, prompts, sampling, max_tokens=settings.max_tokens)
 
@@ -169,9 +181,16 @@ class Session:
         """Return the figures of an evaluation, from eval/ if it was made before."""
         file = self.folder.evaluation / f"{label}.json"
         if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
+            try:
+                figures = recorded(file)
+                self.log(f"{scores(label, figures)}, as evaluated before")
+                return figures
+            except UserError:  # of a full disk, or a machine that lost power: made again
+                self.log(f"{file} is damaged, the evaluation is repeated")
+        start = time.monotonic()
         figures = result().summary()
         write_atomically(file, json.dumps(figures, indent=2) + "\n")
+        self.log(f"{scores(label, figures)}, {time.monotonic() - start:.1f} s")
         return figures
 
     def graded(
@@ -196,6 +215,18 @@ class Session:
             )
             for index, spec in enumerate(self.setup.teachers)
         ]
+
+
+def scores(label: str, figures: Figures) -> str:
+    """Return avg@k of an evaluation in words, with its interval and number of problems."""
+    key = next(name for name in figures if name.startswith("avg@"))
+    model, _, name = label.partition(".")
+    shown = model.replace("_", " ") + (f" on {name}" if name else "")
+    return (
+        f"{shown}: {key} {figures[key]:.3f} ± {figures['interval_95']:.3f} of "
+        f"{figures['problems']} problems, mean length {figures['mean_length']:.1f}, "
+        f"{figures['finished']:.0%} finished"
+    )
 
 
 def _shown(label: str, batches: int, quiet: bool) -> AbstractContextManager[Callable[[int], None]]:
@@ -287,6 +318,17 @@ def grade(
 def decoder(spec: ModelSpec) -> Callable[[np.ndarray], str]:
     """Return the function from a response's token ids to its text."""
     return lambda ids: decode(spec.tokenizer, ids.tolist())
+
+
+def student_side(prompts: Prompts) -> Prompts:
+    """Return the prompts without what sampling does not use: one program for all their widths."""
+    return dataclasses.replace(
+        prompts,
+        teacher_tokens=prompts.tokens,
+        teacher_length=prompts.length,
+        reference=None,
+        reference_length=None,
+    )
 
 
 def as_teacher(prompts: Prompts) -> Prompts:

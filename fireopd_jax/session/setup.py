@@ -6,7 +6,8 @@ Nothing here compiles, trains or writes files.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -14,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import Encoded, encode, split
+from fireopd_jax.data.repeats import prompt_digest
 from fireopd_jax.data.sources import Row, read_data, route
 from fireopd_jax.evaluation.graders import check_kind, kind_of
 from fireopd_jax.recipe.models import TeacherConfig
-from fireopd_jax.recipe.schema import Config, MethodConfig, methods, used_teachers
+from fireopd_jax.recipe.schema import Config, MethodConfig, check, methods, used_teachers
 from fireopd_jax.remote.settings import ServedConfig
 from fireopd_jax.rollout.sampling import Sampling, seed_for
 from fireopd_jax.session.eval_sets import OpenSet, open_sets
@@ -155,9 +157,15 @@ def set_up(config: Config, moment: str | None = None) -> Setup:
         special_ids(method.texts, student.tokenizer)
     kept = encoded.kept
     train, held_out = (kept[side] for side in split([rows[i] for i in kept], config.eval.problems))
+    notes = [*data.notes(), *ungraded(config, [rows[i] for i in kept], len(held_out))]
+    problems = len({prompt_digest(rows[i]) for i in held_out})
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, problems=problems))
     for method in methods(config):
         check_answers(method, [rows[index] for index in train])
         check_begun(method, [rows[index] for index in train])
+    if (epochs := config.run.epochs) is not None:
+        config, note = in_steps(config, epochs, len(train))
+        notes.append(note)
     return Setup(
         config=config,
         mesh=mesh,
@@ -169,8 +177,34 @@ def set_up(config: Config, moment: str | None = None) -> Setup:
         encoded=encoded,
         train=train,
         held_out=held_out,
-        data_notes=tuple(data.notes()),
+        data_notes=tuple(notes),
         sets=open_sets(config, student),
+    )
+
+
+def in_steps(config: Config, epochs: float, rows: int) -> tuple[Config, str]:
+    """Return the configuration with `epochs` over so many training rows as `run.steps`.
+
+    The second value is a line for the log. Raises UserError for what does not fit this length.
+    """
+    prompts = config.rollout.batch_size // config.rollout.group_size
+    steps = max(1, math.ceil(epochs * rows / prompts - 1e-9))
+    note = f"run.epochs={epochs:g}: {steps} steps of {prompts} prompts, over {rows} training rows"
+    run = dataclasses.replace(config.run, steps=steps, epochs=None)
+    config = dataclasses.replace(config, run=run)
+    check(config)
+    return config, note
+
+
+def ungraded(config: Config, rows: Sequence[Row], held_out: int) -> Iterator[str]:
+    """Yield a notice where nothing is held out, and so nothing graded, by default."""
+    if held_out or config.eval.problems is not None:
+        return
+    answers = sum(row.answer is not None for row in rows)
+    found = f"{answers} of {len(rows)} rows have" if answers else "no row has"
+    yield (
+        f"{found} an answer: nothing is held out, nor graded before and after (eval.problems; "
+        "data.answer_column names the column of the answers)"
     )
 
 

@@ -19,7 +19,7 @@ from fireopd_jax.recipe.optim import OptimConfig
 from fireopd_jax.recipe.paths import absolute, with_paths
 from fireopd_jax.recipe.schema import Config, as_tree, methods
 from fireopd_jax.runs.changes import Changes, by_keys
-from fireopd_jax.session.identity import SOURCES, recorded_sources
+from fireopd_jax.session.identity import SOURCES, START, recorded_sources
 from fireopd_jax.training.optimizer import learning_rate
 
 ADVICE = "--extend goes on all the same; or choose another run.dir"
@@ -32,6 +32,8 @@ class Continuation:
     folder: Path
     extend: bool = False
     """Whether to go on with more steps even where that changes the course of the steps to come."""
+    distils: bool = True
+    """Whether the command trains the student on rollouts: others have no use for more steps."""
 
     def __call__(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
         """Return the changes; an older configuration has today's defaults for missing keys.
@@ -48,6 +50,8 @@ class Continuation:
         judged = old
         if new.run.steps > old.run.steps:
             reasons = [] if self.extend else list(fixed_length(old))
+            if not self.distils:
+                reasons = ["only fireopd train and resume go on to more steps"]
             if reasons := [*unfinished_window(old), *reasons]:
                 shown = f"run.steps was {old.run.steps}, is now {new.run.steps}, but "
                 others = by_keys(as_tree(_with_steps(old, new)), as_tree(new)).refused
@@ -117,7 +121,8 @@ def _without_paths(
         content = key[0] == "data" or (key[:2] == ("eval", "sets"))
         if content:
             return path if recorded is None or path.startswith("builtin:") else "(recorded)"
-        name = f"teacher {key[1]}" if key[0] == "teachers" else key[0]
+        role = key[0]
+        name = START if role == "student" else f"teacher {key[1]}" if role == "teachers" else role
         return "(recorded)" if key[-1] == "path" and name in known else path
 
     return with_paths(config, change)

@@ -8,7 +8,8 @@ the metric `perf/compilations` counts each step's compilations.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,6 @@ import numpy as np
 from fireopd_jax.config import NothingLearnt, UserError
 from fireopd_jax.data.pipeline import PromptLoader
 from fireopd_jax.method.batch import Assembled
-from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.metrics import merge
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.rollout.mixing import given_rows, mix, without
@@ -29,17 +29,18 @@ from fireopd_jax.runs.tracking import Tracker
 from fireopd_jax.runtime.clock import StageClock
 from fireopd_jax.runtime.compilation import CompileCounter
 from fireopd_jax.runtime.signals import Interrupted
-from fireopd_jax.session.contexts import encoded_for, teacher_specs
+from fireopd_jax.session.contexts import teacher_specs
 from fireopd_jax.session.host import Policies
 from fireopd_jax.session.parameters import placed
 from fireopd_jax.session.refining import host_stages
 from fireopd_jax.session.session import Session
 from fireopd_jax.sharding.mesh import by_rows, replicated, shard_rows
 from fireopd_jax.terminal.progress import progress
+from fireopd_jax.terminal.working import LONG_S, working
 from fireopd_jax.training.evaluations import StepEvaluations
 from fireopd_jax.training.loop import StepLoop
+from fireopd_jax.training.plan import MethodPlan
 from fireopd_jax.training.prepare import StudentStart
-from fireopd_jax.training.programs import make_programs
 from fireopd_jax.training.reports import Step, StepReports
 from fireopd_jax.training.state import TrainState
 from fireopd_jax.training.update import Metrics
@@ -53,7 +54,7 @@ class Distillation:
     def __init__(
         self,
         session: Session,
-        method: MethodConfig,
+        plan: MethodPlan,
         teachers: Sequence[Params],
         start: StudentStart,
         base: Params | None,
@@ -61,6 +62,7 @@ class Distillation:
         name: str,
     ):
         config, setup = session.setup.config, session.setup
+        method = plan.method
         self.session, self.config, self.home, self.name = session, config, home, name
         self.method = method
         self.teachers: Sequence[Params] = teachers if method.teacher.resident else ()
@@ -70,7 +72,7 @@ class Distillation:
             for spec, params in zip(self.specs, self.teachers, strict=not method.teacher.own)
         ]
         """Parameters of frozen teachers, with EOS rows swapped where an alias asks for it."""
-        self.programs = make_programs(setup, method, config.optim)
+        self.programs = plan.programs
         knobs = config.rollout
         self.sampling = setup.sampling(
             "rollout",
@@ -81,7 +83,7 @@ class Distillation:
             min_tokens=knobs.min_tokens,
         )
         self.temperature = jnp.float32(method.score.temperature or knobs.temperature)
-        encoded = encoded_for(setup, method)
+        encoded = plan.encoded
         if dropped := len(np.setdiff1d(setup.train, encoded.kept)):
             session.log(
                 f"{name}: {dropped} training rows lack a text of the method, or are too long"
@@ -122,15 +124,17 @@ class Distillation:
             self.home / "checkpoints", keep=run.keep, keep_best=run.keep_best
         )
         done, state = self._begin()
+        reporter = self.session.trackers.reporter(self.name)
         with (
-            Tracker(self.home) as self.tracker,
+            Tracker(self.home, reporter) as self.tracker,
             StageClock(done) as self.clock,
-            progress(label, run.steps) as advance,
+            progress(label, run.steps, start=done) as advance,
+            self.session.stop.held(),
         ):
             self.tracker.truncate(done + 1 if done else 0)
             self.evaluations = StepEvaluations(self.session, self.name, self.tracker)
-            if done == 0:
-                self._evaluate(0, state)
+            # Of a resumed run: those that a stop or a kill after the save has prevented.
+            self._evaluate(done, state)
             applied = int(state.updates - state.skipped)
             report = StepReports(
                 self.session, self.method, self.tracker, self.clock, self.home, self.name, applied
@@ -140,25 +144,22 @@ class Distillation:
             for step in loop:
                 compiled = self.counter.count
                 policies = self.policies(state)
-                try:
+                with self._kept(step, state, loop):
                     rollout = self.windows.rollout(
                         step, partial(self.rollout, policies), partial(self.refine, policies)
                     )
-                except (Interrupted, UserError):
-                    # Such as a spent budget: what is done is kept.
-                    loop.flush()
-                    self.save(step, state)
-                    self.checkpoints.close()
-                    raise
-                scored = self.score(policies, rollout, state)
-                judge = self.judge(policies.teachers)
+                    compiling = working(f"compiling score and update of {self.name}", after=LONG_S)
+                    with compiling if step == done else nullcontext():
+                        scored = self.score(policies, rollout, state)
+                        judge = self.judge(policies.teachers)
                 del policies  # frees merged copies of the adapters before the update
                 state, metrics = self.update(judge, state, scored)
                 del judge
                 served = self.session.served_stats()
                 left = Step(metrics, scored, self.counter.count - compiled, served)
                 try:
-                    loop.dispatched(step + 1, left, flush=self._saves(step + 1))
+                    due = self._saves(step + 1) or self.evaluations.any_due(step + 1)
+                    loop.dispatched(step + 1, left, flush=due)
                 except NothingLearnt:
                     self.save(step + 1, state)
                     self.checkpoints.close()
@@ -185,6 +186,18 @@ class Distillation:
         self.loader.set_state(position)
         self.session.log(f"{self.name}: resuming from step {done} of {run.steps}")
         return done, state
+
+    @contextmanager
+    def _kept(self, done: int, state: TrainState, loop: StepLoop) -> Iterator[None]:
+        """Save the state before the step in the block if that is stopped, by a spent budget say."""
+        try:
+            yield
+        except (Interrupted, UserError, KeyboardInterrupt):
+            with self.session.stop.saving():
+                loop.flush()
+                self.save(done, state)
+                self.checkpoints.close()
+            raise
 
     def policies(self, state: TrainState) -> Policies:
         """Return the parameters of the student and of the method's teachers in this step."""
@@ -263,22 +276,26 @@ class Distillation:
         return state, described | scored.metrics | metrics
 
     def after(self, done: int, state: TrainState, stopping: bool) -> None:
-        """Evaluate and save if due; their seconds are reported with the next step."""
-        self.clock.next()
-        score = self._evaluate(done, state)
-        if stopping or self._saves(done):
-            self.save(done, state, score)
-        if stopping:
-            self.checkpoints.close()
+        """Save and evaluate if due; the seconds are reported with the next step.
 
-    def save(self, done: int, state: TrainState, score: float | None = None) -> None:
+        Saved first: a run that stops, or is killed, during the evaluation makes it when resumed.
+        """
+        self.clock.next()
+        if stopping or self._saves(done):
+            self.save(done, state)
+        if stopping and done < self.config.run.steps:
+            with self.session.stop.saving():
+                self.checkpoints.close()
+        else:
+            self._evaluate(done, state)
+
+    def save(self, done: int, state: TrainState) -> None:
         """Write a checkpoint after `done` steps, unless there is one."""
         if done == 0 or done in self.checkpoints.steps():
             return
         self.loader.seek(done)
-        with self.clock.host("save"):
-            metrics = None if score is None else {"score": score}
-            self.checkpoints.save(done, state, self.loader.get_state(), metrics)
+        with self.session.stop.saving(), self.clock.host("save"):
+            self.checkpoints.save(done, state, self.loader.get_state())
         # Only the newest ones are resumed from; the best may be much older.
         self.windows.forget(before=min(self.checkpoints.steps()[-self.config.run.keep :]))
 
@@ -286,11 +303,19 @@ class Distillation:
         run = self.config.run
         return done % run.save_every == 0 or done == run.steps or self.evaluations.due(done)
 
-    def _evaluate(self, done: int, state: TrainState) -> float | None:
-        """Evaluate the student on what is due; return its avg@1 on held-out problems, if due."""
+    def _evaluate(self, done: int, state: TrainState) -> None:
+        """Evaluate the student on what is due; a checkpoint gets its avg@1 on held-out problems."""
         if not self.evaluations.any_due(done):
-            return None
-        with self.clock.host("eval"):
-            return self.evaluations(
-                done, lambda: self.programs.merged_params(self.adapted, state.params)
-            )
+            return
+        try:
+            with self.clock.host("eval"):
+                score = self.evaluations(
+                    done, lambda: self.programs.merged_params(self.adapted, state.params)
+                )
+        except (Interrupted, KeyboardInterrupt):
+            with self.session.stop.saving():
+                self.save(done, state)
+                self.checkpoints.close()
+            raise
+        if score is not None and self.config.run.keep_best and done in self.checkpoints.steps():
+            self.checkpoints.rate(done, {"score": score})

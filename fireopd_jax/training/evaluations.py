@@ -3,11 +3,15 @@
 steps done -> what is due -> responses, grades -> eval/, metrics.jsonl
 """
 
+import time
 from collections.abc import Callable
 
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.runs.tracking import Tracker
-from fireopd_jax.session.session import Session
+from fireopd_jax.session.session import Session, scores
+from fireopd_jax.terminal.working import LONG_S, working
+
+HELD_OUT_SCORE = "eval/held_out/avg@1"
 
 
 class StepEvaluations:
@@ -18,20 +22,25 @@ class StepEvaluations:
         self.config, self.steps = session.setup.config.eval, session.setup.config.run.steps
 
     def __call__(self, done: int, params: Callable[[], Params]) -> float | None:
-        """Evaluate what is due after `done` steps; return avg@1 on held-out problems, if due."""
+        """Evaluate what is due after `done` steps and not in the metrics yet.
+
+        Returns avg@1 on held-out problems, if due. Raises `Interrupted` after a signal.
+        """
         self._on_sets(done, params)
         if not self.due(done):
             return None
-        setup = self.session.setup
-        result = self.session.evaluate(
-            setup.student,
-            params(),
-            self._step(done),
-            indices=setup.held_out[: self.config.every_problems],
-            samples=1,
-            quiet=True,
-        )
-        self.tracker.log(done, {"eval/held_out/avg@1": result.mean})
+        if (known := dict(self.tracker.history(HELD_OUT_SCORE)).get(done)) is not None:
+            return known
+        setup, start = self.session.setup, time.monotonic()
+        problems = setup.held_out[: self.config.every_problems]
+        said = f"evaluating {self.name} after {done} steps"
+        with working(f"{said} on {len(problems)} problems", after=LONG_S):
+            result = self.session.evaluate(
+                setup.student, params(), self._step(done), indices=problems, samples=1, quiet=True
+            )
+        shown, seconds = scores(self._step(done), result.summary()), time.monotonic() - start
+        self.session.log(f"{shown}, {seconds:.1f} s")
+        self.tracker.log(done, {HELD_OUT_SCORE: result.mean})
         return result.mean
 
     def due(self, done: int) -> bool:
@@ -54,11 +63,13 @@ class StepEvaluations:
             label = "student_after" if self.name == "student" else f"control_{self.name}"
         session = self.session
         for opened in session.setup.sets:
-            if opened.due(done, self.steps):
-                figures = session.graded_set(
-                    opened, session.setup.student, params, label, quiet=True
-                )
-                prefix = f"eval/{opened.name}"
+            prefix = f"eval/{opened.name}"
+            if opened.due(done, self.steps) and not self.tracker.has(done, f"{prefix}/"):
+                said = f"evaluating {self.name} after {done} steps on {opened.name}"
+                with working(said, after=LONG_S):
+                    figures = session.graded_set(
+                        opened, session.setup.student, params, label, quiet=True
+                    )
                 self.tracker.log(done, {f"{prefix}/{key}": x for key, x in figures.items()})
 
     def _step(self, done: int) -> str:

@@ -19,7 +19,7 @@ class StepLoop:
     """Iterates over the steps from `start` to `steps`, and reports each while the next one runs.
 
     A step is reported before it is saved, so that a run resumed from the checkpoint does not miss
-    its report.
+    its report. `advance` is told of the steps of this loop; those before `start` are its caller's.
     """
 
     def __init__(
@@ -40,7 +40,6 @@ class StepLoop:
 
     def __iter__(self) -> Iterator[int]:
         """Yield each step; raise `Interrupted` after the one in which a signal came."""
-        self._advance(self.start)
         for step in range(self.start, self.steps):
             yield step
             if self.stopping and step + 1 < self.steps:

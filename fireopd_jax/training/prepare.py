@@ -29,11 +29,14 @@ from fireopd_jax.session.setup import Setup
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.sharding.mesh import replicated
 from fireopd_jax.terminal.progress import progress
+from fireopd_jax.terminal.working import LONG_S, working
 from fireopd_jax.text.chat import decode
 from fireopd_jax.training.guard import Guard
-from fireopd_jax.training.sft import supervise
+from fireopd_jax.training.sft import SftPrograms, supervise
 
 Make = Callable[[Path], Params]
+Ready = Callable[[ModelSpec], SftPrograms | None]
+"""Waits for the programs that make a model; returns those of its supervised training, if any."""
 DIGITS = "0123456789"
 ERRORS = 1 / 3
 """Fraction of wrong digits after the first error of an attempt."""
@@ -60,22 +63,29 @@ def kept(session: Session, spec: ModelSpec, name: str, make: Make) -> Params:
     home = session.folder.path / "models" / name
     if is_kept(session, name):
         place = replicated(session.setup.mesh)
-        return restore_params(home, abstract_params(spec.model, place))
+        with working(f"reading {name} of this run", after=LONG_S):
+            return restore_params(home, abstract_params(spec.model, place))
     home.mkdir(parents=True, exist_ok=True)
     params = make(home)
     if not spec.builtin_tokenizer:
         spec.tokenizer.save_pretrained(home / "tokenizer")
-    save_model(home, params, spec.description())
+    with working(f"saving {name}", after=LONG_S), session.stop.saving():
+        save_model(home, params, spec.description())
     shutil.rmtree(home / "checkpoints", ignore_errors=True)  # of supervised training
     return params
 
 
 def first_params(session: Session, spec: ModelSpec) -> Params:
     """Return a model's initial parameters: from its path, or random."""
-    return load_or_make(spec, replicated(session.setup.mesh), session.setup.config.run.seed)
+    place, seed = replicated(session.setup.mesh), session.setup.config.run.seed
+    if spec.config.path is None:
+        with working(f"making {spec.name}", after=LONG_S):
+            return load_or_make(spec, place, seed)
+    with working(f"loading {spec.name} from {spec.config.path}"):
+        return load_or_make(spec, place, seed)
 
 
-def make_teacher(session: Session, index: int) -> Params:
+def make_teacher(session: Session, index: int, ready: Ready) -> Params:
     """Return one teacher's parameters, after supervised training on its own rows if it has any."""
     spec = session.setup.teachers[index]
     if spec.read_each_time:
@@ -83,7 +93,7 @@ def make_teacher(session: Session, index: int) -> Params:
     if spec.config.path is None and spec.config.sft is None:
         session.log(f"{spec.name}: neither path nor sft is given, its parameters are random")
     rows = session.setup.own_rows(session.setup.train, index)
-    return kept(session, spec, spec.slug, _maker(session, spec, rows, ()))
+    return kept(session, spec, spec.slug, _maker(session, spec, rows, (), ready))
 
 
 def read_base(session: Session) -> Params | None:
@@ -93,12 +103,16 @@ def read_base(session: Session) -> Params | None:
 
 
 class StudentStart:
-    """The student's parameters before distillation, in memory only while they are needed."""
+    """The student's parameters before distillation, in memory only while they are needed.
 
-    def __init__(self, session: Session, teachers: Sequence[Params]):
+    On disk there is a copy only where supervised training, or chance, has made them.
+    """
+
+    def __init__(self, session: Session, teachers: Sequence[Params], ready: Ready):
         self.session, self.spec = session, session.setup.student
         self._teachers: Sequence[Params] | None = teachers
         self._params: Params | None = None
+        self._ready = ready
         self.held = False
         """Whether the parameters are kept for the whole run: they must not be donated."""
 
@@ -109,13 +123,16 @@ class StudentStart:
 
     @property
     def finished(self) -> bool:
-        """Whether the parameters have been saved in this run's folder."""
-        return is_kept(self.session, "student_start")
+        """Whether the parameters have been saved in this run's folder, or need not be."""
+        return self.spec.read_each_time or is_kept(self.session, "student_start")
 
     def read(self) -> Params:
         """Return the parameters, made or restored if they are not in memory."""
-        if self._params is None:
-            make = _maker(self.session, self.spec, self.session.setup.train, self._teachers or ())
+        if self._params is None and self.spec.read_each_time:
+            self._params = first_params(self.session, self.spec)
+        elif self._params is None:
+            train, teachers = self.session.setup.train, self._teachers or ()
+            make = _maker(self.session, self.spec, train, teachers, self._ready)
             self._params = kept(self.session, self.spec, "student_start", make)
         return self._params
 
@@ -145,10 +162,17 @@ class StudentStart:
             self._params = None
 
 
-def _maker(session: Session, spec: ModelSpec, rows: np.ndarray, teachers: Sequence[Params]) -> Make:
+def _maker(
+    session: Session,
+    spec: ModelSpec,
+    rows: np.ndarray,
+    teachers: Sequence[Params],
+    ready: Ready,
+) -> Make:
     place = replicated(session.setup.mesh)
 
     def make(home: Path) -> Params:
+        programs = ready(spec)
         if spec.config.sft is None:
             return first_params(session, spec)
         exact = dataclasses.replace(spec, model=dataclasses.replace(spec.model, quantize=None))
@@ -163,6 +187,8 @@ def _maker(session: Session, spec: ModelSpec, rows: np.ndarray, teachers: Sequen
             stop=session.stop,
             log=session.log,
             guard=Guard(spec.name, session.setup.config.run.max_nonfinite),
+            trackers=session.trackers,
+            programs=programs,
         )
         return quantized(spec, params, place)
 

@@ -29,6 +29,9 @@ from fireopd_jax.training.state import TrainState, init_state
 from fireopd_jax.training.update import Metrics, Update, make_update
 from fireopd_jax.types import Array, Batch, Rollout
 
+PASSES: Any = {"micro_batch_size": None, "remat": None}
+"""Settings of an optimizer that its state does not depend on."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoreProgram:
@@ -72,23 +75,46 @@ class Programs:
     update: Update
 
 
-def make_programs(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Programs:
-    """Return the jitted programs of a method."""
+def make_programs(
+    setup: Setup,
+    method: MethodConfig,
+    optim: OptimConfig,
+    made: dict[str, Any] | None = None,
+) -> Programs:
+    """Return the jitted programs of a method.
+
+    `made` holds programs of the same setup by what they depend on: equal ones are taken from it,
+    others are added.
+    """
+    made = {} if made is None else made
     config = setup.config
-    everywhere = replicated(setup.mesh)
+
+    def once(make: Callable[[], Any], *depends: Any) -> Any:
+        key = repr(depends)
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
     describe = functools.partial(
         diagnostics.of_batch,
         room=config.rollout.max_tokens,
         teachers=teacher_names(setup, method),
     )
-    init, merged_params = _make_init(setup, method, optim)
-    return Programs(
-        init=init,
-        merged_params=merged_params,
-        score=_make_score(setup, method),
-        describe=jax.jit(describe, out_shardings=everywhere),
-        update=_make_update(setup, method, optim),
+    stages, options = (method.filter, method.reweight), (method.teacher, method.score)
+    init, merged_params = once(
+        lambda: _make_init(setup, method, optim),
+        *("init", stages, method.teacher, dataclasses.replace(optim, **PASSES)),
     )
+    score = once(
+        lambda: _make_score(setup, method),
+        *("score", stages, options, method.aggregate, method.texts),
+    )
+    update = once(lambda: _make_update(setup, method, optim), "update", options, method.loss, optim)
+    described = once(
+        lambda: jax.jit(describe, out_shardings=replicated(setup.mesh)),
+        *("describe", teacher_names(setup, method)),
+    )
+    return Programs(init, merged_params, score, described, update)
 
 
 def _updates(setup: Setup) -> int:
@@ -176,7 +202,7 @@ def _make_update(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Upda
         micro_batch_size=optim.micro_batch_size,
         head=method.score.head,
         head_chunk=method.score.head_chunk,
-        remat=optim.remat,
+        remat=optim.remat or "none",
         lora=setup.config.student.lora,
         teacher=method.loss.judge(teachers, base_policy(setup)),
         mesh=setup.mesh,

@@ -23,6 +23,7 @@ from fireopd_jax.text.chat import decode
 from fireopd_jax.training.alarms import Alarms
 from fireopd_jax.training.guard import Guard
 from fireopd_jax.training.optimizer import learning_rate
+from fireopd_jax.training.samples import Samples, samples
 from fireopd_jax.training.update import Metrics, skip_reason
 
 STAGES = ("rollout", "refine", "score", "update")
@@ -57,6 +58,8 @@ class StepReports:
         self.config, self.log = session.setup.config, session.log
         self.tracker, self.clock, self.alarms = tracker, clock, Alarms()
         self.guard = Guard(name, self.config.run.max_nonfinite)
+        self.reporter = session.trackers.reporter(name)
+        self.samples = Samples()
         self.applied = applied
         """Number of updates that were not skipped."""
         updates = self.config.run.steps * self.config.run.updates_per_rollout
@@ -74,9 +77,14 @@ class StepReports:
             self.log(f"{self.name}: step {done} skipped: {skip_reason(values)}")
         if done % run.log_every == 0 or done == run.steps:
             self.tracker.log(done, values)
-        if run.completions_every and (done % run.completions_every == 0 or done == run.steps):
-            setup = self.session.setup
-            write_completions(
+        setup, every = self.session.setup, run.completions_every
+        asked = bool(every) and (done % every == 0 or done == run.steps)
+        if self.samples.due(asked):
+            own = partial(decode, setup.student.tokenizer)
+            for text in samples(step.scored.batch, setup.rows, own, setup.grader):
+                self.log(f"{self.name}: a response of step {done}:\n{text}")
+        if asked:
+            responses = write_completions(
                 self.home / "completions" / f"step_{done:06d}.parquet",
                 step.scored.batch,
                 step.scored.keep,
@@ -85,6 +93,8 @@ class StepReports:
                 decode=partial(decode, setup.student.tokenizer),
                 grader=setup.grader,
             )
+            if self.reporter is not None:
+                self.reporter.table(done, responses)
         shown: dict[str, object] = {}
         if "distill/reverse_kl" in values:
             shown["kl"] = values["distill/reverse_kl"]

@@ -5,12 +5,13 @@
 Every finished model is saved in `models/`, so that a resumed run does not train it again.
 """
 
+import dataclasses
 import functools
 import hashlib
-import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,19 @@ from fireopd_jax.data.identity import (
     recorded_rows,
     rows_digest,
 )
-from fireopd_jax.method.config import MethodConfig
-from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe.paths import absolute
-from fireopd_jax.recipe.schema import Config, as_tree, methods, with_method
+from fireopd_jax.recipe.schema import Config, as_tree, methods
 from fireopd_jax.runs.folder import RunFolder, environment, open_run, state_of
 from fireopd_jax.runs.log import Log
 from fireopd_jax.runs.report import print_curve, print_results, write_card, write_failure
+from fireopd_jax.runs.trackers.reporting import Trackers, check_installed
 from fireopd_jax.runtime.compilation import compile_cache
-from fireopd_jax.runtime.signals import Interrupted, stop_on_signal
+from fireopd_jax.runtime.devices import first_line
+from fireopd_jax.runtime.files import recorded
+from fireopd_jax.runtime.signals import stop_on_signal
 from fireopd_jax.session.described import log_setup
-from fireopd_jax.session.exporting import check_exportable, export
-from fireopd_jax.session.fits import check_pages, check_training_batches
+from fireopd_jax.session.exporting import export
 from fireopd_jax.session.identity import (
     SOURCES,
     TEMPLATES,
@@ -49,19 +50,25 @@ from fireopd_jax.session.identity import (
 )
 from fireopd_jax.session.served import check_served
 from fireopd_jax.session.session import Figures, Session
-from fireopd_jax.session.setup import Setup, set_up
+from fireopd_jax.session.setup import Setup
 from fireopd_jax.session.specs import ModelSpec
+from fireopd_jax.terminal.interrupts import answer
+from fireopd_jax.terminal.record import recording, say
+from fireopd_jax.terminal.working import working
 from fireopd_jax.text.clock import now
+from fireopd_jax.training.ahead import naming_keys
 from fireopd_jax.training.continuing import Continuation
 from fireopd_jax.training.distill import Distillation
+from fireopd_jax.training.interruptions import resumable
+from fireopd_jax.training.plan import Plan
 from fireopd_jax.training.prepare import (
     StudentStart,
-    check_trainable,
     is_kept,
     kept,
     make_teacher,
     read_base,
 )
+from fireopd_jax.training.rehearsal import checked
 
 Summary = dict[str, Any]
 
@@ -89,32 +96,46 @@ def sft(config: Config, notes: Sequence[str] = (), *, extend: bool = False) -> S
 def _in_folder(
     config: Config,
     work: Callable[[Session], Summary],
+    file: str,
+    notes: Sequence[str],
+    extend: bool,
+) -> Summary:
+    with recording() as record:
+        if not record.texts:
+            say(first_line())
+        return _recorded(config, work, file, notes, extend)
+
+
+def _recorded(
+    config: Config,
+    work: Callable[[Session], Summary],
     record: str,
     notes: Sequence[str],
     extend: bool,
 ) -> Summary:
     start = time.monotonic()
+    check_installed(config.run.report_to)
     compile_cache(config.run.compilation_cache)
     config = absolute(config, Path.cwd())
-    compare = Continuation(Path(config.run.dir or ".").expanduser(), extend)
-    state = state_of(config.run, as_tree(config), compare)
+    compare = Continuation(
+        Path(config.run.dir or ".").expanduser(), extend, distils=work is not _sft
+    )
+    # Steps that are given as epochs are not known yet.
+    known = config.run.epochs is None
+    state = state_of(config.run, as_tree(config), compare) if known else "new"
     # Errors in the data must not leave a run folder behind.
     moment = start_of(config)
-    setup = None if state == "complete" else set_up(config, moment)
-    if setup is not None:
-        check_training_batches(config, setup.mesh, drawing(setup))
-        for opened in setup.sets:
-            width, longest = opened.encoded.max_prompt_tokens, opened.settings.max_tokens
-            check_pages(config, setup.mesh, config.eval_batch_size, width, longest)
-        check_trainable(setup.student, setup.teachers)
-        if config.run.export:
-            check_exportable(setup.student)
-    with open_run(config.run, as_tree(config), compare=compare) as folder:
+    setup = None if state == "complete" else checked(config, moment)
+    if setup is not None:  # steps of epochs
+        config = dataclasses.replace(config, run=setup.config.run)
+    opened = open_run(config.run, as_tree(config), compare=compare)
+    with opened as folder:
         if setup is None or folder.state == "complete":
             more = f"fireopd resume {quoted(folder)} run.steps=N goes on to N steps"
             print(f"{folder.path}: this run is complete, nothing to do; {more}")
-            return json.loads(folder.summary.read_text(encoding="utf-8"))
-        with stop_on_signal() as stop, Log(folder.logs) as log:
+            return recorded(folder.summary)
+        stopping = stop_on_signal(answer, eager=True)
+        with stopping as stop, Log(folder.logs) as log, resumable(folder):
             log(f"{'resuming' if folder.state == 'resume' else 'writing'} {folder.path}")
             for note in (*notes, *folder.changes.allowed):
                 log(note)
@@ -123,26 +144,26 @@ def _in_folder(
                     log(line)
             devices = environment([str(device) for device in jax.devices()])
             folder.write_json("env.json", devices | {"work": work.__name__.strip("_")})
-            if read_elsewhere := frozen(setup):
-                log(f"hashing the files of {', '.join(spec.name for spec in read_elsewhere)}")
-            check_sources(folder.path / SOURCES, read_elsewhere)
+            read_elsewhere = frozen(setup)
+            hashing = f"hashing the files of {', '.join(spec.name for spec in read_elsewhere)}"
+            with working(hashing) if read_elsewhere else nullcontext():
+                check_sources(folder.path / SOURCES, read_elsewhere)
             check_templates(folder.path / TEMPLATES, Written.of(setup, moment))
             record_rows(setup, folder)
             session = Session(setup, folder, stop, log)
             log_setup(session)
-            try:
-                summary = work(session)
-            except Interrupted as stopped:
-                more = f"go on with: fireopd resume {quoted(folder)}"
-                raise Interrupted(f"{stopped}; {more}") from None
-            except NothingLearnt as failed:
-                write_failure(folder, str(failed))
-                raise
-            finally:
-                if session.connections is not None:
-                    session.connections.close()
-            summary |= {"seconds": round(time.monotonic() - start, 1)}
-            folder.write_json(record, summary)
+            with trackers_of(config, folder, log) as session.trackers:
+                try:
+                    with naming_keys():
+                        summary = work(session)
+                except NothingLearnt as failed:
+                    write_failure(folder, str(failed))
+                    raise
+                finally:
+                    if session.connections is not None:
+                        session.connections.close()
+                summary |= {"seconds": round(time.monotonic() - start, 1)}
+                folder.write_json(record, summary)
             log(f"done in {summary['seconds']:.0f} s: {folder.path / record}")
     return summary
 
@@ -150,6 +171,12 @@ def _in_folder(
 def quoted(folder: RunFolder) -> str:
     """Return the path of a run for use in a shell."""
     return shlex.quote(str(folder.path))
+
+
+def trackers_of(config: Config, folder: RunFolder, log: Log) -> Trackers:
+    """Return the trackers of a run; a line of each says where its metrics can be seen."""
+    run = config.run
+    return Trackers(run.report_to, folder.path, as_tree(config), run.project, log)
 
 
 def start_of(config: Config) -> str:
@@ -171,27 +198,23 @@ def record_rows(setup: Setup, folder: RunFolder) -> None:
 
 
 def frozen(setup: Setup) -> list[ModelSpec]:
-    """Return the frozen models: teachers and base policy that are loaded from their paths."""
-    others = setup.teachers if setup.base is None else (*setup.teachers, setup.base)
+    """Return the models that are loaded from their paths: of teachers, base policy, student."""
+    base = () if setup.base is None else (setup.base,)
+    others = (*setup.teachers, *base, setup.student)
     return [spec for spec in others if spec.read_each_time]
 
 
-def drawing(setup: Setup) -> dict[str, DecoderConfig]:
-    """Return the models that responses are sampled from, by name: student, and teachers if any."""
-    own = setup.config.student.sft
-    copied = own is not None and own.source == "teacher"
-    rewriting = any(method.refine.asks_teacher for method in methods(setup.config))
-    teachers = setup.teachers if setup.config.eval.problems or copied or rewriting else ()
-    return {spec.name: spec.model.config for spec in (setup.student, *teachers)}
+def _prepare(session: Session, plan: Plan) -> tuple[list[Params], StudentStart, Summary]:
+    """Return teachers, student and summary: models made, and graded before distillation.
 
-
-def _prepare(session: Session) -> tuple[list[Params], StudentStart, Summary]:
-    """Return teachers, student and summary: models made, and graded before distillation."""
+    Programs are compared with the memory of the device before the first evaluation.
+    """
     setup = session.setup
-    teachers = [make_teacher(session, index) for index in range(len(setup.teachers))]
-    start = StudentStart(session, teachers)
+    teachers = [make_teacher(session, index, plan.ready) for index in range(len(setup.teachers))]
+    start = StudentStart(session, teachers, plan.ready)
     if not start.finished:
         start.read()
+    plan.check()
     summary: Summary = {}
     if setup.config.eval.problems:
         figures = session.graded_teachers([functools.partial(_same, params) for params in teachers])
@@ -208,27 +231,31 @@ def _same(params: Params) -> Params:
 
 
 def _sft(session: Session) -> Summary:
-    _, start, summary = _prepare(session)
+    with closing(Plan(session, {})) as plan:
+        _, start, summary = _prepare(session, plan)
     print_results(session.folder.path, session.setup.config, summary)
     return summary | {"params_sha256": params_sha256(start.read())}
 
 
 def _train(session: Session) -> Summary:
     config, spec = session.setup.config, session.setup.student
-    trained = zip(("student", *config.run.compare), methods(config), strict=True)
-    check_served(session, [m for name, m in trained if not is_kept(session, name)])
-    teachers, start, summary = _prepare(session)
+    every = dict(zip(("student", *config.run.compare), methods(config), strict=True))
+    trained = {name: method for name, method in every.items() if not is_kept(session, name)}
+    check_served(session, list(trained.values()))
+    with closing(Plan(session, trained)) as plan:
+        teachers, start, summary = _prepare(session, plan)
     base = read_base(session)
 
-    def distil(method: MethodConfig, home: Path, name: str) -> Params:
+    def distil(home: Path, name: str) -> Params:
         def make(_: Path) -> Params:
-            trained = Distillation(session, method, teachers, start, base, home, name).run()
+            own = plan.methods[name]
+            trained = Distillation(session, own, teachers, start, base, home, name).run()
             start.drop()
             return trained
 
         return kept(session, spec, name, make)
 
-    student = distil(config.method, session.folder.path, "student")
+    student = distil(session.folder.path, "student")
     summary |= {"steps": config.run.steps, "params_sha256": params_sha256(student)}
     exported = session.folder.path / "models" / "student_hf"
     if config.run.export and not exported.exists():
@@ -241,10 +268,14 @@ def _train(session: Session) -> Summary:
     for name, figures in on_sets(session, student, "student_after").items():
         summary["sets"][name] |= {"student_after": figures, "controls": {}}
     del student
+    failed: NothingLearnt | None = None
     for name in config.run.compare:
-        control = distil(
-            with_method(config, name).method, session.folder.path / "controls" / name, name
-        )
+        try:
+            control = distil(session.folder.path / "controls" / name, name)
+        except NothingLearnt as error:  # which does not make the student worse
+            session.log(f"control {error}")
+            failed = error
+            continue
         if config.eval.problems:
             figures = session.graded(spec, functools.partial(_same, control), f"control_{name}")
             summary["controls"][name] = figures
@@ -254,6 +285,9 @@ def _train(session: Session) -> Summary:
     print_results(session.folder.path, config, summary)
     print_curve(session.folder.path, config, session.log)
     write_card(session.folder, config, summary)
+    session.trackers.summary(config.run.steps, summary)
+    if failed is not None:
+        summary["failed"] = str(failed)
     return summary
 
 

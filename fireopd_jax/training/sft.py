@@ -7,9 +7,11 @@ optimizer step are those of distillation.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from math import inf
 from pathlib import Path
 from statistics import fmean
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +24,17 @@ from fireopd_jax.metrics import results
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.recipe.optim import SftConfig
 from fireopd_jax.runs.checkpoints import Checkpoints
+from fireopd_jax.runs.trackers.reporting import Trackers
 from fireopd_jax.runs.tracking import Tracker
 from fireopd_jax.runtime.signals import StopFlag
 from fireopd_jax.session.parameters import abstract_params, placed
 from fireopd_jax.sharding.mesh import replicated, shard_rows
 from fireopd_jax.terminal.progress import progress
+from fireopd_jax.terminal.working import LONG_S, working
 from fireopd_jax.training.guard import Guard
 from fireopd_jax.training.loop import StepLoop
 from fireopd_jax.training.optimizer import make_optimizer
-from fireopd_jax.training.state import TrainState, init_state
+from fireopd_jax.training.state import init_state
 from fireopd_jax.training.update import Metrics, make_update, skip_reason
 from fireopd_jax.types import Batch, Prompts, Rollout, Scores, TokenStats, Writer
 
@@ -92,6 +96,15 @@ class LossReports:
         return self.stop_loss is not None and fmean(recent) <= self.stop_loss
 
 
+class SftPrograms(NamedTuple):
+    """The jitted programs of supervised training."""
+
+    begin: Any
+    """params -> first state; donates the parameters."""
+    update: Any
+    """(state, prompts with references) -> (next state, metrics); donates the state."""
+
+
 def supervise(
     name: str,
     model: LanguageModel,
@@ -104,13 +117,16 @@ def supervise(
     stop: StopFlag,
     log: Log,
     guard: Guard,
+    trackers: Trackers | None = None,
+    programs: SftPrograms | None = None,
 ) -> Params:
     """Return a model's parameters after training on the loader's references.
 
     `start` returns the initial parameters, which are donated; it is not called when the training
-    is resumed from a checkpoint in `home`. `guard` raises NothingLearnt.
+    is resumed from a checkpoint in `home`. `programs` are those of this training, if it has been
+    compiled ahead. `guard` raises NothingLearnt.
     """
-    begin, update = _programs(model, config, mesh)
+    begin, update = programs or sft_programs(model, config, mesh)
     checkpoints = Checkpoints(home / "checkpoints", keep=1)
     done = 0
     if checkpoints.latest() is None:
@@ -121,20 +137,29 @@ def supervise(
         done, state, position = checkpoints.restore(placed(shapes, everywhere))
         loader.set_state(position)
         log(f"{name}: resuming from step {done}")
-    with Tracker(home) as tracker, progress(f"sft {name}", config.steps) as advance:
+    reporter = (trackers or Trackers.none()).reporter(f"sft_{name}")
+    label = f"sft {name}"
+    with (
+        Tracker(home, reporter) as tracker,
+        progress(label, config.steps, start=done) as advance,
+        stop.held(),
+    ):
         tracker.truncate(done + 1)
         report = LossReports(name, tracker, config.stop_loss, log, guard)
-        loop = StepLoop(f"sft {name}", done, config.steps, report, stop=stop, advance=advance)
+        loop = StepLoop(label, done, config.steps, report, stop=stop, advance=advance)
         for step in loop:
             if report.low_enough(step):
                 break
-            state, metrics = update(state, shard_rows(mesh, next(loader)))
+            compiling = working(f"compiling the update of sft {name}", after=LONG_S)
+            with compiling if step == done else nullcontext():
+                state, metrics = update(state, shard_rows(mesh, next(loader)))
             saves = (step + 1) % config.save_every == 0 and step + 1 < config.steps
             loop.dispatched(step + 1, metrics, flush=saves)
-            if loop.stopping or saves:
-                checkpoints.save(step + 1, state, loader.get_state())
-            if loop.stopping:
-                checkpoints.close()
+            with stop.saving():
+                if loop.stopping or saves:
+                    checkpoints.save(step + 1, state, loader.get_state())
+                if loop.stopping:
+                    checkpoints.close()
         loop.flush()
     checkpoints.close()
     if skipped := int(state.skipped):
@@ -143,19 +168,15 @@ def supervise(
     return state.params
 
 
-def _programs(
-    model: LanguageModel, config: SftConfig, mesh: Mesh
-) -> tuple[
-    Callable[[Params], TrainState], Callable[[TrainState, Prompts], tuple[TrainState, Metrics]]
-]:
-    """Return the jitted functions params -> first state, and (state, prompts) -> next state."""
+def sft_programs(model: LanguageModel, config: SftConfig, mesh: Mesh) -> SftPrograms:
+    """Return the jitted programs of a model's supervised training."""
     optimizer, everywhere = make_optimizer(config.optim, config.steps), replicated(mesh)
     step = make_update(
         model,
         NegativeLogLikelihood(),
         optimizer,
         micro_batch_size=config.optim.micro_batch_size,
-        remat=config.optim.remat,
+        remat=config.optim.remat or "none",
         mesh=mesh,
     )
     begin = jax.jit(
@@ -166,4 +187,4 @@ def _programs(
         donate_argnums=0,
         out_shardings=(everywhere, everywhere),
     )
-    return begin, update
+    return SftPrograms(begin, update)

@@ -9,10 +9,12 @@ is the offline form: a data set of rollouts by the first parameters. A batch is 
 as they are. References: arXiv 2606.08432 (TRD's R rollouts before U updates).
 """
 
+import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -109,14 +111,20 @@ def write(file: Path, rollout: Rollout) -> None:
 def read(file: Path) -> Rollout:
     """Return the rollout of a file, as NumPy arrays."""
     tree: dict[str, Any] = {}
-    with np.load(file) as arrays:
-        for name in arrays.files:
-            *parents, field = name.split(".")
-            inside = tree
-            for parent in parents:
-                inside = inside.setdefault(parent, {})
-            inside[field] = arrays[name]
-    return _built(Rollout, tree)
+    try:
+        with np.load(file) as arrays:
+            for name in arrays.files:
+                *parents, field = name.split(".")
+                inside = tree
+                for parent in parents:
+                    inside = inside.setdefault(parent, {})
+                inside[field] = arrays[name]
+        return _built(Rollout, tree)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{file}: damaged ({reason}); expected the rollouts of a step of the run's window"
+        ) from error
 
 
 def _built(kind: Any, tree: Mapping[str, Any]) -> Any:

@@ -41,12 +41,16 @@ def commands(block: Block, program: str) -> Iterator[list[str]]:
     """Yield the arguments of each call of a program in a block of bash."""
     for line in block.text.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars="|;&")
-        lexer.whitespace_split, call = True, None
+        lexer.whitespace_split, call, redirected = True, None, False
         for word in [*lexer, ";"]:
             if set(word) <= set("|;&"):
                 if call is not None:
                     yield call
                 call = None
+            elif call is not None and ">" in word:
+                redirected = True
+            elif redirected:
+                redirected = False
             elif call is not None:
                 call.append(word)
             elif word == program:

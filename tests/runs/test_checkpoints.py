@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fireopd_jax.config import UserError
 from fireopd_jax.runs.checkpoints import Checkpoints, restore_params, save_model
 from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate
 from fireopd_jax.types import pytree
@@ -183,3 +184,126 @@ def test_what_is_saved_is_not_changed_by_the_updates_that_follow(tmp_path):
     checkpoints.close()
     _, restored, _ = Checkpoints(tmp_path, keep=1).restore(expected)
     assert_same_bits(restored, expected)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save(step, make_state(step), POSITION, {"score": step / 10})
+    checkpoints.close()
+    return folder
+
+
+def emptied(folder):
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+
+
+def only(pattern, content):
+    def damage(folder):
+        for file in folder.rglob(pattern):
+            if file.is_file():
+                file.write_bytes(content) if content is not None else file.unlink()
+
+    return damage
+
+
+def a_file(folder):
+    shutil.rmtree(folder / "state")
+    (folder / "state").write_text("a file")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(emptied, id="all files empty"),
+        pytest.param(only("d/*", b""), id="data empty"),
+        pytest.param(only("d/*", b"garbage" * 99), id="data garbage"),
+        pytest.param(only("d/*", None), id="data absent"),
+        pytest.param(only("manifest.ocdbt", b"\0" * 64), id="manifest of zeros"),
+        pytest.param(only("position/metadata", b"{"), id="position cut off"),
+        pytest.param(only("_METADATA", None), id="tree absent"),
+        pytest.param(a_file, id="a file in place of a folder"),
+        pytest.param(lambda folder: shutil.rmtree(folder / "state"), id="no state"),
+    ],
+)
+def test_of_a_damaged_checkpoint_the_one_before_is_restored(three, tmp_path, caplog, capfd, damage):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(three, folder)
+    damage(folder / "3")
+    checkpoints = Checkpoints(folder, keep=3)
+    step, restored, position = checkpoints.restore(make_state(0))
+    assert (step, position) == (2, POSITION)
+    assert_same_bits(restored, make_state(2))
+    # Its step is saved anew, and the damaged one is there to be looked at.
+    assert checkpoints.steps() == [1, 2] and (tmp_path / "damaged" / "3").is_dir()
+    assert f"{folder}/3 is damaged" in caplog.text
+    checkpoints.save(3, make_state(7), POSITION)
+    checkpoints.close()
+    again = Checkpoints(folder, keep=3)
+    assert int(again.restore(make_state(0))[1].count) == 7
+    again.close()
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_where_no_checkpoint_is_whole_the_folder_is_named(three, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(three, folder)
+    emptied(folder)
+    checkpoints = Checkpoints(folder, keep=3)
+    with pytest.raises(UserError, match=rf"{folder}: none of its 3 .*delete the folder"):
+        checkpoints.restore(make_state(0))
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe"])
+def test_metrics_that_cannot_be_read_cost_the_score_alone(three, tmp_path, content):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(three, folder)
+    (folder / "2" / "metrics" / "metrics").write_bytes(content)
+    checkpoints = Checkpoints(folder, keep=1, keep_best=1)
+    assert checkpoints.restore(make_state(0))[0] == 3
+    checkpoints.save(4, make_state(4), POSITION)
+    checkpoints.close()
+    again = Checkpoints(folder, keep=1, keep_best=1)
+    assert again.steps() == [3, 4]
+    again.close()
+
+
+def test_a_score_may_follow_its_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, keep_best=1)
+    for step, score in ((1, 0.9), (2, 0.1), (3, None)):
+        checkpoints.save(step, make_state(step), POSITION)
+        if score is not None:
+            checkpoints.rate(step, {"score": score})
+    checkpoints.close()
+    again = Checkpoints(tmp_path, keep=1, keep_best=1)
+    assert again.steps() == [1, 3]
+    again.close()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, make_state(1), POSITION)
+
+    def full(*arguments, **options):
+        raise ValueError("Error writing: No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(UserError, match=rf"{tmp_path}: .*step 2: .*No space left.*older ones"):
+        checkpoints.save(2, make_state(2), POSITION)
+    checkpoints.close()
+    again = Checkpoints(tmp_path, keep=1)
+    assert again.restore(make_state(0))[0] == 1
+    again.close()
+
+
+def test_damaged_parameters_of_a_model_are_one_line(tmp_path):
+    params = make_state(1).params
+    save_model(tmp_path, params, {})
+    emptied(tmp_path / "params")
+    with pytest.raises(UserError, match=rf"{tmp_path}: the parameters cannot be read .*delete"):
+        restore_params(tmp_path, params)

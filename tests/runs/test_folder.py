@@ -218,3 +218,24 @@ def test_neither_runs_nor_tracking_start_jax():
         cwd=Path(__file__).parents[2],
     )
     assert done.stdout == "False\n"
+
+
+def test_a_run_is_resumed_through_the_link_to_the_latest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    open_run(RunConfig(name="a"), RESOLVED).close()
+    with open_run(RunConfig(dir="runs/latest"), RESOLVED) as folder:
+        assert folder.state == "resume"
+    assert os.readlink("runs/latest") == "a" and (tmp_path / "runs/latest/config.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    "text", ["7e12345", "1e5", "0o17", "010", "1:30", "2024-01-01", "yes", ".5e3"]
+)
+def test_texts_that_a_version_of_yaml_reads_as_numbers_stay_texts(tmp_path, text):
+    config, resolved = RunConfig(dir=str(tmp_path)), changed(data={"revision": text})
+    open_run(config, resolved).close()
+    with open_run(config, resolved) as folder:
+        assert folder.state == "resume"
+    other = changed(data={"revision": text + "x"})
+    with pytest.raises(UserError, match=f"was {text!r}, is now"):
+        open_run(config, other)

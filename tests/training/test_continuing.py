@@ -11,6 +11,8 @@ from fireopd_jax.recipe.schema import as_tree, load_sections
 from fireopd_jax.training.continuing import Continuation
 from fireopd_jax.training.guard import Guard
 
+RECORD = '{"folder": "%s", "rows": 1, "sha256": ""}'
+
 
 def changes(before, now, folder, **options):
     return Continuation(folder, **options)(
@@ -71,7 +73,7 @@ def test_rows_and_recorded_models_may_move_and_others_may_not(tmp_path):
     before = ["data.path=a.jsonl", "student.path=s", "teacher.path=t"]
     now = ["data.path=b.jsonl", "student.path=s", "teacher.path=u"]
     assert len(changes(before, now, tmp_path).refused) == 2
-    (tmp_path / "data.json").write_text(json.dumps({"folder": str(tmp_path), "sha256": ""}))
+    (tmp_path / "data.json").write_text(RECORD % tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "sources.json").write_text(json.dumps({"teacher default": {}}))
     found = changes(before, now, tmp_path)
@@ -81,14 +83,14 @@ def test_rows_and_recorded_models_may_move_and_others_may_not(tmp_path):
 
 
 def test_another_built_in_task_is_another_run(tmp_path):
-    (tmp_path / "data.json").write_text(json.dumps({"folder": str(tmp_path), "sha256": ""}))
+    (tmp_path / "data.json").write_text(RECORD % tmp_path)
     before, now = (["data.path=builtin:addition-1"], ["data.path=builtin:addition-2"])
     assert changes(before, now, tmp_path).refused
 
 
 def test_relative_paths_of_an_older_run_begin_where_it_began(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    (tmp_path / "data.json").write_text(json.dumps({"folder": str(tmp_path), "sha256": ""}))
+    (tmp_path / "data.json").write_text(RECORD % tmp_path)
     now = [f"data.path={tmp_path}/rows.jsonl"]
     assert not changes(["data.path=rows.jsonl"], now, tmp_path).allowed
 
@@ -117,7 +119,7 @@ def test_a_training_without_an_update_has_learnt_nothing():
     guard.check(5, of_step(tokens=0.0))
     with pytest.raises(NothingLearnt, match=r"all 5 updates were skipped: no token is left"):
         guard.end(5, 5)
-    assert NothingLearnt.status == 1
+    assert NothingLearnt.exit_status == 1
 
 
 def test_every_key_that_may_be_a_path_is_marked():
@@ -170,3 +172,15 @@ def test_absolute_paths_leave_other_names_alone(tmp_path, monkeypatch):
     assert found.teachers["default"].path == str(Path.home() / "t")
     assert found.eval.sets["a"].path == f"{tmp_path}/p.jsonl"
     assert absolute(found, Path("/")) == found
+
+
+def test_supervised_training_has_no_use_for_more_steps(tmp_path):
+    found = changes(["run.steps=2"], ["run.steps=4"], tmp_path, distils=False)
+    assert "only fireopd train and resume" in found.refused[0]
+
+
+def test_a_student_that_is_read_from_its_path_may_move(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "sources.json").write_text(json.dumps({"student start": {}}))
+    found = changes(["student.path=s"], ["student.path=v"], tmp_path)
+    assert not found.refused and found.allowed == ["student.path was 's', is now 'v'"]

@@ -72,6 +72,7 @@ def test_a_complete_run_goes_on_to_the_bits_of_a_longer_one(
     assert "nothing to do; fireopd resume run run.steps=N" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rows_may_move_but_not_change(straight, tmp_path):
     home, whole = straight
     folder, moved = tmp_path / "run", tmp_path / "moved.jsonl"
@@ -85,6 +86,7 @@ def test_rows_may_move_but_not_change(straight, tmp_path):
     assert summary["params_sha256"] == whole["params_sha256"]
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_nothing_fails_and_its_card_says_so(straight, tmp_path):
     home, _ = straight
     settings = [f"data.path={home}/rows.jsonl", "run.steps=4", "optim.learning_rate=1e38"]

@@ -104,7 +104,7 @@ def test_a_frozen_teacher_is_read_where_it_is_and_never_copied(taught, tmp_path,
     settings += [f"base.path={taught}/models/student_start"]
     die_in(monkeypatch, 3, folder, *settings)
     assert {p.name for p in (folder / "models").iterdir()} == {
-        "sources.json", "templates.json", "student_start", "student",
+        "fit.json", "sources.json", "templates.json", "student_start", "student",
     }  # fmt: skip
     sources = json.loads((folder / "models" / "sources.json").read_text())
     assert list(sources) == ["teacher default", "base"]

@@ -137,6 +137,7 @@ def test_each_model_scores_the_rewrite_after_its_own_prompt(name, tmp_path, monk
     assert json.dumps(rows), "plain values"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_rewrites_alike(tmp_path, monkeypatch):
     """A rewrite is a function of the parameters, the run's seed and the sample."""
     first = run(tmp_path / "a", monkeypatch, *CASES["self"], "run.steps=1")

@@ -283,7 +283,7 @@ def test_a_signal_within_a_window_saves_the_steps_before_it(finished, tmp_path, 
     with monkeypatch.context() as patched:
         patched.setattr(Distillation, "rollout", stopping)
         patched.setattr(Checkpoints, "save", noted)
-        with pytest.raises(Interrupted, match=r"rollouts of 1 steps left.*resume with run\.dir="):
+        with pytest.raises(Interrupted, match=r"rollouts of 1 steps left.*fireopd resume "):
             run(folder)
     assert saved == [2, 3] and saved_steps(folder / "checkpoints")[-1] == 3
     assert steps(folder) == [1, 2, 3]

@@ -59,7 +59,8 @@ class ScoreConfig:
     """Settings that all score stages share."""
 
     micro_batch_size: PositiveInt | None = None
-    """Rows per forward pass; by default all, or an eighth with several teachers."""
+    """Rows per forward pass. null: all, with several teachers an eighth, or as many as fit the
+    device."""
     head: Literal["reference", "chunked", "pallas_tpu", "pallas_gpu", "pallas_gpu_rows"] | None = (
         None
     )

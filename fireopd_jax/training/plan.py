@@ -1,0 +1,309 @@
+"""What a run compiles, before it computes anything: its programs, and how batches pass them.
+
+Setup -> micro-batches, remat (models/fit.json) -> programs -> compiled -> compared with the device
+
+A resumed run passes its batches as it began to, whatever memory is free then.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fireopd_jax.config import UserError
+from fireopd_jax.data.pipeline import Encoded
+from fireopd_jax.method.config import MethodConfig
+from fireopd_jax.models.decoder import parameter_count
+from fireopd_jax.models.language_model import LanguageModel
+from fireopd_jax.recipe.optim import SftConfig
+from fireopd_jax.runtime import files
+from fireopd_jax.runtime.files import write_atomically
+from fireopd_jax.runtime.memory import Memory, device_memory
+from fireopd_jax.session.contexts import encoded_for
+from fireopd_jax.session.parameters import abstract_params, random_init, random_key
+from fireopd_jax.session.session import Session
+from fireopd_jax.session.specs import ModelSpec
+from fireopd_jax.sharding.mesh import replicated
+from fireopd_jax.training.abstract import (
+    MethodShapes,
+    abstract_prompts,
+    abstract_state,
+    nbytes,
+    sampler_inputs,
+)
+from fireopd_jax.training.ahead import Ahead, Need, gib, too_large
+from fireopd_jax.training.fitting import (
+    Choice,
+    Pass,
+    first_that_fits,
+    score_choices,
+    update_choices,
+)
+from fireopd_jax.training.prepare import is_kept
+from fireopd_jax.training.programs import Programs, make_programs
+from fireopd_jax.training.sft import SftPrograms, sft_programs
+
+RECORD = "models/fit.json"
+Build = Callable[[Choice], tuple[Any, tuple[Any, ...]] | None]
+"""Returns the program of a choice and the shapes of its inputs; None where these are not known."""
+USED = 0.9
+"""Share of the free memory that a choice may fill: allocators fragment it."""
+SURE = 0.5
+"""Share of the room below which an estimate is trusted until the program has been compiled."""
+TRIES = 3
+SHOWN = ("sft", "rollout", "score", "update")
+"""Programs whose memory is logged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodPlan:
+    """One method of a run, or a control, as it is trained."""
+
+    method: MethodConfig
+    """With the micro-batches of its scores."""
+    programs: Programs
+    encoded: Encoded
+
+
+class Plan:
+    """The programs of a run, compiled in the background, and the choices that they depend on."""
+
+    def __init__(self, session: Session, methods: Mapping[str, MethodConfig]):
+        """Begin to compile what `methods`, by name, and the models before them need."""
+        self.session, self.setup = session, session.setup
+        self.memory: Memory = device_memory(list(self.setup.mesh.devices.flat))
+        self.ahead = Ahead()
+        self.choices = recorded(session.folder.path / RECORD)
+        self.sft: dict[str, SftPrograms] = {}
+        self.methods: dict[str, MethodPlan] = {}
+        self._made: dict[str, Any] = {}
+        self._resident: dict[str, int] = {}
+        """Bytes of parameters and states that are in memory while a program runs, by its name."""
+        try:
+            self._add_models()
+            for name, method in methods.items():
+                self._add_method(name, method)
+            self._add_samplers()
+        except BaseException:
+            self.close()
+            raise
+        choices = {name: dataclasses.asdict(choice) for name, choice in self.choices.items()}
+        write_atomically(session.folder.path / RECORD, json.dumps(choices, indent=2) + "\n")
+
+    def check(self) -> None:
+        """Wait for the programs; log their memory, or raise UserError for one that does not fit."""
+        peaks: dict[str, int] = {}
+        for name, need in self.ahead.needs().items():
+            peak, kind = self._peak(name, need), name.partition(" ")[0]
+            if peak > self.memory.total:
+                raise too_large(name, peak, self.memory.total)
+            peaks[kind] = max(peaks.get(kind, 0), peak)
+        shown = [f"{kind} {gib(peaks[kind])}" for kind in SHOWN if kind in peaks]
+        if shown:
+            total = gib(self.memory.free)
+            self.session.log(f"memory: {', '.join(shown)} GiB of {total} GiB on each device")
+
+    def ready(self, spec: ModelSpec) -> SftPrograms | None:
+        """Wait for the programs that make a model; return those of its supervised training."""
+        sft = spec.config.sft
+        asking = ("rollout",) if sft is not None and sft.source == "teacher" else ()
+        for kind, model in [each.split(" of ", 1) for each in self.ahead.names()]:
+            if model == spec.name or kind in asking:
+                self.ahead.need(f"{kind} of {model}")
+        return self.sft.get(spec.slug)
+
+    def close(self) -> None:
+        """Compile nothing more."""
+        self.ahead.close()
+
+    def _peak(self, name: str, need: Need) -> int:
+        return max(self._resident.get(name, 0), need.arguments) + need.beyond
+
+    def _fit(
+        self,
+        name: str,
+        key: str,
+        choices: Sequence[Choice],
+        estimate: Callable[[Choice], float | int],
+        build: Build,
+    ) -> Choice:
+        """Return the choice for program `name`, whose keys begin with `key`; begin to compile it.
+
+        The first guess comes from the estimates. Unless it is far below the memory it is compared
+        with the compiled program, and the estimates are scaled by what that needs.
+        """
+        room, scale = self.memory.free * USED - self._resident[name], 1.0
+        kept = self.choices.get(key)
+        for _ in range(TRIES):
+            guess = first_that_fits(choices, lambda each, s=scale: estimate(each) * s, room)
+            choice, built = kept or guess, build(kept or guess)
+            if built is not None:
+                self.ahead.add(name, built[0], *built[1])
+            if kept or built is None or estimate(choice) <= SURE * room:
+                break
+            need = self.ahead.need(name)
+            assert need is not None
+            if need.beyond <= room:
+                break
+            scale = need.beyond / estimate(choice)
+        if choice != choices[0]:
+            self._say(name, key, choice, estimate)
+        self.choices[key] = choice
+        return choice
+
+    def _say(
+        self, name: str, key: str, choice: Choice, estimate: Callable[[Choice], float | int]
+    ) -> None:
+        """Log a choice that is not the fastest one."""
+        need = self.ahead.need(name)
+        size = self._resident[name] + estimate(choice) if need is None else self._peak(name, need)
+        remat = f", remat={choice.remat}" if choice.remat != "none" else ""
+        self.session.log(
+            f"{key}.micro_batch_size={choice.micro_batch_size}{remat}: the "
+            f"{name.partition(' of ')[0]} needs {gib(size)} of {gib(self.memory.free)} GiB"
+        )
+
+    def _pass(self, model: LanguageModel, rows: int, tokens: int) -> Pass:
+        cpu = jax.default_backend() == "cpu"
+        return Pass(model.config, rows, tokens, self.setup.mesh.size, cpu)
+
+    def _add_models(self) -> None:
+        """Add random initialisation and supervised training of the models that need them."""
+        setup, place, held = self.setup, replicated(self.setup.mesh), 0
+        for spec in (*setup.teachers, setup.student):
+            made = is_kept(self.session, spec.slug if spec.name != "student" else "student_start")
+            if not made and spec.config.path is None:
+                exact = dataclasses.replace(spec.model, quantize=None)
+                model = spec.model if spec.config.sft is None else exact
+                program = random_init(model, place)
+                key = random_key(spec, setup.config.run.seed)
+                self.ahead.add(f"init of {spec.name}", program, key)
+            if not made and spec.config.sft is not None:
+                self._add_sft(spec, spec.config.sft, held)
+            held += nbytes(abstract_params(spec.model, place))
+
+    def _add_sft(self, spec: ModelSpec, sft: SftConfig, held: int) -> None:
+        """Add the supervised training of a model; `held` are the bytes of the models before it."""
+        setup, encoded, name = self.setup, self.setup.encoded, f"sft of {spec.name}"
+        model = dataclasses.replace(spec.model, quantize=None)
+        params = abstract_params(model, replicated(setup.mesh))
+        count = parameter_count(params)
+        width = max(encoded.max_prompt_tokens, encoded.max_teacher_prompt_tokens)
+        passed = self._pass(model, sft.batch_size, width + encoded.max_reference_tokens)
+        # Parameters and two moments, in float32 at most.
+        self._resident[name] = held + 3 * 4 * count
+
+        def build(choice: Choice):
+            programs = sft_programs(
+                model, dataclasses.replace(sft, optim=choice.applied(sft.optim)), setup.mesh
+            )
+            self.sft[spec.slug] = programs
+            self.ahead.add(f"begin of {spec.name}", programs.begin, params)
+            if sft.contexts != ("prompt",):  # prompts of widths that are not known yet
+                return None
+            prompts = abstract_prompts(setup.mesh, encoded, sft.batch_size, references=True)
+            return programs.update, (abstract_state(programs.begin, params), prompts)
+
+        role, _, own = spec.name.partition(" ")
+        self._fit(
+            name,
+            f"teachers.{own}.sft.optim" if own else f"{role}.sft.optim",
+            update_choices(passed, sft.optim),
+            lambda choice: passed.update(choice, count),
+            build,
+        )
+
+    def _add_method(self, name: str, method: MethodConfig) -> None:
+        """Add the programs of a method; the choices of the first are those of its controls."""
+        if is_kept(self.session, name):
+            return
+        setup, config = self.setup, self.setup.config
+        sampler = self.session.sampler(setup.student)
+        shapes = MethodShapes.of(setup, method, encoded_for(setup, method), sampler)
+        rows, optim, width = config.rollout.batch_size, config.optim, shapes.width
+        scored = [self._pass(model, rows, width) for model in shapes.models]
+        trained = self._pass(setup.student.model, rows, width)
+
+        def programs(score: Choice, update: Choice) -> Programs:
+            return make_programs(
+                setup, with_score(method, score), update.applied(optim), self._made
+            )
+
+        def build_score(choice: Choice):
+            found = programs(choice, Choice())
+            return (found.score.jitted, shapes.score(found)) if shapes.known else None
+
+        first = programs(Choice(), Choice())
+        resident = shapes.resident(first)
+        count = parameter_count(shapes.state(first).params)
+        self._resident |= {f"score of {name}": resident, f"update of {name}": resident}
+        score = self._fit(
+            f"score of {name}",
+            "method.score",
+            score_choices(scored[0], method.score.micro_batch_size),
+            lambda choice: max(each.score(choice) for each in scored),
+            build_score,
+        )
+
+        def build_update(choice: Choice):
+            found = programs(score, choice)
+            return (found.update, shapes.update(found)) if shapes.known else None
+
+        update = self._fit(
+            f"update of {name}",
+            "optim",
+            update_choices(trained, optim),
+            lambda choice: trained.update(choice, count),
+            build_update,
+        )
+        plan = MethodPlan(with_score(method, score), programs(score, update), shapes.encoded)
+        self.ahead.add(f"begin of {name}", plan.programs.init, shapes.start)
+        if shapes.known:
+            self.ahead.add(f"describe of {name}", *shapes.describe(plan.programs))
+        self.methods[name] = plan
+
+    def _add_samplers(self) -> None:
+        """Add the samplers of the student, and of the teachers where they are graded."""
+        setup, session = self.setup, self.session
+        config, place = setup.config, replicated(setup.mesh)
+        models = [setup.student]
+        copied = config.student.sft is not None and config.student.sft.source == "teacher"
+        if config.eval.problems or copied:
+            models += setup.teachers
+        params = {spec.name: abstract_params(spec.model, place) for spec in models}
+        held = sum(nbytes(abstract_params(each.model, place)) for each in setup.teachers)
+        states = [size for name, size in self._resident.items() if name.startswith("update")]
+        for spec in models:
+            name = f"rollout of {spec.name}"
+            self._resident[name] = max([held + nbytes(params[setup.student.name]), *states])
+            batches = [(config.rollout.batch_size, setup.encoded, None)]
+            if config.eval.problems:
+                batches.append((config.eval_batch_size, setup.encoded, None))
+            if spec is setup.student:
+                batches += [
+                    (config.eval_batch_size, each.encoded, each.settings.max_tokens)
+                    for each in setup.sets
+                ]
+            for index, (rows, encoded, max_tokens) in enumerate(batches):
+                program = session.sampler(spec, max_tokens)
+                inputs = sampler_inputs(setup, spec, params[spec.name], encoded, rows, max_tokens)
+                self._resident[f"{name} {index}"] = self._resident[name]
+                self.ahead.add(f"{name} {index}", program, *inputs)
+
+
+def with_score(method: MethodConfig, choice: Choice) -> MethodConfig:
+    """Return the method with the micro-batches of a choice in its scores."""
+    score = dataclasses.replace(method.score, micro_batch_size=choice.micro_batch_size)
+    return dataclasses.replace(method, score=score)
+
+
+def recorded(file: Path) -> dict[str, Choice]:
+    """Return the choices that a run was begun with, by section; {} without the file."""
+    found = files.recorded(file) if file.is_file() else {}
+    try:
+        return {name: Choice(**choice) for name, choice in found.items()}
+    except TypeError:
+        raise UserError(f"{file}: damaged; delete it, a resumed run chooses anew") from None
