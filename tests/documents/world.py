@@ -17,7 +17,7 @@ import pytest
 from fireopd_jax.text.tokenizer import byte_tokenizer
 
 MODELS = ("DIR", "A", "B", "OTHER", "Qwen/Qwen3-8B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-0.6B")
-RUNS = ("runs/quickstart", "runs/latest", "runs/x", "runs/math", "runs/code")
+RUNS = ("runs/x", "runs/math", "runs/code")
 ROWS = (
     "prompts", "problems", "gsm8k", "gsm8k_test", "math500", "aime", "p", "F", "math", "code",
 )  # fmt: skip
@@ -29,7 +29,7 @@ SMALL = (
     "mesh.data=1",
     "run.compare=[]",
     "run.steps=1",
-    "rollout.batch_size=4",
+    "rollout.batch_size=8",
     "rollout.group_size=1",
     "rollout.max_tokens=8",
     "rollout.slots=null",
@@ -90,6 +90,10 @@ def build(folder: Path) -> Path:
     # Environments are not made, nor anything installed: tests elsewhere look at their names.
     for name in ("make", "pip", "git"):
         script(folder / "bin" / name, "#!/bin/sh\nexit 0\n")
+    script(
+        folder / "bin" / "python3",
+        f'#!/bin/sh\n[ "$2" = venv ] || exec {sys.executable} "$@"\n',
+    )
     write_models(folder)
     write_rows(folder)
     for name in ("configs", "launch", "docs"):
@@ -161,7 +165,7 @@ def write_runs(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     run = folder / "runs" / "quickstart"
     shutil.copytree(folder / "A", run / "models" / "teacher_default", dirs_exist_ok=True)
-    for name in RUNS[1:]:
+    for name in RUNS:
         shutil.copytree(run, folder / name)
     for name, of in {"a": "student_after", "b": "student_before"}.items():
         shutil.copy(run / "eval" / f"{of}.jsonl", folder / f"{name}.jsonl")
