@@ -164,7 +164,9 @@ def write_runs(folder: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = folder / "runs" / "quickstart"
-    shutil.copytree(folder / "A", run / "models" / "teacher_default", dirs_exist_ok=True)
+    # The quickstart makes these; models that are read from their paths are not copied into a run.
+    for name in ("teacher_default", "student_start"):
+        shutil.copytree(folder / "A", run / "models" / name, dirs_exist_ok=True)
     for name in RUNS:
         shutil.copytree(run, folder / name)
     for name, of in {"a": "student_after", "b": "student_before"}.items():
