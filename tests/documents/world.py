@@ -29,6 +29,7 @@ SMALL = (
     "mesh.data=1",
     "run.compare=[]",
     "run.steps=1",
+    "optim.warmup_steps=0",
     "rollout.batch_size=8",
     "rollout.group_size=1",
     "rollout.max_tokens=8",
