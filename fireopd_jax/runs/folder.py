@@ -68,11 +68,6 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
-    def environment(self) -> Path:
-        """Versions, machine and commit."""
-        return self.path / "env.json"
-
-    @property
     def metrics(self) -> Path:
         """One JSON object for each logged step."""
         return self.path / "metrics.jsonl"

@@ -8,16 +8,12 @@ import os
 import shutil
 import subprocess
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import jax
 
-GIB = 1024**3
-LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Files with the memory limit of a container, of version 2 and 1 of cgroups."""
-NO_LIMIT = 1 << 60
-"""Version 1 writes a number near 2^63 where there is no limit."""
+from fireopd_jax.runtime.memory import GIB, machine_memory
+
 GPU_EXTRA = 'pip install "fireopd-jax[cuda]"'
 
 
@@ -50,7 +46,7 @@ def total_memory() -> dict[str, int | None]:
 
 def _memory(device: Any) -> int | None:
     if device.platform == "cpu":
-        return usable_memory()
+        return machine_memory().total
     # JAX knows only the part that it may use.
     if device.platform == "gpu" and (found := installed_gpus()):
         return found.get(device.device_kind, next(iter(found.values())))
@@ -68,27 +64,6 @@ def installed_gpus() -> dict[str, int]:
         return {name.strip(): int(mebibytes) * 1024**2 for name, mebibytes in pairs}
     except (OSError, subprocess.SubprocessError, ValueError):
         return {}
-
-
-def usable_memory() -> int | None:
-    """Return the bytes of memory of this machine, or of its container; None if unknown."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return container_limit()
-    return min(memory, container_limit() or memory)
-
-
-def container_limit() -> int | None:
-    """Return the memory limit of this process's container in bytes, None without one."""
-    for name in LIMITS:
-        try:
-            limit = Path(name).read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if limit.isdecimal() and int(limit) < NO_LIMIT:
-            return int(limit)
-    return None
 
 
 def usable_cores() -> int:
@@ -130,8 +105,7 @@ def described() -> dict[str, Any]:
         ],
         "advice": advice(),
         "usable_cores": usable_cores(),
-        "usable_memory_bytes": usable_memory(),
-        "container_memory_bytes": container_limit(),
+        "usable_memory_bytes": machine_memory().total,
         "jax_platforms": os.environ.get("JAX_PLATFORMS"),
         "xla_flags": os.environ.get("XLA_FLAGS"),
     }

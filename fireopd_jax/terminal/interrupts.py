@@ -10,11 +10,11 @@ from fireopd_jax.terminal.screen import is_live
 
 STDERR = 2
 ERASED = "\r\x1b[2K"
-"""Puts the cursor at the start of the live line, and erases it."""
+"""Moves the cursor to the start of the live line, and erases it."""
 
 
 def answer(number: int) -> None:
-    """Say that the run stops after this step: on stderr, past all buffers, and in the log."""
+    """Announce that the run stops after this step: on stderr, past all buffers, and in the log."""
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     text = f"{name}: stopping after this step, then saving; Ctrl-C again to stop now"
     keep(text)

@@ -17,7 +17,7 @@ from typing import Any
 from fireopd_jax.terminal.safe import safe
 
 Write = Callable[[float, str], None]
-"""Takes the time in seconds since the epoch, and a text of one or more lines."""
+"""(seconds since the epoch, text of one or more lines) -> None."""
 
 HELD = 2000
 """Maximum number of texts that are held before a log takes them."""

@@ -58,7 +58,7 @@ class _Work:
         return self._clock() - self.began
 
     def say_if_due(self) -> None:
-        """Say the line of this moment: the first, or how long it has been so far."""
+        """Print the line of this moment: the first, or how long it has been so far."""
         if self._clock() < self.due:
             return
         self._plain(f"{self.text}, {span(self.seconds())} so far" if self._said else self.text)

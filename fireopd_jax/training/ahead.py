@@ -49,11 +49,6 @@ class Need:
         beyond = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         return cls(found.argument_size_in_bytes, beyond)
 
-    @property
-    def total(self) -> int:
-        """All bytes of the program."""
-        return self.arguments + self.beyond
-
 
 class Ahead:
     """Programs that are being compiled, by name."""

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 
 from fireopd_jax import cli
@@ -32,20 +31,16 @@ from fireopd_jax.session.chatting import Pace, Speaker
 from fireopd_jax.session.opening import open_any
 from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicated
 from fireopd_jax.text.chat import prompt_ids, settled
-from fireopd_jax.text.tokenizer import BUILTIN, load_tokenizer
 from tests.cases import one_device, random_params, tiny_model
+from tests.commands.calling import TOKENIZER, model_folder
 from tests.commands.chat_doubles import Scripted, lines, terminal_chat
 
-TOKENIZER = load_tokenizer(BUILTIN)
 MODEL = tiny_model(len(TOKENIZER), num_hidden_layers=2, max_position_embeddings=160)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    to = tmp_path_factory.mktemp("model") / "hf"
-    params = jax.tree.map(lambda leaf: leaf * 1.5, random_params(MODEL))
-    export_model(to, params, MODEL.config, TOKENIZER, stop=(257,), card="# a model\n")
-    return to
+    return model_folder(tmp_path_factory, MODEL)
 
 
 @pytest.fixture(scope="module")

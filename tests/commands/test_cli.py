@@ -8,11 +8,11 @@ from importlib.metadata import version
 import pytest
 import yaml
 
-from fireopd_jax import cli
 from fireopd_jax.config import dotted
 from fireopd_jax.recipe.keys import shipped_schema
 from fireopd_jax.recipe.schema import as_tree, load_config
 from tests.cases import one_device
+from tests.commands.calling import call
 
 COMMAND = "from fireopd_jax.cli import main; main()"
 HEAVY = "{'jax', 'flax', 'transformers', 'datasets', 'numpy', 'orbax', 'rich'}"
@@ -27,16 +27,6 @@ def process(*arguments, code=COMMAND, **kwargs):
         env=one_device(),
         **kwargs,
     )
-
-
-def call(monkeypatch, *arguments):
-    """Run the command line in this process; return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["fireopd", *arguments])
-    try:
-        cli.main()
-    except SystemExit as done:
-        return done.code or 0
-    return 0
 
 
 @pytest.mark.parametrize(

@@ -81,20 +81,6 @@ def test_a_broken_tool_is_no_gpu(monkeypatch, tmp_path):
     assert devices.installed_gpus() == {}
 
 
-@pytest.mark.parametrize(
-    "text, limit",
-    [("max\n", None), ("8589934592\n", 8 * devices.GIB), ("9223372036854771712\n", None)],
-)
-def test_the_memory_of_a_container(monkeypatch, tmp_path, text, limit):
-    file = tmp_path / "memory.max"
-    file.write_text(text)
-    monkeypatch.setattr(devices, "LIMITS", (str(tmp_path / "absent"), str(file)))
-    assert devices.container_limit() == limit
-    if limit is not None:
-        monkeypatch.setattr(devices.os, "sysconf", lambda name: 2**20)
-        assert devices.usable_memory() == limit
-
-
 def test_a_folder_that_is_not_there_yet_may_be_writable(tmp_path):
     assert is_writable(tmp_path / "a" / "b") and not list(tmp_path.iterdir())
     (tmp_path / "file").touch()

@@ -1,31 +1,24 @@
 """`fireopd eval`: figures on sets and of files, comparisons, and what cannot be evaluated."""
 
 import json
-import sys
 
-import jax
 import numpy as np
 import pytest
 
-from fireopd_jax import cli
 from fireopd_jax.commands.evaluate import EvalOptions, Evaluated, evaluate_to
 from fireopd_jax.commands.generate import GenerateOptions, generate_to_file
 from fireopd_jax.config import UserError
 from fireopd_jax.evaluation.graders import grade
-from fireopd_jax.models.hf_export import export_model
-from fireopd_jax.text.tokenizer import BUILTIN, load_tokenizer
-from tests.cases import random_params, tiny_model
+from tests.cases import tiny_model
+from tests.commands import calling
+from tests.commands.calling import TOKENIZER, model_folder
 
-TOKENIZER = load_tokenizer(BUILTIN)
 MODEL = tiny_model(len(TOKENIZER), num_hidden_layers=1, max_position_embeddings=64)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    to = tmp_path_factory.mktemp("model") / "hf"
-    params = jax.tree.map(lambda leaf: leaf * 1.5, random_params(MODEL))
-    export_model(to, params, MODEL.config, TOKENIZER, stop=(257,), card="# a model\n")
-    return to
+    return model_folder(tmp_path_factory, MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +41,7 @@ def options(*sets, **changed):
 
 
 def call(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["fireopd", "eval", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as done:
-        return done.code or 0
-    return 0
+    return calling.call(monkeypatch, "eval", *map(str, arguments))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -10,20 +9,16 @@ from fireopd_jax.commands import generate as generating
 from fireopd_jax.commands.generate import GenerateOptions, generate_to_file
 from fireopd_jax.config import UserError
 from fireopd_jax.models.hf_export import export_model
-from fireopd_jax.text.tokenizer import BUILTIN, load_tokenizer
 from tests.cases import random_params, tiny_model
+from tests.commands.calling import TOKENIZER, model_folder
 
-TOKENIZER = load_tokenizer(BUILTIN)
 MODEL = tiny_model(len(TOKENIZER), num_hidden_layers=2, max_position_embeddings=80)
 ROWS = 64
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    to = tmp_path_factory.mktemp("model") / "hf"
-    params = jax.tree.map(lambda leaf: leaf * 1.5, random_params(MODEL))
-    export_model(to, params, MODEL.config, TOKENIZER, stop=(257,), card="# a model\n")
-    return to
+    return model_folder(tmp_path_factory, MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -1,29 +1,18 @@
 """`fireopd train --dry-run` checks all that needs no weights, and writes nothing."""
 
 import json
-import sys
 
 import pytest
 import yaml
 
-from fireopd_jax import cli
 from fireopd_jax.config import UserError
 from fireopd_jax.recipe.difference import difference
 from fireopd_jax.recipe.schema import Config, as_tree, load_config, load_sections
 from fireopd_jax.runs.folder import open_run
+from tests.commands.calling import call
 
 FILES = ["quickstart_omniopd", "quickstart_opsd", "model/qwen3_4b_math_code_to_4b", "method/tip"]
 SMOKE = ["smoke", "data.path=rows.jsonl"]
-
-
-def call(monkeypatch, *arguments):
-    """Run the command line in this process; return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["fireopd", *arguments])
-    try:
-        cli.main()
-    except SystemExit as done:
-        return done.code or 0
-    return 0
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ def refusal(*arguments):
 
 
 def accepted(setting, *files):
-    """Ask a hint back: the setting, or its key with some value, over these files."""
+    """Check that a hint is accepted: the setting, or its key with some value, over these files."""
     schema = shipped_schema()
     key, equals, value = setting.partition("=")
     full = tuple(key.replace("teacher.", "teachers.default.", 1).split("."))

@@ -175,7 +175,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         folder.write_json("env.json", {"a": 1})
         with pytest.raises(TypeError):
             folder.write_json("env.json", {"a": object()})
-        assert json.loads(folder.environment.read_text()) == {"a": 1}
+        assert json.loads((folder.path / "env.json").read_text()) == {"a": 1}
         assert not list(folder.path.glob(".writing-*"))
 
 

@@ -261,8 +261,10 @@ class Trackers:
             state = json.loads(self._state_file.read_text(encoding="utf-8"))
             if isinstance(state["id"], str) and isinstance(state["series"], dict):
                 return state
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+        except FileNotFoundError:
+            pass  # of a new run
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._log(f"warning: {self._state_file}: damaged ({error}); the series begin anew")
         return {"id": uuid.uuid4().hex[:8], "series": {}}
 
 
