@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := $(if $(filter-out python3,$(PYTHON)),.venv-$(notdir $(PYTHON)),.venv)
 BIN := $(VENV)/bin
+# A file's tests run in one worker: its fixtures, most of them whole runs, are made once.
+WORKERS := -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install -q
 
 # A stamp is touched after its install has ended, so an interrupted one leaves none.
@@ -32,12 +34,12 @@ smoke: $(RUNTIME) ## The smallest complete run: does everything work at all
 	$(BIN)/fireopd train configs/smoke.yaml $(ARGS)
 
 test: $(TEST) $(PARITY_STAMP) ## Run the tests, without the slow ones
-	@$(BIN)/python -m pytest -n 2 -m "not slow and not aot and not browser" $(ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) -m "not slow and not aot and not browser" $(ARGS)
 
 test-all: $(TEST) $(PARITY_STAMP) $(AOT) ## Run every test that needs no GPU, and compile for TPUs and GPUs
-	@$(BIN)/python -m pytest -n 2 -m "not aot" $(ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) -m "not aot" $(ARGS)
 	@XLA_FLAGS=--xla_backend_optimization_level=3 \
-	  $(VENV)-aot/bin/python -m pytest -n 2 -m aot $(ARGS)
+	  $(VENV)-aot/bin/python -m pytest $(WORKERS) -m aot $(ARGS)
 
 test-gpu: $(TEST) $(VENV)/.installed-cuda ## Run the tests that need a GPU
 	@FIREOPD_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)

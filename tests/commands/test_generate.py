@@ -69,6 +69,7 @@ def test_greedy_answers_are_those_of_transformers(folder, prompts, tmp_path):
         np.testing.assert_allclose(row["logprobs"], wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_where_it_was(folder, prompts, tmp_path, monkeypatch):
     whole = answers(folder, prompts, tmp_path / "whole.jsonl", samples=2)
     assert len(whole) == 2 * ROWS

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.requests import Knobs, Request
@@ -75,6 +76,7 @@ def engine(tokens, slots=6, rows=24):
     return made
 
 
+@pytest.mark.slow
 def test_pages_are_conserved_and_groups_share_them():
     wide, narrow = engine(None), engine(14 * PAGE)
     asked = ask(24, group=4)

@@ -47,7 +47,7 @@ def drawn(data, tensor, memory=DENSE):
 @pytest.mark.parametrize(
     ("data", "tensor", "memory"),
     [
-        (4, 2, Dense()),
+        pytest.param(4, 2, Dense(), marks=pytest.mark.slow),
         pytest.param(2, 4, Dense(dtype="int8"), marks=pytest.mark.slow),
         (1, 8, Dense()),  # more devices than key heads: these are replicated
         pytest.param(2, 4, Paged(page_size=8), marks=pytest.mark.slow),

@@ -110,6 +110,7 @@ def test_slots_chunks_and_layout_change_nothing(settings, preempts):
     assert made.statistics.drawn == reference().mask.sum()
 
 
+@pytest.mark.slow
 def test_eight_replicas_draw_what_one_draws():
     mesh = make_mesh(MeshConfig(data=8))
     made = engine(params=replicate(mesh, PARAMS), slots=2, rows=2, mesh=mesh)
@@ -148,6 +149,7 @@ def test_ten_lengths_of_prompts_compile_one_program_at_the_start(plain):
     assert counter.count == 0 and plain.programs == 1
 
 
+@pytest.mark.slow
 def test_a_long_cache_grows_through_three_programs_that_are_there_from_the_start():
     made = engine(width=8, room=1100, chunk_steps=64)
     assert made.programs == 3 and made.capacity == made.capacities[0] < 300

@@ -62,7 +62,7 @@ def compare(got, wanted):
     np.testing.assert_allclose(got.model_logprob, wanted.model_logprob, atol=3e-6)
 
 
-@pytest.mark.parametrize("data, vocabulary", [(1, 8), (2, 4)])
+@pytest.mark.parametrize("data, vocabulary", [pytest.param(1, 8, marks=pytest.mark.slow), (2, 4)])
 def test_shards_draw_the_same_tokens(data, vocabulary):
     logits, ids, knobs = case()
     logits = logits.at[3, 5000].set(jnp.nan).at[9].set(-jnp.inf)

@@ -53,6 +53,7 @@ def answers(folder, prompts, out, model="student", slots=4, **changed):
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_grade_is_reproduced(run):
     folder, summary = run
     assert evaluate_model(folder, "student", []) == summary["student_after"]

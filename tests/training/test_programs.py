@@ -70,7 +70,9 @@ def of_logits(shape, tokens, columns):
     return math.prod(shape) >= tokens * columns and any(size >= columns for size in shape)
 
 
-@pytest.mark.parametrize(("head", "born"), [("null", False), ("reference", True)])
+@pytest.mark.parametrize(
+    ("head", "born"), [("null", False), pytest.param("reference", True, marks=pytest.mark.slow)]
+)
 def test_no_program_holds_the_logits_of_a_batch(head, born):
     config, texts = programs(head)
     micro = {"score": ROWS, "update": config.optim.micro_batch_size or ROWS}

@@ -261,8 +261,7 @@ def test_an_interrupted_run_saves_and_goes_on_to_the_same_bits(tmp_path):
     interrupted = command(folder, settings, INTERRUPT_AT_STEP_2)
     assert interrupted.returncode == 130, interrupted.stdout
     assert (
-        f"resume with run.dir={folder}" in interrupted.stdout
-        and "Traceback" not in interrupted.stdout
+        f"fireopd resume {folder}" in interrupted.stdout and "Traceback" not in interrupted.stdout
     )
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["3"]
     with pytest.raises(UserError, match=r"run\.resume"):
