@@ -7,6 +7,7 @@ decoding use one module and one cache buffer for each layer, because XLA copies 
 through a scan at every step. Logits, losses, sampling and the layout of a cache are elsewhere.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -14,7 +15,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Bool, Float, Int32
+from jax.sharding import Mesh
+from jaxtyping import Float, Int32
 
 from fireopd_jax.models.architecture import AttentionKind, DecoderConfig
 from fireopd_jax.models.layers import MLP, Attention, AttentionFn, norm
@@ -22,7 +24,7 @@ from fireopd_jax.models.lora import Adapters, add
 from fireopd_jax.models.moe import MoE
 from fireopd_jax.models.quantized import is_quantized
 from fireopd_jax.models.rope import rotary
-from fireopd_jax.ops.attention import attend
+from fireopd_jax.ops.attention import attention
 from fireopd_jax.types import Array
 
 Cache = tuple[Any, ...]
@@ -30,10 +32,21 @@ Cache = tuple[Any, ...]
 CachedAttention = Callable[..., tuple[Array, Any]]
 """`(a layer's cache, its window, q, k, v, scale) -> (attention output, updated cache)`; see
 `AttentionFn`."""
-RopeAndMask = tuple[tuple[Array, Array], Array]
-"""RoPE tables (cos, sin) and attention mask of a layer type."""
 Remat = Literal["none", "full", "dots"]
 """What the backward pass recomputes: nothing, whole layers, or all but matrix products."""
+
+NO_WINDOW = 2**30
+"""A window larger than any distance, where layers with and without one are scanned over."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the tokens of a batch belong, and how attention among them is computed."""
+
+    segments: Int32[Array, "B S"]
+    positions: Int32[Array, "B S"]
+    attention: str | None
+    mesh: Mesh | None
 
 
 class Layer(nnx.Module):
@@ -92,22 +105,6 @@ class Decoder(nnx.Module):
         # As in Gemma, sqrt(width) is rounded to the compute dtype first.
         return x * jnp.asarray(c.hidden_size**0.5, c.dtype) if c.scale_embeddings else x
 
-    def ropes_and_masks(
-        self,
-        positions: Int32[Array, "B N"],
-        past: Bool[Array, "B N N"],
-    ) -> dict[AttentionKind, RopeAndMask]:
-        """Return RoPE tables and attention mask of each layer type; windows count positions."""
-
-        def one(kind: AttentionKind) -> RopeAndMask:
-            rope = self.rope(kind, positions)
-            if kind.window is None:
-                return rope, past
-            distance = positions[:, :, None] - positions[:, None, :]
-            return rope, past & (distance < kind.window)
-
-        return {kind: one(kind) for kind in dict.fromkeys(self.config.kinds)}
-
     def rope(self, kind: AttentionKind, positions: Int32[Array, "B N"]) -> tuple[Array, Array]:
         """Return the RoPE tables (cos, sin) of the positions for a layer type."""
         return rotary(positions, self.config.head_dim, kind.theta, kind.scaling)
@@ -116,45 +113,53 @@ class Decoder(nnx.Module):
         self,
         tokens: Int32[Array, "B S"],
         positions: Int32[Array, "B S"],
-        visible: Bool[Array, "B S"],
+        segments: Int32[Array, "B S"],
         *,
         adapters: Adapters | None = None,
         remat: Remat = "none",
+        attention: str | None = None,
+        mesh: Mesh | None = None,
     ) -> Float[Array, "B S D"]:
-        """Return the final hidden states of whole sequences; causal, masked where not `visible`.
+        """Return the final hidden states of whole sequences.
 
-        Scaled `adapters` are merged into one layer at a time, so that no merged copy of the model
-        exists.
+        Each token attends to the earlier ones of its segment; segment 0 is padding, whose states
+        are finite and mean nothing. `positions` count the tokens of a segment. Scaled `adapters`
+        are merged into one layer at a time, so that no merged copy of the model exists. `attention`
+        names an implementation (`ops.attention`); `mesh` has the devices that rows are sharded over.
         """
         x = self.embed(tokens)
-        mask = visible[:, None, :] & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))[None]
-        tables = self.ropes_and_masks(positions, mask)
         graph, stacked = nnx.split(self.layers)
         low_rank = {} if adapters is None else adapters["layers"]
-        kinds = list(tables)
+        kinds = list(dict.fromkeys(self.config.kinds))
+        places = Places(segments, positions, attention, mesh)
 
-        def run(x, layer, low_rank, rope, mask):
+        def run(x, layer, low_rank, rope, window):
             layer = add(nnx.to_pure_dict(layer), low_rank) if low_rank else layer
-            return nnx.merge(graph, layer)(x, rope, uncached(mask))[0]
+            return nnx.merge(graph, layer)(x, rope, uncached(places, window))[0]
 
+        windows = [kind.window for kind in kinds]
+        ropes = [self.rope(kind, positions) for kind in kinds]
+        if len(set(windows)) == 1:
+            # Static: a kernel's masks may depend on it.
+            run = functools.partial(run, window=windows[0])
         run = with_remat(run, remat)
         if len(kinds) == 1:
-            rope, mask = tables[kinds[0]]
 
             def body(x, layer):
                 layer, pairs = layer
-                return run(x, layer, pairs, rope, mask), None
+                return run(x, layer, pairs, ropes[0]), None
 
             return self.norm(jax.lax.scan(body, x, (stacked, low_rank))[0])
 
         # Several layer types: the scan also runs over the index of each layer's type.
-        every = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tables.values())
+        tables: dict[str, Any] = {"rope": jax.tree.map(lambda *each: jnp.stack(each), *ropes)}
+        if len(set(windows)) > 1:
+            tables["window"] = jnp.array([NO_WINDOW if w is None else w for w in windows], jnp.int32)
         index = jnp.array([kinds.index(kind) for kind in self.config.kinds])
 
         def pick(x, layer):
             layer, pairs, kind = layer
-            rope, mask = jax.tree.map(lambda leaf: leaf[kind], every)
-            return run(x, layer, pairs, rope, mask), None
+            return run(x, layer, pairs, **jax.tree.map(lambda leaf: leaf[kind], tables)), None
 
         return self.norm(jax.lax.scan(pick, x, (stacked, low_rank, index))[0])
 
@@ -178,9 +183,24 @@ class Decoder(nnx.Module):
         return self.norm(x), tuple(new)
 
 
-def uncached(mask: Bool[Array, "B N N"]) -> AttentionFn:
+def uncached(places: Places, window: int | Array | None) -> AttentionFn:
     """Return attention among the new tokens alone, without a cache."""
-    return lambda q, k, v, scale: (attend(q, k, v, mask, scale), None)
+
+    def run(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, None]:
+        out = attention(
+            q,
+            k,
+            v,
+            places.segments,
+            positions=places.positions if window is not None else None,
+            window=window,
+            scale=scale,
+            implementation=places.attention,
+            mesh=places.mesh,
+        )
+        return jnp.asarray(out), None
+
+    return run
 
 
 def with_remat(layer: Callable[..., Array], remat: Remat) -> Callable[..., Array]:

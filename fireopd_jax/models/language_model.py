@@ -170,12 +170,15 @@ class LanguageModel:
         *,
         adapters: Adapters | None = None,
         remat: Remat = "none",
+        attention: str | None = None,
+        mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
         """Return the hidden states that predict each response token, and the head matrix.
 
         `prompt` is right-padded with lengths `prompt_length`; `mask` is true on real response
         tokens. States where `mask` is false are arbitrary. Differentiable in `params` and in
-        `adapters`, which must be scaled (`LoraConfig.scaled`).
+        `adapters`, which must be scaled (`LoraConfig.scaled`). `attention` names an implementation
+        (`ops.attention`); `mesh` has the devices that the rows are sharded over.
         """
         decoder = self.bind(params)
         sequence, positions, visible = concat_prompt_response(prompt, prompt_length, tokens, mask)
@@ -185,7 +188,15 @@ class LanguageModel:
             one, other = self.exchange
             swapped = jnp.where(sequence == one, other, sequence)
             sequence = jnp.where(sequence == other, one, swapped)
-        hidden = decoder(sequence, positions, visible, adapters=adapters, remat=remat)
+        hidden = decoder(
+            sequence,
+            positions,
+            visible.astype(jnp.int32),
+            adapters=adapters,
+            remat=remat,
+            attention=attention,
+            mesh=mesh,
+        )
         return states_before_response_tokens(hidden, prompt_length, prompt.shape[1]), decoder.head
 
 

@@ -100,6 +100,7 @@ def gradients(
             rollout.mask,
             adapters=None if lora is None else lora.scaled(params),
             remat=remat,
+            mesh=mesh,
         )
         student = _student_stats(loss, hidden, matrix, part, options, teacher)
         total = total_loss(loss(student, part), part)

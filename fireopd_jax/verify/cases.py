@@ -221,6 +221,8 @@ class Bigram(LanguageModel):
         *,
         adapters: Any = None,
         remat: Any = "none",
+        attention: Any = None,
+        mesh: Any = None,
     ) -> tuple[Float32[Array, "B T D"], Float32[Array, "V D"]]:
         """Return the states that predict each response token, and the head."""
         sequence, _, _ = concat_prompt_response(prompt, prompt_length, tokens, mask)

@@ -24,7 +24,7 @@ LENGTH = np.array([5, 2, 3], np.int32)
 
 @jax.jit
 def whole(params, tokens, positions, visible):
-    return MODEL.bind(params)(tokens, positions, visible)
+    return MODEL.bind(params)(tokens, positions, visible.astype(np.int32))
 
 
 def inputs(seed=0):
@@ -132,7 +132,7 @@ def test_the_vocabulary_is_the_size_of_the_tables():
 def test_bfloat16_stays_close_to_float32():
     tokens, positions, visible = inputs()
     half = LanguageModel(dataclasses.replace(MODEL.config, dtype="bfloat16"), MODEL.vocab_size)
-    hidden = jax.jit(lambda p: half.bind(p)(tokens, positions, visible))(PARAMS)
+    hidden = jax.jit(lambda p: half.bind(p)(tokens, positions, visible.astype(np.int32)))(PARAMS)
     assert hidden.dtype == jnp.bfloat16 and half.bind(PARAMS).head.dtype == jnp.bfloat16
     cache = Dense().init(half.config, 1, 1, 8)
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}

@@ -131,12 +131,12 @@ def bent(config, logits):
 def full(config, params, ids, length):
     """Return our logits of all rows in one right-padded batch."""
     positions = np.broadcast_to(np.arange(WIDTH, dtype=np.int32), ids.shape)
-    visible = np.arange(WIDTH)[None] < length[:, None]
+    segments = (np.arange(WIDTH)[None] < length[:, None]).astype(np.int32)
 
     @jax.jit
     def run(params):
         decoder = LanguageModel(config, VOCABULARY).bind(params)
-        return (decoder(ids, positions, visible) @ decoder.head.T).astype("float32")
+        return (decoder(ids, positions, segments) @ decoder.head.T).astype("float32")
 
     return bent(config, run(params))
 

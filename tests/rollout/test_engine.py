@@ -180,7 +180,7 @@ def test_greedy_is_the_models_own_best():
     @jax.jit
     def best(sequence):
         slots = jnp.tile(jnp.arange(sequence.shape[1], dtype=jnp.int32)[None], (ROWS, 1))
-        hidden = decoder(sequence, slots, jnp.ones(sequence.shape, bool))
+        hidden = decoder(sequence, slots, jnp.ones(sequence.shape, jnp.int32))
         return jnp.einsum("bsd,vd->bsv", hidden, decoder.head).argmax(-1)
 
     sequence = np.zeros((ROWS, WIDTH + ROOM), np.int32)

@@ -88,7 +88,12 @@ class Resident:
         """Run the model over the rows; see `Teacher`."""
         head_options = self.head_options(temperature, options)
         hidden, head = self.model.response_hidden(
-            self.params, rows.context, rows.context_length, rows.tokens, rows.mask
+            self.params,
+            rows.context,
+            rows.context_length,
+            rows.tokens,
+            rows.mask,
+            mesh=options.mesh,
         )
         top_ids = top_logprob = at_ids = token_weight = None
         if options.strengths is not None:

@@ -128,9 +128,9 @@ CALLS = []
 class Counted(LanguageModel):
     """A model that records each forward pass, by its width."""
 
-    def response_hidden(self, *arguments):
+    def response_hidden(self, *arguments, **options):
         jax.debug.callback(lambda: CALLS.append(self.config.hidden_size))
-        return LanguageModel.response_hidden(self, *arguments)
+        return LanguageModel.response_hidden(self, *arguments, **options)
 
 
 def test_a_teacher_runs_over_its_own_rows_only():
