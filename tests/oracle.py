@@ -63,3 +63,34 @@ def int8(kernel):
         for i in range(kernel.shape[0]):
             values[i, o] = round(kernel[i, o] / steps[o]) if steps[o] else 0
     return values, steps
+
+
+def attention(q, k, v, segments, c, window=None, positions=None, scale=None):
+    """Causal attention within segments, and the gradient of its product with c; NaN stays inside.
+
+    q, c [B, T, N, H], k, v [B, K, T, H]; segment 0 is padding. Returns (out, d_q, d_k, d_v).
+    """
+    q, k, v, c = (np.asarray(x, np.float64) for x in (q, k, v, c))
+    out, d_q, d_k, d_v = (np.zeros_like(x) for x in (q, q, k, v))
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    for b, t, n in np.ndindex(q.shape[:3]):
+        if not segments[b, t]:
+            continue
+        place = np.arange(q.shape[1]) if positions is None else positions[b]
+        seen = [
+            j
+            for j in range(t + 1)
+            if segments[b, j] == segments[b, t]
+            and (window is None or place[t] - place[j] < window)
+        ]
+        g = n // (q.shape[2] // k.shape[1])
+        z = scale * k[b, g, seen] @ q[b, t, n]
+        p = np.exp(z - z.max())
+        p /= p.sum()
+        out[b, t, n] = p @ v[b, g, seen]
+        d_p = v[b, g, seen] @ c[b, t, n]
+        d_z = scale * p * (d_p - p @ d_p)
+        d_q[b, t, n] = d_z @ k[b, g, seen]
+        d_k[b, g, seen] += d_z[:, None] * q[b, t, n]
+        d_v[b, g, seen] += p[:, None] * c[b, t, n]
+    return out, d_q, d_k, d_v

@@ -53,6 +53,8 @@ def attention(
     """
     _check_shapes(q, k, v, segments, positions)
     _check_options(implementation, window, blocks)
+    if not q.size:
+        return jnp.zeros(q.shape, v.dtype)
     layout = Layout(segments)
     by_index = positions is None
     if window is not None:
@@ -82,13 +84,12 @@ def _by_rows(
 ) -> Array:
     """Return attention where each device has its own rows, and its own bounds of the loops."""
     rows = PartitionSpec(mesh.axis_names)
-    whole = None if layout.window is None else PartitionSpec()
-    positions = None if layout.positions is None else rows
+    of_layout = jax.tree.map(lambda leaf: rows if leaf.ndim else PartitionSpec(), layout)
     local = dataclasses.replace(settings, local=True)
     return jax.shard_map(
         functools.partial(guarded, run, local),
         mesh=mesh,
-        in_specs=(rows, rows, rows, Layout(rows, positions, whole)),  # pyright: ignore
+        in_specs=(rows, rows, rows, of_layout),
         out_specs=rows,
         check_vma=False,
     )(q, k, v, layout)
