@@ -80,8 +80,7 @@ def attention(q, k, v, segments, c, window=None, positions=None, scale=None):
         seen = [
             j
             for j in range(t + 1)
-            if segments[b, j] == segments[b, t]
-            and (window is None or place[t] - place[j] < window)
+            if segments[b, j] == segments[b, t] and (window is None or place[t] - place[j] < window)
         ]
         g = n // (q.shape[2] // k.shape[1])
         z = scale * k[b, g, seen] @ q[b, t, n]

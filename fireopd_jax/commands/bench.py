@@ -9,6 +9,19 @@ import typer
 bench = typer.Typer(help="Benchmark a part of the package.", no_args_is_help=True)
 
 
+@bench.command("attention")
+def bench_attention(
+    tokens_max: Annotated[int, typer.Option(help="Longest row; from 512 by doubling.")] = 32768,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    rounds: Annotated[int, typer.Option(help="Interleaved; medians are reported.")] = 3,
+    file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+) -> None:
+    """Time attention by its implementations, and the memory that their programs need."""
+    from fireopd_jax.bench.attention import Shape, bench_attention
+
+    bench_attention(Shape(tokens_max=tokens_max, dtype=dtype), rounds, file)
+
+
 @bench.command("head")
 def bench_head(
     tokens: Annotated[int, typer.Option(help="Number of tokens.")] = 2048,

@@ -125,7 +125,7 @@ class Decoder(nnx.Module):
         Each token attends to the earlier ones of its segment; segment 0 is padding, whose states
         are finite and mean nothing. `positions` count the tokens of a segment. Scaled `adapters`
         are merged into one layer at a time, so that no merged copy of the model exists. `attention`
-        names an implementation (`ops.attention`); `mesh` has the devices that rows are sharded over.
+        names an implementation (`ops.attention`); `mesh` has the devices of the rows.
         """
         x = self.embed(tokens)
         graph, stacked = nnx.split(self.layers)
@@ -133,15 +133,16 @@ class Decoder(nnx.Module):
         kinds = list(dict.fromkeys(self.config.kinds))
         places = Places(segments, positions, attention, mesh)
 
-        def run(x, layer, low_rank, rope, window):
-            layer = add(nnx.to_pure_dict(layer), low_rank) if low_rank else layer
-            return nnx.merge(graph, layer)(x, rope, uncached(places, window))[0]
-
         windows = [kind.window for kind in kinds]
         ropes = [self.rope(kind, positions) for kind in kinds]
-        if len(set(windows)) == 1:
-            # Static: a kernel's masks may depend on it.
-            run = functools.partial(run, window=windows[0])
+        # A kernel's masks may depend on a static window; different ones are traced.
+        static = windows[0] if len(set(windows)) == 1 else None
+
+        def run(x, layer, low_rank, rope, window=None):
+            layer = add(nnx.to_pure_dict(layer), low_rank) if low_rank else layer
+            attention = uncached(places, static if window is None else window)
+            return nnx.merge(graph, layer)(x, rope, attention)[0]
+
         run = with_remat(run, remat)
         if len(kinds) == 1:
 
@@ -154,7 +155,8 @@ class Decoder(nnx.Module):
         # Several layer types: the scan also runs over the index of each layer's type.
         tables: dict[str, Any] = {"rope": jax.tree.map(lambda *each: jnp.stack(each), *ropes)}
         if len(set(windows)) > 1:
-            tables["window"] = jnp.array([NO_WINDOW if w is None else w for w in windows], jnp.int32)
+            counts = [NO_WINDOW if window is None else window for window in windows]
+            tables["window"] = jnp.array(counts, jnp.int32)
         index = jnp.array([kinds.index(kind) for kind in self.config.kinds])
 
         def pick(x, layer):

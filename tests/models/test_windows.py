@@ -35,7 +35,9 @@ def inputs():
 
 
 def whole(model, params, tokens, positions, visible):
-    return np.asarray(jax.jit(lambda p: model.bind(p)(tokens, positions, visible.astype(np.int32)))(params))
+    return np.asarray(
+        jax.jit(lambda p: model.bind(p)(tokens, positions, visible.astype(np.int32)))(params)
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -71,9 +71,9 @@ def attention(
         blocks=blocks or AttentionBlocks(),
         interpret=interpret,
     )
-    if kernel := KERNELS.get(implementation or ""):
-        if reason := kernel.unsupported_reason(*shape_of(settings, q, k, layout)):
-            raise ValueError(f"attention {implementation!r}: {reason}")
+    kernel = KERNELS.get(implementation or "")
+    if kernel and (reason := kernel.unsupported_reason(*shape_of(settings, q, k, layout))):
+        raise ValueError(f"attention {implementation!r}: {reason}")
     if mesh is None or mesh.size == 1 or q.shape[0] % mesh.size:
         return guarded(run, settings, q, k, v, layout)
     return _by_rows(mesh, settings, q, k, v, layout)
@@ -95,9 +95,7 @@ def _by_rows(
     )(q, k, v, layout)
 
 
-def _check_shapes(
-    q: Array, k: Array, v: Array, segments: Array, positions: Array | None
-) -> None:
+def _check_shapes(q: Array, k: Array, v: Array, segments: Array, positions: Array | None) -> None:
     """Raise ValueError for shapes that do not fit, TypeError for segments that are not int32."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     fits = q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape

@@ -1,6 +1,6 @@
 """Attention in linear memory by plain XLA, on any platform, and its gradient.
 
-    forward   for each query block: key blocks are folded into (m, l, out), an online softmax
+    forward   for each query block: key blocks are folded into (m, mass, total), an online softmax
     backward  for each query block: scores are recomputed block by block from q, k and the
               log-sum-exp; d k and d v are accumulated in float32
 
@@ -47,7 +47,7 @@ def forward(
         q, queries, first, end = block
 
         def fold(j: Array, carry: tuple) -> tuple:
-            m, l, total = carry
+            m, mass, total = carry
             at = j * cut.keys
             scores = product("bkth,bksh->bkts", q, _slice(keys, at, cut.keys))
             mask = allowed(queries, block_of(cut.tokens, at, cut.keys), layout.window)
@@ -57,17 +57,15 @@ def forward(
             top = jnp.maximum(m, scores.max(axis=3))
             p = jnp.exp(scores - top[..., None])
             decay = jnp.exp(m - top)
-            more = product(
-                "bkts,bksh->bkth", p.astype(v.dtype), _slice(values, at, cut.keys)
-            )
-            return top, decay * l + p.sum(axis=3), decay[..., None] * total + more
+            more = product("bkts,bksh->bkth", p.astype(v.dtype), _slice(values, at, cut.keys))
+            return top, decay * mass + p.sum(axis=3), decay[..., None] * total + more
 
         nothing = jnp.zeros(q.shape[:3], jnp.float32)
         start = (nothing + LOWEST, nothing, jnp.zeros(q.shape, jnp.float32))
-        m, l, total = lax.fori_loop(first, end, fold, start)
-        some = jnp.where(l > 0, l, 1.0)
+        m, mass, total = lax.fori_loop(first, end, fold, start)
+        some = jnp.where(mass > 0, mass, 1.0)
         out = (total / some[..., None]).astype(v.dtype)
-        return out, jnp.where(l > 0, m + jnp.log(some), 0.0)
+        return out, jnp.where(mass > 0, m + jnp.log(some), 0.0)
 
     out, logsumexp = lax.map(of_block, (cut.blocks(q), cut.queries, cut.first, cut.end))
     return cut.whole(out), cut.whole_statistics(logsumexp)
@@ -114,8 +112,8 @@ def backward(
             return d_q + product("bkhs,bkst->bkht", columns, d_s), d_k, d_v
 
         zero = jnp.zeros((*q.shape[:2], q.shape[3], q.shape[2]), jnp.float32)
-        d_q, *sums = lax.fori_loop(first, end, add, (zero, *sums))
-        return tuple(sums), (d_q * settings.scale).swapaxes(2, 3).astype(q.dtype)
+        d_q, d_k, d_v = lax.fori_loop(first, end, add, (zero, *sums))
+        return (d_k, d_v), (d_q * settings.scale).swapaxes(2, 3).astype(q.dtype)
 
     zeros = (jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32))
     statistics = (cut.blocks_of_statistics(each) for each in (logsumexp, dot_out))

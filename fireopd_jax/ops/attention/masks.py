@@ -53,9 +53,7 @@ def block_of(tokens: Tokens, first: Array | int, size: int) -> Tokens:
     )
 
 
-def allowed(
-    queries: Tokens, keys: Tokens, window: Int32[Array, ""] | None
-) -> Bool[Array, "B Q S"]:
+def allowed(queries: Tokens, keys: Tokens, window: Int32[Array, ""] | None) -> Bool[Array, "B Q S"]:
     """Return which of the keys each query attends to."""
     mask = queries.segments[:, :, None] == keys.segments[:, None, :]
     mask &= (queries.segments > 0)[:, :, None]
@@ -68,14 +66,13 @@ def allowed(
 def needed_blocks(
     layout: Layout, length: tuple[int, int], size: tuple[int, int]
 ) -> tuple[Int32[Array, " N"], Int32[Array, " N"]]:
-    """Return the first key block that each query block needs in any row, and the one after its last.
+    """Return the first key block that each query block needs in any row, and the end of them.
 
     `length` are the padded numbers of queries and keys, `size` those of a block. A query block of
     padding alone needs none.
     """
     queries, keys = (
-        _Ranges(tokens_of(layout, total), block)
-        for total, block in zip(length, size, strict=True)
+        _Ranges(tokens_of(layout, total), block) for total, block in zip(length, size, strict=True)
     )
     # [B, query block, key block]
     need = keys.low[:, None, :] <= queries.high[:, :, None]

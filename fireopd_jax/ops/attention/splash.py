@@ -98,10 +98,11 @@ def _kernel(settings: AttentionSettings, length: int, heads: int, save_residuals
     block = functools.reduce(
         lambda best, size: size if total % size == 0 else best, (128, 256, LARGEST_BLOCK)
     )
+    sizes: Any = kernel.BlockSizes
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     return kernel.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
-        block_sizes=kernel.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=sizes(**{f"block_{name}": block for name in names}),
         head_shards=1,
         q_seq_shards=1,
         save_residuals=save_residuals,

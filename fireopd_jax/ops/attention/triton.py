@@ -42,7 +42,8 @@ def forward(
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
     """Return the output in the dtype of v, and the log-sum-exp of each query's scores."""
     operands = _operands(q, k, v, layout)
-    out, kept = kernel._mha_forward(*operands, **_options(settings))
+    run: Any = kernel._mha_forward
+    out, kept = run(*operands, **_options(settings))
     length = q.shape[1]
     # The kernel's exponentials are powers of two.
     return out[:, :length].astype(v.dtype), kept[5][:, :, :length] * jnp.log(2.0)
@@ -63,7 +64,8 @@ def backward(
     more = -q.shape[1] % BLOCK
     statistics = jnp.pad(logsumexp / jnp.log(2.0), ((0, 0), (0, 0), (0, more)))
     kept = (*operands, _padded(out), statistics)
-    found = kernel._mha_backward(**_options(settings), res=kept, do=_padded(d_out))
+    run: Any = kernel._mha_backward
+    found = run(**_options(settings), res=kept, do=_padded(d_out))
     d_q, d_k, d_v = (each[:, : q.shape[1]] for each in found[:3])
 
     def summed(each: Array, like: Array) -> Array:
@@ -89,7 +91,9 @@ def _padded(x: Array) -> Array:
 
 
 def _options(settings: AttentionSettings) -> dict[str, Any]:
-    sizes = {f"block_{name}": BACKWARD_BLOCK for name in ("q_dkv", "kv_dkv", "q_dq", "kv_dq")}
+    sizes: dict[str, Any] = {
+        f"block_{name}": BACKWARD_BLOCK for name in ("q_dkv", "kv_dkv", "q_dq", "kv_dq")
+    }
     return {
         "sm_scale": settings.scale,
         "causal": True,

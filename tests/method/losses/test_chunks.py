@@ -36,7 +36,9 @@ class Table(LanguageModel):
         """Return an object with the identity as its head."""
         return types.SimpleNamespace(head=jnp.eye(V, dtype=params["z"].dtype))
 
-    def response_hidden(self, params, prompt, length, tokens, mask, *, adapters=None, remat=None, mesh=None):
+    def response_hidden(
+        self, params, prompt, length, tokens, mask, *, adapters=None, remat=None, mesh=None
+    ):
         """Return the logits of the rows that the prompts name."""
         table = params["z"]
         return table[prompt[:, 0]], jnp.eye(V, dtype=table.dtype)

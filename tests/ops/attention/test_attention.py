@@ -53,9 +53,7 @@ def compiled(q, k, v, c, segments, traced, positions, window, options):
 
 def ours(arrays, segments, options, window=None, traced=None, positions=None):
     q, k, v, c = arrays
-    return compiled(
-        q, k, v, c, segments, traced, positions, window, tuple(sorted(options.items()))
-    )
+    return compiled(q, k, v, c, segments, traced, positions, window, tuple(sorted(options.items())))
 
 
 def assert_close(found, truth, bound=1e-5):
@@ -69,7 +67,9 @@ def assert_close(found, truth, bound=1e-5):
 @HEADS
 def test_values_and_gradients_equal_plain_loops(heads, shared, options):
     arrays = operands(SEGMENTS.shape, heads, shared)
-    assert_close(ours(arrays, SEGMENTS, options), oracle.attention(*arrays[:3], SEGMENTS, arrays[3]))
+    assert_close(
+        ours(arrays, SEGMENTS, options), oracle.attention(*arrays[:3], SEGMENTS, arrays[3])
+    )
 
 
 @EACH
@@ -150,7 +150,9 @@ def test_what_is_not_finite_stays_where_it_is_attended_to(name, value, options):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    lengths=st.lists(st.lists(st.integers(-9, 20).filter(bool), max_size=4), min_size=1, max_size=2),
+    lengths=st.lists(
+        st.lists(st.integers(-9, 20).filter(bool), max_size=4), min_size=1, max_size=2
+    ),
     queries=st.sampled_from([8, 24, 64]),
     keys=st.sampled_from([8, 40]),
     window=st.sampled_from([None, 3, 17]),
