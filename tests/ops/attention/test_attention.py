@@ -83,7 +83,7 @@ def test_bfloat16_is_as_near_as_its_eight_bits(options):
 
 @EACH
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("window", [1, 5, 100])
+@pytest.mark.parametrize("window", [1, 5])
 def test_windows_count_tokens(window, traced, options):
     arrays = operands(SEGMENTS.shape, 4, 2)
     truth = oracle.attention(*arrays[:3], SEGMENTS, arrays[3], window)
@@ -148,7 +148,7 @@ def test_what_is_not_finite_stays_where_it_is_attended_to(name, value, options):
         spread(np.asarray(got), np.asarray(old), bad)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     lengths=st.lists(
         st.lists(st.integers(-9, 20).filter(bool), max_size=4), min_size=1, max_size=2
