@@ -194,6 +194,9 @@ class Rollout:
     """Scores from before the score program, which does not compute them again."""
     audit: Audit | None = None
     """Chunks that were compared with a teacher's text; None for methods without an audit."""
+    policy: TokenStats | None = None
+    """The student's statistics from the decoding steps: of its unfiltered distribution at the
+    rollout's temperature. None where they are not the scores of the student."""
 
 
 @pytree

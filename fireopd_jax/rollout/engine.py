@@ -23,7 +23,7 @@ from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.meshes import over_data, replica_count, split_cache
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.state import STOP, Requests, Shape, empty_requests, enqueue, initial_state
-from fireopd_jax.types import Prompts, Rollout, Writer
+from fireopd_jax.types import Prompts, Rollout, TokenStats, Writer
 
 CacheLayout = Dense | Paged
 """Layouts of the KV cache."""
@@ -65,12 +65,21 @@ def generate(
         state = dataclasses.replace(state, ring=enqueue(state.ring, requests, real))
         loop = Loop(model, memory, shape.piece, mesh)
         end = loop.run(params, state, jnp.int32(UNBOUNDED), version).requests
-        return end.tokens, end.count, end.logprob, end.model_logprob, end.finish, end.version
+        policy = TokenStats(end.policy_logprob, end.policy_entropy)
+        return (
+            end.tokens,
+            end.count,
+            end.logprob,
+            end.model_logprob,
+            policy,
+            end.finish,
+            end.version,
+        )
 
     whole, split = PartitionSpec(), PartitionSpec("data")
     knobs = jax.tree.map(lambda knob: whole if knob.ndim == 0 else split, sampling.rows(rows))
     draw = over_data(draw, mesh, (whole, split, knobs, whole), split)
-    tokens, count, logprob, model_logprob, finish, versions = draw(
+    tokens, count, logprob, model_logprob, policy, finish, versions = draw(
         model.to_decode_layout(params, mesh), prompts, sampling.rows(rows), version
     )
     return Rollout(
@@ -82,6 +91,7 @@ def generate(
         finished=finish == STOP,
         version=versions,
         writer=jnp.full_like(tokens, Writer.STUDENT),
+        policy=policy,
     )
 
 

@@ -240,6 +240,8 @@ class Loop:
             tokens=write(requests.tokens, drawn.token),
             logprob=write(requests.logprob, drawn.logprob),
             model_logprob=write(requests.model_logprob, drawn.model_logprob),
+            policy_logprob=write(requests.policy_logprob, drawn.policy_logprob),
+            policy_entropy=write(requests.policy_entropy, drawn.policy_entropy),
             version=write(requests.version, jnp.broadcast_to(version, at.shape)),
             count=requests.count.at[table].set(count, mode="drop", unique_indices=True),
             finish=requests.finish.at[table].set(finish, mode="drop", unique_indices=True),

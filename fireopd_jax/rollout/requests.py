@@ -1,7 +1,7 @@
 """Requests to an engine and its responses: NumPy arrays of one response each."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,6 +12,15 @@ from fireopd_jax.rollout.sampling import NO_TOKEN
 
 Finish = Literal["running", "stop", "length", "not_finite", "overlong", "budget"]
 """Why a response ended; `running` is of those that `partial` asks the engine for."""
+OF_TOKENS: Mapping[str, str] = {
+    "tokens": "tokens",
+    "logprob": "logprobs",
+    "model_logprob": "model_logprobs",
+    "policy_logprob": "policy_logprobs",
+    "policy_entropy": "policy_entropies",
+    "version": "versions",
+}
+"""Fields of the request table with a value for each token -> the fields of a completion."""
 STOP_SLOTS = 8
 """Largest number of stop tokens of a request."""
 
@@ -32,6 +41,8 @@ class Knobs:
     """Longest response, its stop token included; the engine's `room` is a limit, too."""
     stop: tuple[int, ...] = ()
     """Token ids that end the response, which keeps the one that ended it."""
+    entropy: bool = False
+    """Whether `Completion.policy_entropies` is computed."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end the response: it is cut after the token that completes the first of them."""
 
@@ -50,11 +61,15 @@ class Completion:
     versions: Int32[np.ndarray, " T"]
     """Update count of the parameters that each token was sampled from."""
     finish: Finish
+    policy_logprobs: Float32[np.ndarray, " T"] | None = None
+    """Of the model at the request's temperature, without filters."""
+    policy_entropies: Float32[np.ndarray, " T"] | None = None
+    """Entropies of that distribution, in nats; 0 where `Knobs.entropy` is false."""
 
     def cut(self, length: int, finish: Finish) -> "Completion":
         """Return the completion with its first `length` tokens only."""
-        arrays = ("tokens", "logprobs", "model_logprobs", "versions")
-        kept = {name: getattr(self, name)[:length] for name in arrays}
+        arrays = {name: getattr(self, name) for name in OF_TOKENS.values()}
+        kept = {name: each[:length] for name, each in arrays.items() if each is not None}
         return dataclasses.replace(self, finish=finish, **kept)
 
 
@@ -99,8 +114,8 @@ def empty(request: Request, finish: Finish) -> Completion:
     """Return the completion of a request for which no token was sampled."""
     if request.begun is not None:
         return dataclasses.replace(request.begun, finish=finish)
-    tokens, logprobs = np.zeros(0, np.int32), np.zeros(0, np.float32)
-    return Completion(request.id, tokens, logprobs, logprobs, tokens, finish)
+    ints, floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    return Completion(request.id, ints, floats, floats, ints, finish, floats, floats)
 
 
 def cut_at_stop_string(

@@ -27,6 +27,8 @@ from fireopd_jax.rollout.cutoff import Cut
 from fireopd_jax.types import Array, pytree
 
 NO_TOKEN = -1
+Totals = tuple[Float32[Array, " B"], Float32[Array, " B"]]
+"""Largest logit, and sum of exp(logit - largest), of each row's policy over the vocabulary."""
 
 
 @pytree
@@ -46,6 +48,8 @@ class Sampling:
     max_tokens: Int32[Array, "*R"]
     min_tokens: Int32[Array, "*R"]
     seed: UInt32[Array, ""]
+    entropy: Bool[Array, "*R"]
+    """Whether `Draw.policy_entropy` is computed: one more pass over the logits."""
 
     @classmethod
     def of(
@@ -59,6 +63,7 @@ class Sampling:
         top_k: int = 0,
         min_p: float = 0.0,
         min_tokens: int = 0,
+        entropy: bool = False,
         stop_slots: int = 8,
     ) -> "Sampling":
         """Return the settings, the same for all rows; `stop` has at most `stop_slots` ids."""
@@ -73,6 +78,7 @@ class Sampling:
             max_tokens=jnp.int32(max_tokens),
             min_tokens=jnp.int32(min_tokens),
             seed=jnp.uint32(seed),
+            entropy=jnp.bool_(entropy),
         )
 
     def rows(self, count: int) -> "Sampling":
@@ -90,6 +96,7 @@ class Sampling:
             max_tokens=broadcast(self.max_tokens, 0),
             min_tokens=broadcast(self.min_tokens, 0),
             seed=self.seed,
+            entropy=broadcast(self.entropy, 0),
         )
 
     def at_rows(self, row: Int32[Array, " A"]) -> "Sampling":
@@ -112,6 +119,10 @@ class Draw(NamedTuple):
     """Of the distribution that was sampled, after temperature and filters; greedy: as below."""
     model_logprob: Float32[Array, " B"]
     """Of the model at temperature 1, without filters."""
+    policy_logprob: Float32[Array, " B"]
+    """Of the policy: the model at the row's temperature, without filters and bans; greedy: at 1."""
+    policy_entropy: Float32[Array, " B"]
+    """Entropy of the policy over the vocabulary, in nats; 0 where `Sampling.entropy` is false."""
     bad: Bool[Array, " B"]
     """No token could be sampled: a logit is NaN or +inf, or all are -inf. Other fields are 0."""
 
@@ -173,23 +184,33 @@ def draw(
     rows, width = logits.shape
     columns = Columns(width, axis)
     columns.check()
-    knobs = _knobs(sampling.rows(rows), jnp.broadcast_to(position, (rows,)))
+    sampling = sampling.rows(rows)
+    knobs = _knobs(sampling, jnp.broadcast_to(position, (rows,)))
     blocks = columns.split(logits.astype(jnp.float32))
     raw = block_mass(blocks, columns)
     shaped = (knobs.inverse_temperature != 1) | (knobs.banned >= 0).any(axis=1) | _filtered(knobs)
-    weights, cut = lax.cond(
+    weights, cut, policy = lax.cond(
         shaped.any(),
         lambda: _shape(blocks, knobs, columns),
-        lambda: (raw, cutoff.no_cut(raw.top)),
+        lambda: (raw, cutoff.no_cut(raw.top), (raw.top, raw.total)),
     )
     token, logit, raw_logit = _two_stages(blocks, weights, cut, keys, knobs, columns)
     model_logprob = raw_logit - raw.top - jnp.log(raw.total)
     logprob = logit - weights.top - jnp.log(weights.total)
+    top, total = policy
+    policy_logprob = raw_logit * knobs.inverse_temperature - top - jnp.log(total)
+    entropy = lax.cond(
+        sampling.entropy.any(),
+        lambda: _entropy(blocks, knobs, top, total, columns),
+        lambda: jnp.zeros_like(top),
+    )
     bad = ~jnp.isfinite(raw.total + weights.total)
     return Draw(
         token=jnp.where(bad, 0, token),
         logprob=jnp.where(bad, 0, jnp.where(knobs.greedy, model_logprob, logprob)),
         model_logprob=jnp.where(bad, 0, model_logprob),
+        policy_logprob=jnp.where(bad, 0, policy_logprob),
+        policy_entropy=jnp.where(bad | ~sampling.entropy, 0, entropy),
         bad=bad,
     )
 
@@ -200,8 +221,8 @@ def _filtered(knobs: _Knobs) -> Bool[Array, " B"]:
 
 def _shape(
     blocks: Float32[Array, "B N block"], knobs: _Knobs, columns: Columns
-) -> tuple[BlockMass, Cut]:
-    """Return the block masses of the distribution to sample, and its threshold."""
+) -> tuple[BlockMass, Cut, Totals]:
+    """Return block masses and threshold of the distribution to sample, and the policy's totals."""
     # Both branches compute a new array: XLA copies an operand that a branch returns unchanged.
     inverse_temperature = knobs.inverse_temperature[:, None, None]
     z = lax.cond(
@@ -210,6 +231,11 @@ def _shape(
         lambda: blocks * inverse_temperature,
     )
     weights = block_mass(z, columns)
+    top, total = lax.cond(
+        (knobs.banned >= 0).any(),
+        lambda: _totals(block_mass(blocks * inverse_temperature, columns)),
+        lambda: _totals(weights),
+    )
 
     def filtered() -> tuple[BlockMass, Cut]:
         cut = lax.cond(
@@ -220,7 +246,28 @@ def _shape(
         kept = _keep(z, columns.ids(), weights.top, cut, knobs.log_min_p)
         return block_mass(kept, columns), cut
 
-    return lax.cond(_filtered(knobs).any(), filtered, lambda: (weights, cutoff.no_cut(weights.top)))
+    weights, cut = lax.cond(
+        _filtered(knobs).any(), filtered, lambda: (weights, cutoff.no_cut(weights.top))
+    )
+    return weights, cut, (top, total)
+
+
+def _totals(weights: BlockMass) -> Totals:
+    return weights.top, weights.total
+
+
+def _entropy(
+    blocks: Float32[Array, "B N block"],
+    knobs: _Knobs,
+    top: Float32[Array, " B"],
+    total: Float32[Array, " B"],
+    columns: Columns,
+) -> Float32[Array, " B"]:
+    """Return H = log Z - sum_v e^(z_v - top) (z_v - top) / Z, Z the sum of e^(z_v - top)."""
+    below = blocks * knobs.inverse_temperature[:, None, None] - top[:, None, None]
+    # exp(-128) is 0 in float32, and 0 times -inf is NaN.
+    terms = jnp.exp(below) * jnp.maximum(below, -128)
+    return jnp.log(total) - columns.sum(terms.sum(axis=-1).sum(axis=-1)) / total
 
 
 def _ban(z: Array, ids: Array, banned: Int32[Array, "B E"]) -> Array:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float32, Int32
 
+from fireopd_jax.rollout.requests import OF_TOKENS
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.types import pytree
 
@@ -71,6 +72,8 @@ class Requests:
     tokens: Int32[Array, "Q T"]
     logprob: Float32[Array, "Q T"]
     model_logprob: Float32[Array, "Q T"]
+    policy_logprob: Float32[Array, "Q T"]
+    policy_entropy: Float32[Array, "Q T"]
     version: Int32[Array, "Q T"]
     """Update count of the parameters that each token was sampled from."""
     count: Int32[Array, " Q"]
@@ -150,6 +153,8 @@ def empty_requests(rows: int, width: int, room: int, sampling: Sampling) -> Requ
         tokens=jnp.zeros((rows, room), jnp.int32),
         logprob=jnp.zeros((rows, room), jnp.float32),
         model_logprob=jnp.zeros((rows, room), jnp.float32),
+        policy_logprob=jnp.zeros((rows, room), jnp.float32),
+        policy_entropy=jnp.zeros((rows, room), jnp.float32),
         version=jnp.full((rows, room), -1, jnp.int32),
         count=jnp.zeros(rows, jnp.int32),
         finish=jnp.zeros(rows, jnp.int32),
@@ -238,6 +243,6 @@ def remove(state: EngineState, row: Int32[Array, ""]) -> EngineState:
     return dataclasses.replace(state, ring=ring, entries=entries, slots=slots)
 
 
-def pick(r: Requests, rows: Int32[Array, " A"]) -> tuple[Array, Array, Array, Array]:
-    """Return the responses of rows: tokens, both log-probabilities, versions."""
-    return r.tokens[rows], r.logprob[rows], r.model_logprob[rows], r.version[rows]
+def pick(r: Requests, rows: Int32[Array, " A"]) -> dict[str, Array]:
+    """Return the responses of rows, by the names of the table's fields."""
+    return {name: getattr(r, name)[rows] for name in OF_TOKENS}

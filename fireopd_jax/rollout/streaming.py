@@ -26,6 +26,7 @@ from fireopd_jax.rollout.engine import DENSE, CacheLayout
 from fireopd_jax.rollout.engine_programs import EnginePrograms, blank_requests, capacities
 from fireopd_jax.rollout.meshes import replica_count
 from fireopd_jax.rollout.requests import (
+    OF_TOKENS,
     Budget,
     Completion,
     Feed,
@@ -296,16 +297,16 @@ class Engine:
                 table.prompt[d, i, : len(request.prompt)] = request.prompt
                 table.length[d, i] = len(request.prompt)
                 table.sample_id[d, i] = request.id
-                for name in ("temperature", "top_p", "top_k", "min_p", "min_tokens", "max_tokens"):
+                for name in ("temperature", "top_p", "top_k", "min_p", "min_tokens", "max_tokens",
+                             "entropy"):  # fmt: skip
                     getattr(knobs, name)[d, i] = getattr(request.knobs, name)
                 knobs.stop[d, i] = padded_stop(request.knobs.stop)
                 if (begun := request.begun) is not None:
                     count = len(begun.tokens)
                     table.count[d, i] = count
-                    table.tokens[d, i, :count] = begun.tokens
-                    table.logprob[d, i, :count] = begun.logprobs
-                    table.model_logprob[d, i, :count] = begun.model_logprobs
-                    table.version[d, i, :count] = begun.versions
+                    for name, own in OF_TOKENS.items():
+                        if (value := getattr(begun, own)) is not None:
+                            getattr(table, name)[d, i, :count] = value
         return rows, table
 
     def _advance(
@@ -358,23 +359,13 @@ class Engine:
             pieces = [each[start : start + self.block] for each in by_replica]
             for d, piece in enumerate(pieces):
                 at[d, : len(piece)] = piece
-            tokens, logprob, model_logprob, version = jax.device_get(
-                self._jitted.pick(self._state.requests, at)
-            )
+            found = jax.device_get(self._jitted.pick(self._state.requests, at))
             for d, piece in enumerate(pieces):
                 for i, q in enumerate(piece):
                     real = slice(0, int(count[d, q]))
-                    yield (
-                        (d, q),
-                        Completion(
-                            id=running[d, q].id,
-                            tokens=tokens[d, i, real],
-                            logprobs=logprob[d, i, real],
-                            model_logprobs=model_logprob[d, i, real],
-                            versions=version[d, i, real],
-                            finish=FINISH[int(finish[d, q])],  # pyright: ignore[reportArgumentType]
-                        ),
-                    )
+                    fields = {own: found[name][d, i, real] for name, own in OF_TOKENS.items()}
+                    code = FINISH[int(finish[d, q])]
+                    yield (d, q), Completion(id=running[d, q].id, finish=code, **fields)  # pyright: ignore[reportArgumentType]
 
     def _cancel(self, at: Place) -> None:
         """Remove a row from its replica's slots and queue."""
