@@ -18,7 +18,7 @@ from fireopd_jax.ops.ranks import (
     median_by_id,
     repetition_rate,
 )
-from fireopd_jax.types import Array, Batch, Rewritten, TokenStats, Writer
+from fireopd_jax.types import Array, Batch, Rewritten, Rollout, TokenStats, Writer
 
 FOREIGN, OFTEN = 10.0, 8
 """Foreign token ids: median |log p/q| above FOREIGN nats, in at least OFTEN occurrences."""
@@ -48,13 +48,13 @@ def of_batch(
     counted = batch.coefficient > 0
     unfinished = ~rollout.finished
     weight = batch.weight
-    own = mask & (jnp.asarray(rollout.writer) == Writer.STUDENT)
-    drift = scores.student.logprob - rollout.logprob
     by_part = _of_support(batch) | _of_quarters(batch, room) | _of_grades(batch)
     by_part |= _of_routes(batch, kept, valid, teachers)
     by_part |= _of_refinement(batch) | _of_audit(batch, valid)
     if scores.teacher is not None:
         by_part |= _of_teacher(batch, scores.teacher, kept, valid) | _of_advantages(batch)
+    if rollout.policy is None:  # else the update computes it: these scores are the sampler's
+        by_part |= of_sampler(scores.student, rollout)
     return by_part | {
         "num_tokens": Mean(length.sum().astype(jnp.float32), jnp.float32(1)),
         "completions/mean_length": Mean.of(length, valid),
@@ -73,10 +73,18 @@ def of_batch(
         "method/token_weight_mean": Mean.of(weight, counted),
         "method/token_weight_max": Max.of(weight, counted),
         "method/token_weight_square": Mean.of(weight**2, counted),
-        # `rollout.logprob` is of the distribution sampled from, after top-p, top-k and min-p.
-        "sampler/logprob_gap": Mean.of(jnp.abs(drift), own),
-        "sampler/logprob_gap_max": Max.of(jnp.abs(drift), own),
     }
+
+
+def of_sampler(student: TokenStats, rollout: Rollout) -> dict[str, Mean | Max]:
+    """Return mean and maximum of |log pi - log mu| over the student's own tokens.
+
+    pi is the student in a forward pass, mu the distribution that the sampler drew from, after
+    temperature, top-p, top-k and min-p.
+    """
+    own = jnp.asarray(rollout.mask) & (jnp.asarray(rollout.writer) == Writer.STUDENT)
+    gap = jnp.abs(student.logprob - rollout.logprob)
+    return {"sampler/logprob_gap": Mean.of(gap, own), "sampler/logprob_gap_max": Max.of(gap, own)}
 
 
 def _of_refinement(batch: Batch) -> dict[str, Mean | Max]:

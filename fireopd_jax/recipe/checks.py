@@ -13,6 +13,7 @@ from fireopd_jax.evaluation.graders import KINDS
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.recipe.models import ModelConfig
 from fireopd_jax.recipe.optim import OptimConfig
+from fireopd_jax.recipe.student_scores import obstacles
 from fireopd_jax.rollout.settings import RolloutConfig
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ def conflicts(config: "Config") -> Iterator[str]:
             f"run.updates_per_rollout={config.run.updates_per_rollout}: "
             f"{config.method.loss.kind} is exact only for the first update on a rollout; expected 1"
         )
+    if config.method.score.student == "decode":
+        for obstacle in obstacles(config, config.method):
+            yield f"method.score.student=decode: {obstacle}; expected forward, or null"
     for key, size, divisor in _divisions(config):
         if size % divisor:
             yield f"{key}={divisor} does not divide the {size} rows of a batch"

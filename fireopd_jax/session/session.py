@@ -74,17 +74,20 @@ class Session:
         sampling: Sampling,
         version: Array | None = None,
         max_tokens: int | None = None,
+        *,
+        policy: bool = False,
     ) -> Rollout:
         """Return a rollout sampled from any model of the run; equal models share the program.
 
-        `max_tokens` is the width of the responses, by default `rollout.max_tokens`.
+        `max_tokens` is the width of the responses, by default `rollout.max_tokens`. `policy` keeps
+        the statistics of the decoding steps: `Rollout.policy`.
         """
         # Replicated like the training state's counter: another sharding would compile again.
         mesh = self.setup.mesh
         counter = replicate(mesh, jnp.int32(0) if version is None else version)
         asked = shard_rows(mesh, prompts)
         drawn = self.sampler(spec, max_tokens)(params, student_side(asked), sampling, counter)
-        return dataclasses.replace(drawn, prompts=asked)
+        return dataclasses.replace(drawn, prompts=asked, policy=drawn.policy if policy else None)
 
     def sampler(self, spec: ModelSpec, max_tokens: int | None = None) -> Generate:
         """Return the jitted sampler of a model, the same one for equal models."""

@@ -97,6 +97,7 @@ class Setup:
             top_k=int(filters.get("top_k", 0)),
             min_p=filters.get("min_p", 0.0),
             min_tokens=int(filters.get("min_tokens", 0)),
+            entropy=bool(filters.get("entropy", False)),
         )
 
 

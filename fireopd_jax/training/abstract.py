@@ -176,7 +176,9 @@ class MethodShapes:
         prompts = abstract_prompts(setup.mesh, self.encoded, config.batch_size, references=mixed)
 
         def draw(prompts: Prompts, *inputs: Any) -> Rollout:
-            return dataclasses.replace(self.sampler(*inputs), prompts=prompts)
+            drawn = self.sampler(*inputs)
+            policy = drawn.policy if self.method.score.student == "decode" else None
+            return dataclasses.replace(drawn, prompts=prompts, policy=policy)
 
         rollout = placed(jax.eval_shape(draw, prompts, *inputs), by_rows(setup.mesh))
         temperature = jnp.float32(1)

@@ -74,6 +74,8 @@ class Distillation:
         """Parameters of frozen teachers, with EOS rows swapped where an alias asks for it."""
         self.programs = plan.programs
         knobs = config.rollout
+        self.decoded = method.score.student == "decode"
+        """Whether the student's scores come from the decoding steps."""
         self.sampling = setup.sampling(
             "rollout",
             temperature=knobs.temperature,
@@ -81,6 +83,7 @@ class Distillation:
             top_k=knobs.top_k,
             min_p=knobs.min_p,
             min_tokens=knobs.min_tokens,
+            entropy=self.decoded,
         )
         self.temperature = jnp.float32(method.score.temperature or knobs.temperature)
         encoded = plan.encoded
@@ -218,7 +221,9 @@ class Distillation:
         student, fraction = self.session.setup.student, self.config.rollout.on_policy_fraction
         with self.clock.stage("rollout") as ready:
             if fraction == 1:
-                drawn = self.session.generate(student, params, prompts, self.sampling, updates)
+                drawn = self.session.generate(
+                    student, params, prompts, self.sampling, updates, policy=self.decoded
+                )
             else:
                 given = given_rows(prompts, fraction, seed_for(self.config.run.seed, "on-policy"))
                 own = without(prompts, given)

@@ -19,6 +19,7 @@ from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.decoder import parameter_count
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.recipe.optim import SftConfig
+from fireopd_jax.recipe.student_scores import with_student_scores
 from fireopd_jax.runtime import files
 from fireopd_jax.runtime.files import write_atomically
 from fireopd_jax.runtime.memory import Memory, device_memory
@@ -63,7 +64,7 @@ class MethodPlan:
     """One method of a run, or a control, as it is trained."""
 
     method: MethodConfig
-    """With the micro-batches of its scores."""
+    """With the micro-batches of its scores, and the source of the student's."""
     programs: Programs
     encoded: Encoded
 
@@ -221,6 +222,10 @@ class Plan:
         if is_kept(self.session, name):
             return
         setup, config = self.setup, self.setup.config
+        dtype = setup.student.model.config.dtype
+        method, reason = with_student_scores(config, method, dtype)
+        why = f" ({reason})" if reason else ""
+        self.session.log(f"{name}: method.score.student={method.score.student}{why}")
         sampler = self.session.sampler(setup.student)
         shapes = MethodShapes.of(setup, method, encoded_for(setup, method), sampler)
         rows, optim, width = config.rollout.batch_size, config.optim, shapes.width

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from fireopd_jax.method.batch import total_loss
+from fireopd_jax.method.diagnostics import of_sampler
 from fireopd_jax.method.losses.base import TokenLoss
 from fireopd_jax.method.losses.support import on_support, tail_bucket
 from fireopd_jax.metrics import Max, Mean
@@ -166,6 +167,7 @@ def _update_metrics(total: Array, student: TokenStats, part: Batch) -> Metrics:
         "entropy": Mean.of(student.entropy, counted),
         **of_support(student, part, counted),
         **of_chunks(student, part, counted),
+        **({} if part.rollout.policy is None else of_sampler(student, part.rollout)),
         "nonfinite/student_logprob": bad(student.logprob),
         "nonfinite/scored_student_logprob": bad(part.scores.student.logprob),
         **of_teacher,

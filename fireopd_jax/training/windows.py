@@ -44,6 +44,7 @@ PARTS: Mapping[str, Any] = {
     "student": ModelScores,
     "teacher": ModelScores,
     "stats": TokenStats,
+    "policy": TokenStats,
 }
 """Fields of a rollout that are pytrees themselves, and fields of these."""
 

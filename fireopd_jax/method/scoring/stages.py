@@ -69,6 +69,9 @@ class ScoreConfig:
     """Columns of logits computed at a time; by default a function of the shape."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Temperature of the distributions that are compared; null: `rollout.temperature`."""
+    student: Literal["decode", "forward"] | None = None
+    """Source of the student's scores: the decoding steps that sampled the responses, or another
+    forward pass. null: `decode` for one update on new responses in float32, else `forward`."""
     base: bool = False
     """Also score the sampled tokens by the base policy: `base`, or the student at its start."""
     margin: OutcomeMargin | None = None
@@ -122,6 +125,10 @@ class ScoreConfig:
         options, early = self.options(inputs.mesh), rollout.early
         if early is not None:
             student = early.student
+        elif self.student == "decode":
+            if rollout.policy is None:
+                raise ValueError("score.student=decode needs the sampler's scores: Rollout.policy")
+            student = ModelScores(rollout.policy)
         else:
             student = self.score_own(inputs.student, rollout, temperature, inputs.mesh)
         scores, teacher = Scores(student.stats, None), None
@@ -133,14 +140,9 @@ class ScoreConfig:
                 self.of_teacher(options), strengths=inputs.kernel_strengths
             )
             teacher = score_teachers(
-                inputs.teachers,
-                rollout,
-                temperature,
-                of_teacher,
-                size,
-                ids=self.ids_for_teacher(student),
-                student_entropy=student.stats.entropy,
-            )
+                inputs.teachers, rollout, temperature, of_teacher, size,
+                ids=self.ids_for_teacher(student), student_entropy=student.stats.entropy,
+            )  # fmt: skip
             scores = Scores(student.stats, teacher.stats, token_weight=teacher.token_weight)
         if self.needs_base:
             if inputs.base is None:
