@@ -18,7 +18,7 @@ from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.requests import Budget, Knobs, Request
 from fireopd_jax.rollout.sampling import Sampling, draw, row_keys
 from fireopd_jax.rollout.streaming import Engine
-from fireopd_jax.training.update import gradients
+from fireopd_jax.training.update import FAR, gradients
 from tests.cases import (
     assembled,
     make_prompts,
@@ -196,3 +196,51 @@ def test_a_response_in_flight_keeps_its_statistics():
     np.testing.assert_array_equal(plain.tokens, whole.tokens)
     np.testing.assert_array_equal(plain.policy_logprobs, whole.policy_logprobs)
     assert not plain.policy_entropies.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [4, 16])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.3)])
+def test_how_far_decoding_steps_are_from_the_update(layers, dtype, bound):
+    """Print the figures of docs/rollout.md: `pytest -m slow -s` shows them."""
+    model = tiny_model(
+        8192,
+        hidden_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=768,
+        rope_theta=1e6,
+        dtype=dtype,
+    )
+    params = jax.jit(model.init)(jax.random.key(0))
+    params["embed_tokens"] = params["embed_tokens"] * 6  # logits as spread as a trained model's
+    rng = np.random.default_rng(0)
+    prompts = make_prompts(rng.integers(16, 33, 8), 32, vocab_size=8192)
+    sampling = Sampling.of((), 96, 0, entropy=True)
+    rollout = jax.jit(lambda p: generate(model, p, prompts, sampling, jnp.int32(0), max_tokens=96))(
+        params
+    )
+
+    def stats(params):
+        inputs = prompts.tokens, prompts.length, rollout.tokens, rollout.mask
+        out = response_stats(model, params, *inputs)
+        return out.logprob.sum(), out
+
+    forward = jax.jit(lambda params: stats(params)[1])(params)
+    _, update = jax.jit(jax.grad(stats, has_aux=True))(params)
+    pairs = {
+        "decode - forward": (rollout.policy, forward),
+        "update - decode": (update, rollout.policy),
+        "update - forward": (update, forward),
+    }
+    for name, (one, other) in pairs.items():
+        gaps = [
+            np.abs(getattr(one, field) - getattr(other, field))[rollout.mask]
+            for field in ("logprob", "entropy")
+        ]
+        far = (np.expm1(gaps[0]) > FAR).mean()
+        shown = [f"{gap.mean():.1e} / {gap.max():.1e}" for gap in gaps]
+        print(f"\n{dtype} {layers} {name}: log-prob {shown[0]}, entropy {shown[1]}, far {far}")
+        assert gaps[0].max() < bound
