@@ -146,6 +146,7 @@ def whole():
             ModelScores(TokenStats(real + 2, real * np.float32(np.nan)), at_ids=real[..., None]),
         ),
         audit=Audit(ids, ids + 1, np.ones((8, 6), np.float32), np.ones((8, 6), np.float32)),
+        policy=TokenStats(real + 3, real + 4),
     )
 
 
@@ -170,7 +171,7 @@ def test_every_part_of_a_rollout_can_be_read():
                 if dataclasses.is_dataclass(kind):
                     parts[name] = kind
                     seen.append(kind)
-    assert dict(PARTS) == parts and len(parts) == 7
+    assert dict(PARTS) == parts and len(parts) == 8
     assert all(getattr(whole(), name) is not None for name in vars(whole())), "the test has all"
 
 
