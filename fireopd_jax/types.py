@@ -323,3 +323,6 @@ class Batch:
     """Weight of each token by the reweighting, usually of mean 1 over a trajectory."""
     coefficient: Float32[Array, "B T"]
     """Each token's share of the loss: 0 where dropped or masked; sums to 1."""
+    row: Int32[Array, "B T"] | None = None
+    """In the update only, where rows are packed: the row of each token; tokens of one row are next
+    to one another. None: one row of the batch in each row of the arrays."""

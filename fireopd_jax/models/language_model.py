@@ -180,24 +180,49 @@ class LanguageModel:
         `adapters`, which must be scaled (`LoraConfig.scaled`). `attention` names an implementation
         (`ops.attention`); `mesh` has the devices that the rows are sharded over.
         """
-        decoder = self.bind(params)
-        sequence, positions, visible = concat_prompt_response(prompt, prompt_length, tokens, mask)
-        if self.exchange is not None and self.config.tie_word_embeddings:
-            # `exchanged` has swapped two rows of the one matrix that also embeds the inputs, so
-            # the inputs swap the two ids back.
-            one, other = self.exchange
-            swapped = jnp.where(sequence == one, other, sequence)
-            sequence = jnp.where(sequence == other, one, swapped)
-        hidden = decoder(
-            sequence,
-            positions,
-            visible.astype(jnp.int32),
+        hidden, head = self.hidden(
+            params,
+            *concat_prompt_response(prompt, prompt_length, tokens, mask),
             adapters=adapters,
             remat=remat,
             attention=attention,
             mesh=mesh,
         )
-        return states_before_response_tokens(hidden, prompt_length, prompt.shape[1]), decoder.head
+        return states_before_response_tokens(hidden, prompt_length, prompt.shape[1]), head
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: Int32[Array, "B S"],
+        positions: Int32[Array, "B S"],
+        segments: Int32[Array, "B S"],
+        *,
+        adapters: Adapters | None = None,
+        remat: Remat = "none",
+        attention: str | None = None,
+        mesh: Mesh | None = None,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "V D"]]:
+        """Return the final hidden states of whole sequences, and the head matrix.
+
+        A token attends to the tokens before it that have the same value, not 0, in `segments`.
+        """
+        decoder = self.bind(params)
+        if self.exchange is not None and self.config.tie_word_embeddings:
+            # `exchanged` has swapped two rows of the one matrix that also embeds the inputs, so
+            # the inputs swap the two ids back.
+            one, other = self.exchange
+            swapped = jnp.where(tokens == one, other, tokens)
+            tokens = jnp.where(tokens == other, one, swapped)
+        hidden = decoder(
+            tokens,
+            positions,
+            segments,
+            adapters=adapters,
+            remat=remat,
+            attention=attention,
+            mesh=mesh,
+        )
+        return hidden, decoder.head
 
 
 def concat_prompt_response(
@@ -205,15 +230,18 @@ def concat_prompt_response(
     prompt_length: Int32[Array, " B"],
     tokens: Int32[Array, "B T"],
     mask: Bool[Array, "B T"],
-) -> tuple[Int32[Array, "B S"], Int32[Array, "B S"], Bool[Array, "B S"]]:
-    """Return token ids, positions and visibility mask of [prompt | response], S = P + T."""
+) -> tuple[Int32[Array, "B S"], Int32[Array, "B S"], Int32[Array, "B S"]]:
+    """Return token ids, positions and segments of [prompt | response], S = P + T.
+
+    Segments are 1 on tokens and 0 on padding.
+    """
     (rows, width), response = prompt.shape, tokens.shape[1]
     slots = jnp.broadcast_to(jnp.arange(width), (rows, width))
     after = prompt_length[:, None] + jnp.arange(response)[None]
     sequence = jnp.concatenate([prompt, tokens], axis=1)
     positions = jnp.concatenate([slots, after], axis=1)
     visible = jnp.concatenate([slots < prompt_length[:, None], mask], axis=1)
-    return sequence, positions, visible
+    return sequence, positions, visible.astype(jnp.int32)
 
 
 def last_of_prompt(

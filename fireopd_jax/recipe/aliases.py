@@ -56,8 +56,8 @@ TRL = {
     "per_device_eval_batch_size": "eval.batch_size",
     "generation_batch_size": "rollout.batch_size",
     "gradient_accumulation_steps": (
-        "set the rows of one forward and backward pass, optim.micro_batch_size, and those of one "
-        "update, rollout.batch_size"
+        "set the tokens of one forward and backward pass, optim.micro_batch_tokens, and the rows "
+        "of one update, rollout.batch_size"
     ),
     "gradient_checkpointing": "optim.remat=full",
     "learning_rate": "optim.learning_rate",
@@ -127,7 +127,7 @@ TRL = {
     "remove_unused_columns": "columns are named in data, such as data.prompt_column",
     "dataset_num_proc": "rows are read and tokenized once, at the start, by one process",
     "dataloader_num_workers": "rows are read and tokenized once, at the start, by one process",
-    "packing": "lengths cost nothing: padding is not computed on",
+    "packing": "rows are packed; optim.micro_batch_tokens is the length of a pack",
     "ddp_timeout": "one process drives all devices; their axes are mesh.data and mesh.tensor",
     "deepspeed": "one process drives all devices; their axes are mesh.data and mesh.tensor",
     "fsdp": "one process drives all devices; their axes are mesh.data and mesh.tensor",
@@ -163,8 +163,10 @@ VERL = {
     "ppo_micro_batch_size_per_gpu": "optim.micro_batch_size",
     "log_prob_micro_batch_size": "method.score.micro_batch_size",
     "log_prob_micro_batch_size_per_gpu": "method.score.micro_batch_size",
-    "ppo_max_token_len_per_gpu": "a pass has a number of rows, optim.micro_batch_size",
-    "use_dynamic_bsz": "a pass has a number of rows, optim.micro_batch_size",
+    "ppo_max_token_len_per_gpu": "optim.micro_batch_tokens",
+    "log_prob_max_token_len_per_gpu": "method.score.micro_batch_tokens",
+    "use_dynamic_bsz": "rows are packed; optim.micro_batch_tokens is the length of a pack",
+    "use_remove_padding": "rows are packed without padding",
     "ppo_epochs": "run.updates_per_rollout",
     "rollout.n": "rollout.group_size",
     "n": "rollout.group_size",
@@ -217,7 +219,7 @@ VERL = {
     "resume_from_path": "run.dir",
     "n_gpus_per_node": "all devices are used; their axes are mesh.data and mesh.tensor",
     "nnodes": "all devices are used; their axes are mesh.data and mesh.tensor",
-    "param_offload": "weights stay on the device; a smaller optim.micro_batch_size saves memory",
+    "param_offload": "weights stay on the device; a smaller optim.micro_batch_tokens saves memory",
     "optimizer_offload": "weights stay on the device; optim.moment_dtype=bfloat16 saves memory",
     "custom_reward_function": "data.grader",
     "reward_manager": "data.grader",

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fireopd_jax.config import Section, UnitInterval, config
 from fireopd_jax.models.decoder import Remat
+from fireopd_jax.models.packing import one_measure
 
 
 @config
@@ -33,12 +34,19 @@ class OptimConfig(Section):
     """Update a float32 copy of bfloat16 parameters; without it small updates are rounded away."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of AdamW's first moment; the second is float32: bfloat16 would round its decay away."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens per forward and backward pass on each device, of rows packed without padding, at least
+    the longest row; changes memory, not the gradient. null: chosen for the device."""
     micro_batch_size: PositiveInt | None = None
-    """Rows per forward and backward pass; changes memory, not the gradient. null: all, or as many
-    as fit the device."""
+    """Rows, each padded to the longest possible, per forward and backward pass, in place of
+    `micro_batch_tokens`; null: rows are packed."""
     remat: Remat | None = None
     """What the backward pass recomputes: nothing (`none`), each layer (`full`), or all but matrix
     products (`dots`). null: as little as fits the device."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where passes are measured in tokens and in rows."""
+        one_measure(self.micro_batch_tokens, self.micro_batch_size)
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         """Yield `final_fraction` for a constant schedule."""

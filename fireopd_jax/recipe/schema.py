@@ -35,7 +35,7 @@ from fireopd_jax.sharding.mesh import MeshConfig
 from fireopd_jax.text.checks import ChecksConfig
 from fireopd_jax.text.templates import Leak
 
-MEANS = ("micro_batch_size", "head", "head_chunk")
+MEANS = ("micro_batch_tokens", "micro_batch_size", "head", "head_chunk")
 """Keys of `method.score` that do not change the scores: a control keeps the run's values."""
 
 

@@ -22,13 +22,13 @@ MOST_THREADS = 8
 EXHAUSTED = "RESOURCE_EXHAUSTED"
 KEYS = {
     "rollout": "rollout.slots, rollout.batch_size, rollout.max_tokens or data.max_prompt_tokens",
-    "score": "method.score.micro_batch_size, rollout.batch_size, rollout.max_tokens or "
+    "score": "method.score.micro_batch_tokens, rollout.batch_size, rollout.max_tokens or "
     "data.max_prompt_tokens",
-    "update": "optim.micro_batch_size, rollout.max_tokens or data.max_prompt_tokens, or set "
+    "update": "optim.micro_batch_tokens, rollout.max_tokens or data.max_prompt_tokens, or set "
     "optim.remat=full",
 }
 """What makes a program smaller, by the program's kind."""
-SFT = "{key}.sft.optim.micro_batch_size, rollout.max_tokens or data.max_prompt_tokens, or set \
+SFT = "{key}.sft.optim.micro_batch_tokens, rollout.max_tokens or data.max_prompt_tokens, or set \
 {key}.sft.optim.remat=full"
 
 
@@ -129,7 +129,8 @@ def naming_keys() -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the device ran out of memory ({reason}); expected a smaller optim.micro_batch_size, "
-            "method.score.micro_batch_size, rollout.slots, rollout.batch_size, rollout.max_tokens "
-            "or data.max_prompt_tokens, or set optim.remat=full"
+            f"the device ran out of memory ({reason}); expected a smaller "
+            "optim.micro_batch_tokens, method.score.micro_batch_tokens, rollout.slots, "
+            "rollout.batch_size, rollout.max_tokens or data.max_prompt_tokens, or set "
+            "optim.remat=full"
         ) from error

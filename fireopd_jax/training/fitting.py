@@ -6,17 +6,18 @@ Estimates are a first guess: `training.plan` compiles the chosen program and com
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.decoder import Remat
+from fireopd_jax.models.packing import PassShape
 from fireopd_jax.recipe.optim import OptimConfig
 
-ENOUGH_TOKENS = 4096
-"""Tokens per device with which a pass keeps the device busy: smaller micro-batches cost time, as
-much as recomputing activations does."""
+ENOUGH_TOKENS = {"cpu": 512, "gpu": 8192, "tpu": 8192}
+"""Tokens per device with which a pass keeps the device busy: smaller passes cost time, as much as
+recomputing activations does; larger ones leave more of the last pass empty."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,20 @@ class Choice:
     """How a batch passes through a model."""
 
     micro_batch_size: int | None = None
-    """Rows per pass; None: all."""
+    """Padded rows per pass; None: all, or packed."""
     remat: Remat = "none"
+    micro_batch_tokens: int | None = None
+    """Tokens of packed rows per pass and device; None: rows are padded."""
 
     def applied(self, optim: OptimConfig) -> OptimConfig:
         """Return the settings of an optimizer with this choice."""
-        return dataclasses.replace(optim, micro_batch_size=self.micro_batch_size, remat=self.remat)
+        return dataclasses.replace(optim, **dataclasses.asdict(self))
+
+    def __str__(self) -> str:
+        """Return the setting that is not the default, as its key and value."""
+        if self.micro_batch_tokens is not None:
+            return f"micro_batch_tokens={self.micro_batch_tokens}"
+        return f"micro_batch_size={self.micro_batch_size}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +50,21 @@ class Pass:
     tokens: int
     """Width of a row: of prompt and response."""
     devices: int = 1
-    cpu: bool = True
-    """Whether bfloat16 activations are float32, as XLA has them on a CPU."""
+    platform: str = "cpu"
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an activation."""
-        return 4 if self.cpu else jnp.dtype(self.model.dtype).itemsize
+        """Bytes of an activation; XLA on a CPU computes in float32."""
+        return 4 if self.platform == "cpu" else jnp.dtype(self.model.dtype).itemsize
+
+    def shape(self, tokens: int) -> PassShape:
+        """Return the packs of a pass of about `tokens` tokens."""
+        return PassShape.of(self.tokens, tokens, -(-self.rows // self.devices))
 
     def per_device(self, choice: Choice) -> int:
         """Return the tokens of one pass on one device."""
+        if choice.micro_batch_tokens is not None:
+            return self.shape(choice.micro_batch_tokens).tokens
         rows = choice.micro_batch_size or self.rows
         return -(-rows // self.devices) * self.tokens
 
@@ -66,52 +80,54 @@ class Pass:
             inner = c.moe.moe_intermediate_size * c.moe.num_experts_per_tok
         heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
         # Measured with SmolLM2-135M (docs/memory.md): one layer, its input, its matrix products.
-        layer = tokens * (size * (14 * width + 8 * inner) + 7 * c.num_attention_heads * self.tokens)
+        layer = tokens * size * (14 * width + 8 * inner)
         carried = tokens * width * size
         products = tokens * (heads + width + 3 * inner) * size
         saved = {"none": layer, "dots": carried + products, "full": carried}[choice.remat]
         working = 0 if choice.remat == "none" else layer
-        gradients = trained * 4 * (1 if choice.micro_batch_size in (None, self.rows) else 2)
+        whole = choice.micro_batch_tokens is None and choice.micro_batch_size in (None, self.rows)
+        gradients = trained * 4 * (1 if whole else 2)
         return c.num_hidden_layers * saved + working + gradients
 
     def score(self, choice: Choice) -> int:
         """Return the bytes that a forward pass takes besides the parameters."""
         tokens, c = self.per_device(choice), self.model
-        linear = self.itemsize * (4 * c.hidden_size + 2 * c.intermediate_size)
-        return tokens * (linear + 5 * c.num_attention_heads * self.tokens)
+        return tokens * self.itemsize * (6 * c.hidden_size + 2 * c.intermediate_size)
 
 
-def micro_batch_sizes(rows: int, devices: int) -> Iterator[int | None]:
-    """Yield the sizes of micro-batches, the largest first: None (all rows), then the divisors."""
-    yield None
-    for size in range(rows - 1, 0, -1):
-        if rows % size == 0 and size % devices == 0:
-            yield size
+def token_sizes(of: Pass) -> list[int]:
+    """Return the tokens of a pass to choose from: those that keep the device busy, then halves.
+
+    The least is the longest row.
+    """
+    sizes = [of.shape(ENOUGH_TOKENS[of.platform]).tokens]
+    while (smaller := of.shape(sizes[-1] // 2).tokens) < sizes[-1]:
+        sizes.append(smaller)
+    return sizes
 
 
 def update_choices(of: Pass, optim: OptimConfig) -> list[Choice]:
     """Return the choices for an update, the cheapest in time first; what is set stays.
 
-    Micro-batches that keep the device busy come before recomputation, and that before smaller
-    ones.
+    A pass that keeps the device busy and recomputes comes before smaller passes.
     """
-    given = optim.micro_batch_size
-    sizes = [given] if given is not None else list(micro_batch_sizes(of.rows, of.devices))
     remats: tuple[Remat, ...] = ("none", "dots", "full") if optim.remat is None else (optim.remat,)
-    large = [
-        size
-        for size in sizes
-        if size in (None, given) or of.per_device(Choice(size)) >= ENOUGH_TOKENS
-    ]
-    found = [Choice(size, remat) for remat in remats for size in large]
-    found += [Choice(size, remats[-1]) for size in sizes if size not in large]
-    return found
+    if optim.micro_batch_size is not None:
+        return [Choice(optim.micro_batch_size, remat) for remat in remats]
+    given = optim.micro_batch_tokens
+    largest, *smaller = token_sizes(of) if given is None else [given]
+    found = [Choice(None, remat, largest) for remat in remats]
+    return found + [Choice(None, remats[-1], size) for size in smaller]
 
 
-def score_choices(of: Pass, given: int | None) -> list[Choice]:
-    """Return the choices for scoring, the cheapest in time first."""
-    sizes = [given] if given is not None else list(micro_batch_sizes(of.rows, of.devices))
-    return [Choice(size) for size in sizes]
+def score_choices(
+    of: Pass, micro_batch_size: int | None, micro_batch_tokens: int | None = None
+) -> list[Choice]:
+    """Return the choices for scoring, the cheapest in time first; what is set stays."""
+    if micro_batch_size is not None:
+        return [Choice(micro_batch_size)]
+    sizes = token_sizes(of) if micro_batch_tokens is None else [micro_batch_tokens]
+    return [Choice(micro_batch_tokens=size) for size in sizes]
 
 
 def first_that_fits(

@@ -81,6 +81,8 @@ class Plan:
         self.sft: dict[str, SftPrograms] = {}
         self.methods: dict[str, MethodPlan] = {}
         self._made: dict[str, Any] = {}
+        self._notable: list[tuple[str, str, Choice, float | int]] = []
+        """Choices to log: name, key, choice, estimated bytes."""
         self._resident: dict[str, int] = {}
         """Bytes of parameters and states that are in memory while a program runs, by its name."""
         try:
@@ -96,6 +98,8 @@ class Plan:
 
     def check(self) -> None:
         """Wait for the programs; log their memory, or raise UserError for one that does not fit."""
+        for notable in self._notable:
+            self._say(*notable)
         peaks: dict[str, int] = {}
         for name, need in self.ahead.needs().items():
             peak, kind = self._peak(name, need), name.partition(" ")[0]
@@ -127,6 +131,7 @@ class Plan:
         self,
         name: str,
         key: str,
+        of: Pass,
         choices: Sequence[Choice],
         estimate: Callable[[Choice], float | int],
         build: Build,
@@ -151,25 +156,33 @@ class Plan:
                 break
             scale = need.beyond / estimate(choice)
         if choice != choices[0]:
-            self._say(name, key, choice, estimate)
+            self._notable.append((name, key, choice, estimate(choice)))
         self.choices[key] = choice
+        self._note_longer(key, of, choice)
         return choice
 
-    def _say(
-        self, name: str, key: str, choice: Choice, estimate: Callable[[Choice], float | int]
-    ) -> None:
-        """Log a choice that is not the fastest one."""
+    def _say(self, name: str, key: str, choice: Choice, estimate: float | int) -> None:
+        """Log a choice that is not the fastest one; waits for its program."""
         need = self.ahead.need(name)
-        size = self._resident[name] + estimate(choice) if need is None else self._peak(name, need)
+        size = self._resident[name] + estimate if need is None else self._peak(name, need)
         remat = f", remat={choice.remat}" if choice.remat != "none" else ""
         self.session.log(
-            f"{key}.micro_batch_size={choice.micro_batch_size}{remat}: the "
+            f"{key}.{choice}{remat}: the "
             f"{name.partition(' of ')[0]} needs {gib(size)} of {gib(self.memory.free)} GiB"
         )
 
+    def _note_longer(self, key: str, of: Pass, choice: Choice) -> None:
+        """Log that a pass is longer than it was set to be, where one row is."""
+        tokens = choice.micro_batch_tokens
+        if tokens is not None and tokens < of.tokens:
+            self.session.log(
+                f"{key}.micro_batch_tokens={tokens}: below the longest row, {of.tokens} tokens; a "
+                f"pass has {of.per_device(choice)}"
+            )
+
     def _pass(self, model: LanguageModel, rows: int, tokens: int) -> Pass:
-        cpu = jax.default_backend() == "cpu"
-        return Pass(model.config, rows, tokens, self.setup.mesh.size, cpu)
+        platform = jax.default_backend()
+        return Pass(model.config, rows, tokens, self.setup.mesh.size, platform)
 
     def _add_models(self) -> None:
         """Add random initialisation and supervised training of the models that need them."""
@@ -212,6 +225,7 @@ class Plan:
         self._fit(
             name,
             f"teachers.{own}.sft.optim" if own else f"{role}.sft.optim",
+            passed,
             update_choices(passed, sft.optim),
             lambda choice: passed.update(choice, count),
             build,
@@ -248,7 +262,10 @@ class Plan:
         score = self._fit(
             f"score of {name}",
             "method.score",
-            score_choices(scored[0], method.score.micro_batch_size),
+            scored[0],
+            score_choices(
+                scored[0], method.score.micro_batch_size, method.score.micro_batch_tokens
+            ),
             lambda choice: max(each.score(choice) for each in scored),
             build_score,
         )
@@ -260,6 +277,7 @@ class Plan:
         update = self._fit(
             f"update of {name}",
             "optim",
+            trained,
             update_choices(trained, optim),
             lambda choice: trained.update(choice, count),
             build_update,
@@ -301,7 +319,11 @@ class Plan:
 
 def with_score(method: MethodConfig, choice: Choice) -> MethodConfig:
     """Return the method with the micro-batches of a choice in its scores."""
-    score = dataclasses.replace(method.score, micro_batch_size=choice.micro_batch_size)
+    score = dataclasses.replace(
+        method.score,
+        micro_batch_size=choice.micro_batch_size,
+        micro_batch_tokens=choice.micro_batch_tokens,
+    )
     return dataclasses.replace(method, score=score)
 
 

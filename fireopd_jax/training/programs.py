@@ -29,7 +29,7 @@ from fireopd_jax.training.state import TrainState, init_state
 from fireopd_jax.training.update import Metrics, Update, make_update
 from fireopd_jax.types import Array, Batch, Rollout
 
-PASSES: Any = {"micro_batch_size": None, "remat": None}
+PASSES: Any = {"micro_batch_tokens": None, "micro_batch_size": None, "remat": None}
 """Settings of an optimizer that its state does not depend on."""
 
 
@@ -200,6 +200,7 @@ def _make_update(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Upda
         method.loss,
         make_optimizer(optim, _updates(setup)),
         micro_batch_size=optim.micro_batch_size,
+        micro_batch_tokens=optim.micro_batch_tokens,
         head=method.score.head,
         head_chunk=method.score.head_chunk,
         remat=optim.remat or "none",

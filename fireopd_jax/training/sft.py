@@ -176,6 +176,7 @@ def sft_programs(model: LanguageModel, config: SftConfig, mesh: Mesh) -> SftProg
         NegativeLogLikelihood(),
         optimizer,
         micro_batch_size=config.optim.micro_batch_size,
+        micro_batch_tokens=config.optim.micro_batch_tokens,
         remat=config.optim.remat or "none",
         mesh=mesh,
     )

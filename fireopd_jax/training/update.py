@@ -29,6 +29,7 @@ from fireopd_jax.models.lora import LoraConfig
 from fireopd_jax.ops.formulas import ForwardKL, ReverseKL
 from fireopd_jax.ops.head import HeadOptions, head_gather, head_stats
 from fireopd_jax.sharding.mesh import micro_batches
+from fireopd_jax.training.packed import packed_gradients
 from fireopd_jax.training.state import TrainState
 from fireopd_jax.types import Array, Batch, TokenStats
 
@@ -74,6 +75,7 @@ def gradients(
     temperature: Float[Array, ""] | float = 1.0,
     *,
     micro_batch_size: int | None = None,
+    micro_batch_tokens: int | None = None,
     head: str | None = None,
     head_chunk: int | None = None,
     remat: Remat = "none",
@@ -84,6 +86,9 @@ def gradients(
 ) -> tuple[Params, Metrics]:
     """Return the gradient of the batch's loss in float32, and metrics, summed over micro-batches.
 
+    With `micro_batch_tokens`, rows are packed without padding, so many tokens of each device in a
+    pass (`training.packed`); else a pass has `micro_batch_size` padded rows, or all.
+
     With `lora`, `params` are adapters and `base` the frozen parameters. `teacher`, model and
     parameters, is needed for losses with an `exact_divergence`: the model that it is from, which
     may be the base policy. `mesh` holds the devices that the rows are sharded over.
@@ -91,28 +96,51 @@ def gradients(
     """
     options = model.head_options(temperature, head, head_chunk, mesh)
 
+    def run(params: Params) -> tuple[Params, Any]:
+        """Return the frozen parameters and the adapters, or the parameters and None."""
+        return (params, None) if base is None else (base, lora and lora.scaled(params))
+
+    def of_states(hidden: Array, matrix: Array, part: Batch) -> tuple[Array, Metrics]:
+        student = _student_stats(loss, hidden, matrix, part, options, teacher)
+        total = total_loss(loss(student, part), part)
+        return total, _update_metrics(total, student, part)
+
+    if micro_batch_tokens is not None:
+
+        def hidden_of(params: Params, *sequences: Array) -> tuple[Array, Array]:
+            frozen, adapters = run(params)
+            return model.hidden(frozen, *sequences, adapters=adapters, remat=remat, mesh=mesh)
+
+        return packed_gradients(
+            hidden_of,
+            of_states,
+            params,
+            batch,
+            micro_batch_tokens,
+            groups=1 if mesh is None else mesh.size,
+            whole_rows=loss.whole_rows,
+        )
+
     def loss_of(params: Params, part: Batch) -> tuple[Array, Metrics]:
-        rollout = part.rollout
+        rollout, (frozen, adapters) = part.rollout, run(params)
         hidden, matrix = model.response_hidden(
-            params if base is None else base,
+            frozen,
             rollout.prompts.tokens,
             rollout.prompts.length,
             rollout.tokens,
             rollout.mask,
-            adapters=None if lora is None else lora.scaled(params),
+            adapters=adapters,
             remat=remat,
             mesh=mesh,
         )
-        student = _student_stats(loss, hidden, matrix, part, options, teacher)
-        total = total_loss(loss(student, part), part)
-        return total, _update_metrics(total, student, part)
+        return of_states(hidden, matrix, part)
 
     differentiate = jax.grad(loss_of, has_aux=True)
 
     def add(sums: Params, part: Batch) -> tuple[Params, Metrics]:
         grads, metrics = differentiate(params, part)
         wide = optax.tree.cast(grads, jnp.float32)
-        metrics["grad_square"] = _sum(optax.tree.norm(wide, squared=True))
+        metrics["grad_square"] = Mean(optax.tree.norm(wide, squared=True), jnp.float32(1))
         return jax.tree.map(jnp.add, sums, wide), metrics
 
     rows = batch.coefficient.shape[0]
@@ -234,6 +262,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     micro_batch_size: int | None = None,
+    micro_batch_tokens: int | None = None,
     head: str | None = None,
     head_chunk: int | None = None,
     remat: Remat = "none",
@@ -259,14 +288,13 @@ def make_update(
         judge = None if teacher is None or teacher_params is None else (teacher, teacher_params)
         grads, metrics = gradients(
             model, loss, state.params, batch, temperature,
-            micro_batch_size=micro_batch_size, head=head, head_chunk=head_chunk,
-            remat=remat, lora=lora, base=base, teacher=judge, mesh=mesh,
+            micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens, head=head,
+            head_chunk=head_chunk, remat=remat, lora=lora, base=base, teacher=judge, mesh=mesh,
         )  # fmt: skip
         norm = optax.tree.norm(grads)
         if (each := metrics.pop("grad_square", None)) is not None:
             # Over M parts g_m: (mean |g_m|^2 - |mean g_m|^2) / |mean g_m|^2.
-            parts = batch.coefficient.shape[0] // (micro_batch_size or 1)
-            metrics["grad_noise"] = Mean(parts * each.total - norm**2, norm**2)
+            metrics["grad_noise"] = Mean(each.count * each.total - norm**2, norm**2)
         usable = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
         counted = (batch.coefficient > 0).sum()
         usable &= counted > 0

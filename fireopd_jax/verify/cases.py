@@ -18,8 +18,6 @@ from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.language_model import (
     LanguageModel,
     Params,
-    concat_prompt_response,
-    states_before_response_tokens,
 )
 from fireopd_jax.ops.head import HeadOptions, head_gather, head_stats, head_topk
 from fireopd_jax.types import Array, Audit, Prompts, Rollout, Scores, Support, TokenStats, pytree
@@ -211,23 +209,20 @@ class Bigram(LanguageModel):
         """Return an object with the head as an attribute."""
         return types.SimpleNamespace(head=params["head"])
 
-    def response_hidden(
+    def hidden(
         self,
         params: Params,
-        prompt: Int32[Array, "B P"],
-        prompt_length: Int32[Array, " B"],
-        tokens: Int32[Array, "B T"],
-        mask: Bool[Array, "B T"],
+        tokens: Int32[Array, "B S"],
+        positions: Int32[Array, "B S"],
+        segments: Int32[Array, "B S"],
         *,
         adapters: Any = None,
         remat: Any = "none",
         attention: Any = None,
         mesh: Any = None,
-    ) -> tuple[Float32[Array, "B T D"], Float32[Array, "V D"]]:
-        """Return the states that predict each response token, and the head."""
-        sequence, _, _ = concat_prompt_response(prompt, prompt_length, tokens, mask)
-        hidden = jnp.asarray(params["last"])[sequence]
-        return states_before_response_tokens(hidden, prompt_length, prompt.shape[1]), params["head"]
+    ) -> tuple[Float32[Array, "B S D"], Float32[Array, "V D"]]:
+        """Return the states of whole sequences, and the head."""
+        return jnp.asarray(params["last"])[tokens], params["head"]
 
 
 def bigram() -> LanguageModel:

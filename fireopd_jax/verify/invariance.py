@@ -36,6 +36,9 @@ LOSS_BOUND = 1e-5
 GRADIENT_BOUND = 1e-5
 """Of the largest element of each parameter's gradient: float32 adds up in another order."""
 
+PACK = 128
+"""Tokens of a pack: several rows, in several packs."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Models:
@@ -77,9 +80,12 @@ def rows(methods: Sequence[str] | None = None, with_decoder: str = "fire_opd") -
         terms = exact_terms(models, method, batch, programs)
         error = abs(float(whole["loss"]) - terms.sum()) / np.abs(terms).sum()
         yield Row(f"{name}: loss", float(error), LOSS_BOUND)
+        rows = shard_rows(mesh, padded)
         others = {
             "padding, micro-batches": programs.run(models, method, padded, count // 2),
-            f"padding, {mesh.size} devices": programs.run(spread, method, shard_rows(mesh, padded)),
+            f"padding, {mesh.size} devices": programs.run(spread, method, rows),
+            "packed": programs.run(models, method, padded, tokens=PACK),
+            f"packed, {mesh.size} devices": programs.run(spread, method, rows, tokens=PACK),
         }
         for what, (_, other) in others.items():
             yield relative(f"{name}: {what}", pairs(other, whole), GRADIENT_BOUND)
@@ -100,7 +106,7 @@ class Programs:
     def __init__(self):
         self._score = compiled(score, 0, 1, 2)
         self._assemble = compiled(of_one_teacher, 2, 3, 4)
-        self._gradients = compiled(gradient, 0, 1, 2, 3)
+        self._gradients = compiled(gradient, 0, 1, 2, 3, 4)
         self.states = compiled(lambda model, *x: model.response_hidden(*x), 0)
 
     def run(
@@ -109,16 +115,19 @@ class Programs:
         method: MethodConfig,
         rollout: Rollout,
         micro_batch_size: int | None = None,
+        tokens: int | None = None,
     ) -> tuple[Batch, dict[str, Any]]:
         """Return the batch, and loss and gradient of the student's parameters."""
-        stage = dataclasses.replace(method.score, micro_batch_size=micro_batch_size)
+        stage = dataclasses.replace(
+            method.score, micro_batch_size=micro_batch_size, micro_batch_tokens=tokens
+        )
         params = models.student, models.teacher, models.base
         if "rollout.correct" in method.asked_of_rollout:
             rollout = dataclasses.replace(rollout, correct=graded(rollout))
         scores = self._score(stage, models.model, models.mesh, params, rollout)
         batch = self._assemble(rollout, scores, method.filter, method.reweight, method.aggregate)
         return batch, self._gradients(
-            method.loss, models.model, models.mesh, micro_batch_size, *params, batch
+            method.loss, models.model, models.mesh, micro_batch_size, tokens, *params, batch
         )
 
 
@@ -151,6 +160,7 @@ def gradient(
     model: LanguageModel,
     mesh: Mesh | None,
     micro_batch_size: int | None,
+    micro_batch_tokens: int | None,
     student: Params,
     teacher: Params,
     base: Params,
@@ -164,6 +174,7 @@ def gradient(
         student,
         batch,
         micro_batch_size=micro_batch_size,
+        micro_batch_tokens=micro_batch_tokens,
         teacher=None if judge is None else (model, judge),
         mesh=mesh,
     )

@@ -339,7 +339,7 @@ def test_every_mistyped_key_is_answered_by_itself_or_by_a_key_that_exists():
     "key, words",
     [
         ("data.train_files", "use 'data.path'"),
-        ("gradient_accumulation_steps", "optim.micro_batch_size"),
+        ("gradient_accumulation_steps", "optim.micro_batch_tokens"),
         ("trainer.report_to", "use 'run.report_to'"),
     ],
 )

@@ -40,7 +40,7 @@ def keep(logits, sampling):
     columns = Columns(logits.shape[1])
     knobs = _knobs(sampling.rows(len(logits)), jnp.zeros(len(logits), jnp.int32))
     blocks = columns.split(logits)
-    weights, cut = _shape(blocks, knobs, columns)
+    weights, cut, _ = _shape(blocks, knobs, columns)
     z = blocks * knobs.inverse_temperature[:, None, None]
     z = _keep(z, columns.ids(), weights.top, cut, knobs.log_min_p)
     return (z > -jnp.inf).reshape(len(logits), -1)[:, : columns.width]

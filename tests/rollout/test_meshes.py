@@ -71,6 +71,7 @@ def engine(data, tensor, model=MODEL):
     return made
 
 
+@pytest.mark.slow
 def test_the_engine_of_a_mesh_draws_what_one_device_draws():
     made, wanted = engine(2, 2), drawn(1, 1)
     knobs = Knobs(stop=STOP, max_tokens=ROOM, **KNOBS)

@@ -302,6 +302,7 @@ def test_abandoned_requests_are_not_answered_and_disturb_no_other():
     check(made.generate(requests()))
 
 
+@pytest.mark.slow
 def test_a_context_limits_prompt_and_response_together():
     made = engine(width=30, room=30, context=30)
     assert made.capacities[-1] < 60

@@ -90,6 +90,7 @@ def test_answers_come_in_the_order_of_the_prompts(run, prompts, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "out.jsonl"]
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch_but_on_the_seed(run, prompts, tmp_path):
     folder, _ = run
 

@@ -115,6 +115,7 @@ def test_sets_change_nothing_else(run, plain):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_the_command_samples_what_the_run_sampled(run, sums, tmp_path):
     folder, summary = run
     options = EvalOptions(sets=(str(sums),), samples=2, max_tokens=5, temperature=0.7)

@@ -72,6 +72,7 @@ def test_models_of_other_families(tmp_path):
     check(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_teacher_that_ends_and_reads_otherwise(tmp_path):
     """A teacher keeps its own EOS; its responses as references end in the student's EOS."""
     tokenizer = copy.deepcopy(load_tokenizer(BUILTIN))

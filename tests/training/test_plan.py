@@ -45,7 +45,7 @@ def test_the_programs_are_compared_before_the_first_evaluation(done):
 
 
 def test_the_choice_is_recorded(done):
-    whole = {"micro_batch_size": None, "remat": "none"}
+    whole = {"micro_batch_size": None, "remat": "none", "micro_batch_tokens": 256}
     record = json.loads((done / "models" / "fit.json").read_text())
     assert record == {"method.score": whole, "optim": whole}
 
@@ -65,12 +65,12 @@ def test_a_resumed_run_keeps_its_choice(tmp_path, monkeypatch):
     with pytest.raises(UserError):
         run_of(tmp_path / "run")
     before = json.loads((tmp_path / "run" / "models" / "fit.json").read_text())
-    assert before["optim"]["micro_batch_size"] == 1
+    assert before["optim"]["micro_batch_tokens"] == 32
     assert before["optim"]["remat"] == "full"
     monkeypatch.delenv("FIREOPD_MEMORY_GIB")
     summary = run_of(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "models" / "fit.json").read_text()) == before
-    assert "optim.micro_batch_size=1, remat=full: the update needs" in log_of(tmp_path / "run")
+    assert "optim.micro_batch_tokens=32, remat=full: the update needs" in log_of(tmp_path / "run")
     assert summary["steps"] == 2
 
 

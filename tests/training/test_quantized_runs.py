@@ -40,6 +40,7 @@ def kernel(folder, name="teacher_default"):
     return params["layers"]["mlp"]["up_proj"]["kernel"]
 
 
+@pytest.mark.slow
 def test_the_teacher_scores_and_is_kept_in_eight_bits(finished):
     folder, _ = finished
     assert isinstance(kernel(folder), Quantized)

@@ -189,6 +189,7 @@ def test_the_gradient_is_p_minus_q_on_the_rewrites_tokens(teacher):
     assert float(metrics["loss"].total) == pytest.approx(value, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_chunks_of_the_vocabulary_and_micro_batches_change_nothing():
     rollout = make_rollout()
     dense, loss = gradient(rollout, head="reference")

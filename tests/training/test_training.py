@@ -320,6 +320,7 @@ def test_a_run_in_which_everything_is_dropped_says_so(tmp_path):
     assert "4 of 4 updates were skipped" in log
 
 
+@pytest.mark.slow
 def test_a_student_from_another_run_and_answers_of_the_teacher(finished, tmp_path):
     folder, _ = finished
     summary = run(

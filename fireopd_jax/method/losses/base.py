@@ -39,6 +39,11 @@ class TokenLoss(Stage, abc.ABC):
     """Whether the loss is exact only for the first update on a rollout."""
 
     @property
+    def whole_rows(self) -> bool:
+        """Whether the loss of a token depends on other tokens of its row."""
+        return False
+
+    @property
     def corrects(self) -> bool:
         """Whether the loss corrects for a sampler that differs from the scored policy."""
         return self.corrected_by is not None and getattr(self, self.corrected_by) is not None

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from fireopd_jax.config import config
 from fireopd_jax.method.losses.base import ExactDivergence, TokenLoss
-from fireopd_jax.method.losses.sampled_token import live
+from fireopd_jax.method.losses.sampled_token import live, of_tokens
 from fireopd_jax.method.losses.vocabulary import divergence_of
 from fireopd_jax.ops.formulas import ForwardKL
 from fireopd_jax.types import Array, Batch, TokenStats
@@ -68,7 +68,7 @@ class ChunkPolicyGradient(TokenLoss):
             )
         reward = jnp.asarray(chunks.target)
         if self.baseline == "leave_one_out":
-            reward = reward - jnp.asarray(chunks.baseline)[:, None]
+            reward = reward - of_tokens(jnp.asarray(chunks.baseline))
         logprob = jnp.where(mask, live(student.logprob, batch), 0.0)
         anchor = self.beta * divergence_of(student, batch)
         value = jnp.where(chunks.audited, -stop_gradient(reward) * logprob, anchor)

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Int32
 from pydantic import Field
 
 from fireopd_jax.config import Section, UnitInterval, config
@@ -91,6 +91,11 @@ class SampledReverseKL(Section, TokenLoss):
         """The reverse KL, where it is the baseline."""
         return ExactDivergence(ReverseKL()) if self.baseline == "exact_kl" else None
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a token's loss depends on others of its row: later ones, with a discount."""
+        return self.gamma != 0
+
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l on each response token, exactly 0 in value and gradient elsewhere.
 
@@ -125,11 +130,11 @@ class SampledReverseKL(Section, TokenLoss):
         if self.margin:
             if scores.margin is None:
                 raise ValueError("margin needs graded responses: method.score.margin")
-            advantage = advantage + valid(scores.margin.shift[:, None])
+            advantage = advantage + valid(of_tokens(scores.margin.shift))
         if self.floor is not None or self.ceiling is not None:
             advantage = jnp.clip(advantage, self.floor, self.ceiling)
         if self.gamma:
-            advantage = reward_to_go(valid(advantage), self.gamma)
+            advantage = reward_to_go(valid(advantage), self.gamma, batch.row)
         return advantage
 
 
@@ -250,23 +255,41 @@ def clipped_surrogate(
 
 
 def reward_to_go(
-    reward: Float32[Array, "B T"], gamma: float | Float32[Array, ""]
+    reward: Float32[Array, "B T"],
+    gamma: float | Float32[Array, ""],
+    row: Int32[Array, "B T"] | None = None,
 ) -> Float32[Array, "B T"]:
-    """Return R_t = r_t + gamma R_t+1 along each row; rewards after the last token must be 0."""
+    """Return R_t = r_t + gamma R_t+1 along each row; rewards after the last token must be 0.
 
-    def step(later: Array, now: Array) -> tuple[Array, Array]:
-        total = now + gamma * later
+    With `row`, the row of each token of packed rows, R_t = r_t at the last token of each.
+    """
+    later = jnp.full_like(reward, gamma)
+    if row is not None:
+        ends = jnp.zeros_like(row[:, :1], bool)
+        later = jnp.where(jnp.concatenate([row[:, 1:] == row[:, :-1], ends], axis=1), later, 0.0)
+
+    def step(after: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
+        total = now[0] + now[1] * after
         return total, total
 
-    _, totals = jax.lax.scan(step, jnp.zeros_like(reward[:, 0]), reward.T, reverse=True)
+    _, totals = jax.lax.scan(step, jnp.zeros_like(reward[:, 0]), (reward.T, later.T), reverse=True)
     return totals.T
 
 
-def mean_of_later(reward: Float32[Array, "B T"], mask: Bool[Array, "B T"]) -> Array:
+def mean_of_later(
+    reward: Float32[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    row: Int32[Array, "B T"] | None = None,
+) -> Array:
     """Return, f32[B, T], the mean reward of the later tokens of the row; 0 at the last token."""
     reward, count = jnp.where(mask, reward, 0.0), jnp.asarray(mask).astype(jnp.float32)
-    later, number = (reward_to_go(each, 1.0) - each for each in (reward, count))
+    later, number = (reward_to_go(each, 1.0, row) - each for each in (reward, count))
     return jnp.where(number > 0, later / jnp.maximum(number, 1.0), 0.0)
+
+
+def of_tokens(values: Float32[Array, " B"] | Float32[Array, "B T"]) -> Float32[Array, "B _"]:
+    """Return values of rows as values of tokens, which they are already where rows are packed."""
+    return values if values.ndim == 2 else values[:, None]
 
 
 def live(value: Array, batch: Batch) -> Array:

@@ -5,9 +5,10 @@ student log p, entropy -> loss f32[B, T]; the filter chooses the tokens, usually
 
 from typing import Annotated, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 from pydantic import Field, PositiveFloat
 
 from fireopd_jax.config import config
@@ -54,6 +55,11 @@ class SelfAdaptation(TokenLoss):
             {"student.logprob"} | ({"student.entropy"} if self.entropy_slope else set())
         )
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a token's loss depends on others of its row: on their entropies."""
+        return self.entropy_slope != 0
+
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l on each token that is trained on, exactly 0 in value and gradient elsewhere."""
         kept = jnp.asarray(batch.rollout.mask) & (batch.coefficient != 0)
@@ -62,15 +68,28 @@ class SelfAdaptation(TokenLoss):
         old = jnp.where(kept, scores.logprob, 0.0)
         advantage = jnp.full_like(old, self.advantage)
         if self.entropy_slope:
-            rank = 2 * within_row(scores.entropy, kept) - 1
+            rank = 2 * within_row(scores.entropy, kept, batch.row) - 1
             advantage = advantage - self.entropy_slope / 4 * rank
         return jnp.where(kept, clipped_surrogate(advantage, logprob, old, self.clip), 0.0)
 
 
-def within_row(values: Float32[Array, "B T"], kept: Array) -> Float32[Array, "B T"]:
-    """Return (x - min) / (max - min) over each row's kept values; 1 where all are equal."""
-    low = jnp.min(jnp.where(kept, values, jnp.inf), axis=1, keepdims=True, initial=jnp.inf)
-    high = jnp.max(jnp.where(kept, values, -jnp.inf), axis=1, keepdims=True, initial=-jnp.inf)
+def within_row(
+    values: Float32[Array, "B T"], kept: Array, row: Int32[Array, "B T"] | None = None
+) -> Float32[Array, "B T"]:
+    """Return (x - min) / (max - min) over each row's kept values; 1 where all are equal.
+
+    `row` is the row of each token where rows are packed; None: each row of the arrays.
+    """
+    least = jnp.where(kept, values, jnp.inf)
+    most = jnp.where(kept, values, -jnp.inf)
+    if row is None:
+        low = jnp.min(least, axis=1, keepdims=True, initial=jnp.inf)
+        high = jnp.max(most, axis=1, keepdims=True, initial=-jnp.inf)
+    else:
+        changes = jnp.pad(row[:, 1:] != row[:, :-1], ((0, 0), (1, 0)))
+        number, count = jnp.cumsum(changes, axis=1), row.shape[1]
+        low = jax.vmap(lambda x, i: jax.ops.segment_min(x, i, count)[i])(least, number)
+        high = jax.vmap(lambda x, i: jax.ops.segment_max(x, i, count)[i])(most, number)
     span = high - low
     spread = kept & (span > EQUAL)
     share = jnp.where(spread, values - low, 0.0) / jnp.where(span > EQUAL, span, 1.0)

@@ -104,11 +104,16 @@ class MiniLLM(TokenLoss):
         """The reverse KL, which the update computes."""
         return ExactDivergence(ReverseKL())
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a token's loss depends on others of its row: on the later ones."""
+        return True
+
     def __call__(self, student: TokenStats, batch: Batch) -> Float32[Array, "B T"]:
         """Return l at each response token, exactly 0 elsewhere."""
         mask = batch.rollout.mask
         scores = stop_gradient(batch.scores)
-        later = mean_of_later(scores.advantage, mask)
+        later = mean_of_later(scores.advantage, mask, batch.row)
         logprob = jnp.where(mask, live(student.logprob, batch), 0.0)
         old = jnp.where(mask, scores.student.logprob, 0.0)
         long = clipped_surrogate(later, logprob, old, self.clip)

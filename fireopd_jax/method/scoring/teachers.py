@@ -17,6 +17,19 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32, Int32
 
 from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.models.packing import (
+    PassShape,
+    Predicted,
+    gather_tokens,
+    last_true,
+    over_blocks,
+    pack_rows,
+    predicted_by,
+    scatter_tokens,
+    slots_of,
+    states_at,
+    tokens_at,
+)
 from fireopd_jax.ops.head import head_gather, head_stats, head_topk
 from fireopd_jax.sharding.mesh import by_rows, join_micro_batches, micro_batches
 from fireopd_jax.types import Array, ModelScores, Rollout, TokenStats, pytree
@@ -36,6 +49,14 @@ class ScoreOptions:
     chunk: int | None = None
     mesh: Mesh | None = None
     """Devices that the rows are sharded over."""
+    pack_tokens: int | None = None
+    """Tokens of one device in a forward pass, of rows packed without padding; None: rows are
+    padded to the longest possible."""
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of rows that are packed apart: the devices."""
+        return 1 if self.mesh is None else self.mesh.size
 
 
 @pytree
@@ -86,7 +107,8 @@ class Resident:
         self, rows: ScoreRows, temperature: Array | float, options: ScoreOptions
     ) -> ModelScores:
         """Run the model over the rows; see `Teacher`."""
-        head_options = self.head_options(temperature, options)
+        if options.pack_tokens is not None:
+            return self._score_packed(rows, temperature, options, options.pack_tokens)
         hidden, head = self.model.response_hidden(
             self.params,
             rows.context,
@@ -95,6 +117,55 @@ class Resident:
             rows.mask,
             mesh=options.mesh,
         )
+        wanted = (rows.tokens, rows.ids, rows.student_entropy)
+        return self._statistics(hidden, head, *wanted, temperature, options)
+
+    def _score_packed(
+        self, rows: ScoreRows, temperature: Array | float, options: ScoreOptions, tokens: int
+    ) -> ModelScores:
+        """Return the scores, with rows packed without padding; 0 where `rows.mask` is false."""
+        count, room = rows.tokens.shape
+        shape = PassShape.of(rows.context.shape[1] + room, tokens, count // options.groups)
+        packing = pack_rows(rows.context_length, last_true(rows.mask), shape.length, options.groups)
+        wanted = (rows.tokens, rows.ids, rows.student_entropy)
+
+        def states(j: Array | int) -> tuple[Array, Array, Predicted]:
+            slots = slots_of(packing, j, shape)
+            ids = tokens_at(slots, packing, rows.context, rows.tokens)
+            sequences = (shape.apart(x) for x in (ids, slots.position, slots.segment))
+            hidden, head = self.model.hidden(self.params, *sequences, mesh=options.mesh)
+            return shape.together(hidden), head, predicted_by(packing, slots)
+
+        def scores(hidden: Array, head: Array, at: Predicted) -> ModelScores:
+            hidden, of_tokens = states_at(hidden, at), gather_tokens(wanted, at)
+            return self._statistics(hidden, head, *of_tokens, temperature, options)
+
+        def pack(j: Array, out: ModelScores) -> ModelScores:
+            hidden, head, at = states(j)
+
+            def block(at: Predicted, _: Array, out: ModelScores) -> ModelScores:
+                return scatter_tokens(out, scores(hidden, head, at), at)
+
+            return over_blocks(at, shape.head_block(options.groups), block, out)
+
+        shapes = jax.eval_shape(lambda: scores(*states(0)))
+        out = jax.tree.map(
+            lambda leaf: jnp.zeros((*rows.tokens.shape, *leaf.shape[2:]), leaf.dtype), shapes
+        )
+        return jax.lax.fori_loop(0, packing.passes(shape), pack, out)
+
+    def _statistics(
+        self,
+        hidden: Float[Array, "B T D"],
+        head: Float[Array, "V D"],
+        tokens: Int32[Array, "B T"],
+        ids: Int32[Array, "B T N"] | None,
+        student_entropy: Float32[Array, "B T"] | None,
+        temperature: Array | float,
+        options: ScoreOptions,
+    ) -> ModelScores:
+        """Return the scores of tokens from the states that predict them."""
+        head_options = self.head_options(temperature, options)
         top_ids = top_logprob = at_ids = token_weight = None
         if options.strengths is not None:
             # The kernel computes the weight only with a top-K: a top-1 where none is needed.
@@ -102,27 +173,25 @@ class Resident:
             listed = head_topk(
                 hidden,
                 head,
-                rows.tokens,
+                tokens,
                 k=options.k or 1,
-                student_entropy=rows.student_entropy,
+                student_entropy=student_entropy,
                 alpha=alpha,
                 beta=beta,
                 **head_options,
             )
             stats, token_weight = TokenStats(listed.logprob, listed.entropy), listed.weight
         elif options.k:
-            listed = head_topk(hidden, head, rows.tokens, k=options.k, **head_options)
+            listed = head_topk(hidden, head, tokens, k=options.k, **head_options)
             stats = TokenStats(listed.logprob, listed.entropy)
         else:
             listed = None
-            plain = head_stats(hidden, head, rows.tokens, **head_options)
+            plain = head_stats(hidden, head, tokens, **head_options)
             stats = TokenStats(plain.logprob, plain.entropy)
         if options.k and listed is not None:
             top_ids, top_logprob = listed.top_ids, listed.top_logprob
-        if rows.ids is not None:
-            at_ids = head_gather(
-                hidden, head, rows.tokens, rows.ids, **head_options
-            ).support_logprob
+        if ids is not None:
+            at_ids = head_gather(hidden, head, tokens, ids, **head_options).support_logprob
         kept = hidden if options.hidden else None
         return ModelScores(stats, top_ids, top_logprob, at_ids, kept, token_weight)
 
@@ -137,6 +206,8 @@ def score_student(
     """Return one model's scores of every row, after the student's prompt."""
     prompts, count = rollout.prompts, rollout.tokens.shape[0]
     rows = ScoreRows(prompts.tokens, prompts.length, rollout.tokens, rollout.mask)
+    if options.pack_tokens is not None:
+        return student.score(rows, temperature, options)
     return _in_micro_batches(
         lambda x: student.score(x, temperature, options), rows, count // (micro_batch_size or count)
     )
@@ -167,6 +238,8 @@ def score_teachers(
         None if options.strengths is None else student_entropy,
     )
     scorers = [lambda x, each=each: each.score(x, temperature, options) for each in teachers]
+    if options.pack_tokens is not None:
+        return _each_its_own(scorers, rows, prompts.teacher)
     if len(scorers) == 1:
         return _in_micro_batches(scorers[0], rows, count // (micro_batch_size or count))
     size = micro_batch_size or _block(count, options.mesh)
@@ -179,6 +252,24 @@ def _in_micro_batches(
     if count == 1:
         return score(rows)
     return join_micro_batches(jax.lax.map(score, micro_batches(rows, count)))
+
+
+def _each_its_own(
+    scorers: Sequence[Callable[[ScoreRows], ModelScores]],
+    rows: ScoreRows,
+    route: Int32[Array, " B"],
+) -> ModelScores:
+    """Return the scores with each scorer run on its own rows; those of others cost nothing."""
+    if len(scorers) == 1:
+        return scorers[0](rows)
+    out = None
+    for teacher, score in enumerate(scorers):
+        mine = route == teacher
+        found = score(dataclasses.replace(rows, mask=rows.mask & mine[:, None]))
+        # Rows of other teachers are exactly 0.
+        out = found if out is None else jax.tree.map(jnp.add, out, found)
+    assert out is not None
+    return out
 
 
 def _block(rows: int, mesh: Mesh | None) -> int:
