@@ -214,7 +214,7 @@ def of_token(stats: HeadGather) -> Array:
     return by_id + 0.1 * stats.entropy + 0.01 * stats.logsumexp
 
 
-def compile_case(function: Callable[..., Any], inputs: tuple[Array, ...]) -> Case:
+def compile_case(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Case:
     """Return the program compiled for the inputs, and the scratch bytes planned for it."""
     compiled = jax.jit(function).lower(*inputs).compile()
     analysis = compiled.memory_analysis()

@@ -157,13 +157,17 @@ def on_host(params: Params) -> bool:
     return all(d.platform == "cpu" for leaf in jax.tree.leaves(params) for d in leaf.devices())
 
 
-def resident_bytes(key: str) -> int:
-    """Return this process's resident memory in bytes, now (VmRSS) or at its peak (VmHWM)."""
-    status = Path("/proc/self/status")
+def resident_bytes(key: str, process: str = "self") -> int:
+    """Return a process's resident memory in bytes, now (VmRSS) or at its peak (VmHWM).
+
+    Where the system does not tell: the peak of this process, or the largest of its ended children.
+    """
+    status = Path(f"/proc/{process}/status")
     if status.is_file():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
         return int(lines[key].split()[0]) * 1024
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    who = resource.RUSAGE_SELF if process == "self" else resource.RUSAGE_CHILDREN
+    largest = resource.getrusage(who).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024
 
 

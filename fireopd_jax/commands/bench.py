@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from fireopd_jax.config import UserError
+
 bench = typer.Typer(help="Benchmark a part of the package.", no_args_is_help=True)
 
 
@@ -115,6 +117,54 @@ def bench_rollout(
     from fireopd_jax.bench.rollout import bench_rollout
 
     bench_rollout(compare, slots, rounds, file, model, cache)
+
+
+@bench.command("step")
+def bench_step(
+    model: Annotated[
+        str, typer.Option(help="small, qwen3-0.6b or qwen3-1.7b, with random weights.")
+    ] = "small",
+    lengths: Annotated[
+        str, typer.Option(help="equal, heavy-tailed, or nano: 100 to 1,024 tokens in and out.")
+    ] = "equal",
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Responses of a step; by default 8, 64 or 256.")
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="Rows in score and update: packed, padded, or both, interleaved.")
+    ] = "packed",
+    student_scores: Annotated[
+        str | None,
+        typer.Option(help="decode or forward: their source; by default as training chooses."),
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="trl: also time a step of TRL's GKDTrainer.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved; medians are reported.")] = 5,
+    result_line: Annotated[
+        bool,
+        typer.Option(
+            "--result-line",
+            help="End with a line `RESULT {...}`; BENCH_THREADS in the environment limits cores.",
+        ),
+    ] = False,
+    file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+) -> None:
+    """Time one training step of FiRe-OPD, stage by stage, against its bare matrix products."""
+    if result_line and (threads := os.environ.get("BENCH_THREADS")):
+        limit_cores(threads)
+    from fireopd_jax.bench.step import Options, bench_step
+
+    options = Options(model, lengths, rows, layout, student_scores, compare)
+    bench_step(options, rounds, file, result_line=result_line)
+
+
+def limit_cores(threads: str) -> None:
+    """Limit this process to so many cores, before JAX starts as many threads as it may use."""
+    if not threads.isdecimal() or int(threads) < 1:
+        raise UserError(f"BENCH_THREADS={threads}: expected a number of threads")
+    if hasattr(os, "sched_setaffinity"):  # not on every operating system
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(threads)])
 
 
 @bench.command("toy")
