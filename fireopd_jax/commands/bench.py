@@ -128,7 +128,7 @@ def bench_step(
         str, typer.Option(help="equal, heavy-tailed, or nano: 100 to 1,024 tokens in and out.")
     ] = "equal",
     rows: Annotated[
-        int | None, typer.Option(min=1, help="Responses of a step; by default 8, 64 or 256.")
+        int | None, typer.Option(help="Responses of a step, 5 or more; by default 8, 64 or 256.")
     ] = None,
     layout: Annotated[
         str, typer.Option(help="Rows in score and update: packed, padded, or both, interleaved.")
