@@ -215,9 +215,9 @@ def prepared(
     """
     layouts = LAYOUTS if options.layout == "both" else (cast(Layout, options.layout),)
     scores = cast(Literal["decode", "forward"] | None, options.student_scores)
-    steps, peaks = [], {}
+    steps, peaks, made = [], {}, {}
     for layout in layouts:
-        steps.append(TrainingStep(setup, work, params, layout, scores))
+        steps.append(TrainingStep(setup, work, params, layout, scores, made))
         for _ in range(2):  # the first compiles; after the second, all buffers have been made
             steps[-1].round(measured=False)
         peaks[layout] = resident_bytes("VmHWM") / MIB

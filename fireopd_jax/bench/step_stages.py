@@ -132,14 +132,18 @@ class TrainingStep:
         params: list[Params],
         layout: Layout,
         scores: Literal["decode", "forward"] | None,
+        made: dict[str, Any],
     ):
-        """Prepare the programs; they are compiled in the first round. `params` are not changed."""
+        """Prepare the programs; they are compiled in the first round. `params` are not changed.
+
+        `made` holds programs of the same setup, as in `make_programs`.
+        """
         self.setup, self.work, self.layout = setup, work, layout
         self.score_choice, self.update_choice = choices(setup, layout, work)
         self.method = _method(setup, scores, self.score_choice)
         self.decoded = self.method.score.student == "decode"
         optim = self.update_choice.applied(setup.config.optim)
-        self.programs = make_programs(setup, self.method, optim)
+        self.programs = make_programs(setup, self.method, optim, made)
         self.sampler = make_generate(setup, setup.student)
         self.scorer = jax.jit(self._score_own, out_shardings=by_rows(setup.mesh))
         self.teachers = params[1:]
