@@ -176,7 +176,7 @@ def test_transformers_reads_the_same_model(tmp_path, architecture):
     tokens = rng.integers(0, VOCABULARY, (2, 7)).astype(np.int32)
     positions = np.tile(np.arange(7, dtype=np.int32), (2, 1))
     decoder = model.bind(params)
-    hidden = jax.jit(decoder.__call__)(tokens, positions, np.ones((2, 7), bool))
+    hidden = jax.jit(decoder.__call__)(tokens, positions, np.ones((2, 7), np.int32))
     logits = np.asarray(hidden @ decoder.head.T)
     with torch.no_grad():
         wanted = theirs.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()

@@ -114,13 +114,13 @@ def test_padding_and_what_stands_in_it_change_nothing(padding):
 
 def test_positions_go_on_after_each_prompt():
     prompt, length, tokens, mask = ragged(prompt_width=6)
-    sequence, positions, visible = (
+    sequence, positions, segments = (
         np.asarray(x) for x in concat_prompt_response(prompt, length, tokens, mask)
     )
     np.testing.assert_array_equal(sequence, np.concatenate([prompt, tokens], axis=1))
     for i in range(3):
         np.testing.assert_array_equal(positions[i, 6:], length[i] + np.arange(4))
-        real = positions[i][visible[i]]
+        real = positions[i][segments[i] == 1]
         np.testing.assert_array_equal(real, np.arange(length[i] + RESPONSE[i]))
 
 

@@ -46,9 +46,9 @@ def run(folder, monkeypatch, *settings):
     """Train; return for each step: session, policies, rollout and scored batch, on the host."""
     seen, score, generate = [], Distillation.score, Session.generate
 
-    def ending(self, spec, params, prompts, sampling, version, max_tokens=None):
+    def ending(self, spec, params, prompts, sampling, version, max_tokens=None, **options):
         """Random models do not end: the rewrites of every second row of the data set do here."""
-        out = generate(self, spec, params, prompts, sampling, version)
+        out = generate(self, spec, params, prompts, sampling, version, **options)
         if prompts.tokens.shape[1] != 96:
             return out
         tokens, mask, finished = (

@@ -106,7 +106,8 @@ def test_anchors_and_weights_of_chunks_pass():
 
 def test_one_method_under_micro_batches_padding_and_devices():
     rows = list(invariance.rows(["gkd"]))
-    found = ["loss", "padding, micro-batches", "padding, 8 devices"]
+    found = ["loss", "padding, micro-batches", "padding, 8 devices", "packed"]
+    found.append("packed, 8 devices")
     assert [row.name for row in rows] == [
         f"{name}: {what}" for name in ("gkd", "fire_opd of a decoder") for what in found
     ]
