@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from fireopd_jax.config import UserError
+from fireopd_jax.runtime.limits import parse_json
 
 
 @runtime_checkable
@@ -42,8 +43,8 @@ def begun_with(out: Path) -> dict[str, Any]:
 def _line(part: Path, text: bytes) -> dict[str, Any]:
     """Return a line of the file of lines so far; raise UserError for a damaged one."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text)
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise UserError(f"{part}: damaged; delete it to begin again")

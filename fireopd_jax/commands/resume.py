@@ -1,12 +1,12 @@
 """`fireopd resume`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from fireopd_jax.config import Key, UserError
 from fireopd_jax.recipe.keys import check_layers
 from fireopd_jax.recipe.layers import read_layers
+from fireopd_jax.runtime.limits import read_json
 from fireopd_jax.terminal.record import recording, say
 
 
@@ -73,7 +73,7 @@ def begun_by(folder: Path) -> str:
     """Return the command that a run was begun by: train, or sft."""
     file = folder / "env.json"
     try:
-        work = json.loads(file.read_text(encoding="utf-8")).get("work", "train")
+        work = read_json(file).get("work", "train")
     except (OSError, ValueError, AttributeError):
         return "train"
     return work if work in ("train", "sft") else "train"

@@ -6,12 +6,12 @@ OpenAI's messages (content in parts or null, tool calls with arguments as JSON t
 (`from`, `value`) become role, content, tool_calls, tool_call_id, name and reasoning_content.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fireopd_jax.config import UserError
 from fireopd_jax.data.files import kind
+from fireopd_jax.runtime.limits import parse_json
 from fireopd_jax.text.chat import Message
 
 SHAREGPT = {
@@ -134,7 +134,7 @@ def _call(value: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(arguments, str):
         return value
     try:
-        read = json.loads(arguments)
+        read = parse_json(arguments)
     except ValueError:
         return value
     return {**value, "arguments": read} if isinstance(read, dict) else value
@@ -161,7 +161,7 @@ def _stored(text: str) -> list[Any] | None:
     if not text.lstrip().startswith("[{"):
         return None
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         return None
     turns = isinstance(value, list) and all(
@@ -172,7 +172,7 @@ def _stored(text: str) -> list[Any] | None:
 
 def _parsed(text: str, where: str, expected: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{where}: expected {expected} as JSON: {reason}") from error

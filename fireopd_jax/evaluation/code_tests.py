@@ -24,6 +24,7 @@ from typing import Any
 
 from fireopd_jax.config import UserError, nearest
 from fireopd_jax.evaluation.sandbox import DEFAULT
+from fireopd_jax.runtime.limits import parse_json
 
 LAYOUTS = (
     "inputs and outputs, test and entry_point, test_list, test_cases, a list of assertions, or a "
@@ -208,8 +209,8 @@ def _imports(tree: ast.AST) -> list[str]:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise UserError(f"the tests of a program are no JSON ({error}): {_shown(text)}") from None
 
 

@@ -14,6 +14,7 @@ from fireopd_jax.data.repeats import prompt_digest
 from fireopd_jax.data.rows import Row
 from fireopd_jax.evaluation import graders
 from fireopd_jax.evaluation.verdict import Verdict
+from fireopd_jax.runtime.limits import parse_json
 
 QUESTION = 16
 """Hexadecimal digits that identify a question."""
@@ -157,7 +158,7 @@ def read_responses(file: Path) -> dict[str, list[Graded]]:
 def _parsed(line: str, where: str) -> Graded:
     expected = "expected a line of graded responses, as `fireopd eval --out` writes them"
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         raise UserError(f"{where}: not valid JSON; {expected}") from None
     names = [field.name for field in dataclasses.fields(Graded)]

@@ -15,6 +15,7 @@ from typing import Any
 from fireopd_jax.config import UserError
 from fireopd_jax.remote.errors import Failure
 from fireopd_jax.remote.settings import ServedConfig
+from fireopd_jax.runtime.limits import parse_json
 
 RETRYABLE = (408, 409, 425, 429)
 EXHAUSTED = ("insufficient_quota", "billing_hard_limit_reached")
@@ -73,7 +74,7 @@ class Transport:
         try:
             # A key in an answer must not reach the cache; a short one, such as EMPTY, is no secret
             # and may be a word of the answer.
-            return json.loads(self.clean(text, None) if len(self._secret) >= SECRET else text)
+            return parse_json(self.clean(text, None) if len(self._secret) >= SECRET else text)
         except ValueError:
             reason = f"the answer is not JSON: {self.clean(text, 60)!r}"
             raise Failure(reason, status=200, retryable=True) from None

@@ -25,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from fireopd_jax.config import UserError
 from fireopd_jax.runtime.files import write_atomically
+from fireopd_jax.runtime.limits import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def _without_damaged_metrics(folder: Path) -> None:
     for step in saved_steps(folder):
         file = folder / str(step) / METRICS / METRICS
         try:
-            whole = not file.exists() or isinstance(json.loads(file.read_bytes()), dict)
+            whole = not file.exists() or isinstance(parse_json(file.read_bytes()), dict)
         except (OSError, ValueError):
             whole = False
         if not whole and jax.process_index() == 0:

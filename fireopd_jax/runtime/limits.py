@@ -6,7 +6,10 @@ This module does not import JAX.
 import contextlib
 import ctypes
 import json
+import math
+import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +19,14 @@ import yaml
 
 from fireopd_jax.runtime.yaml_core import compose, load
 
+WATCHED_S = 0.02
+"""Seconds between two looks at the memory of a stranger's code."""
 LARGEST_YAML = 2**22
 """Characters of a configuration."""
 MOST_NODES = 200_000
 """Values of a configuration, those of an alias counted wherever it stands."""
+LARGEST_TEXT = 2**24
+"""Bytes of a text that is read whole, such as a chat template."""
 LARGEST_JSON = 2**28
 """Bytes of a JSON file that describes a model."""
 
@@ -30,6 +37,10 @@ class TooLarge(yaml.YAMLError):
 
 class TooLong(Exception):
     """Code of a stranger did not end in its time."""
+
+
+class TooMuch(TooLong):
+    """Code of a stranger took more memory than it may."""
 
 
 def read_yaml(text: str) -> tuple[yaml.Node | None, Any]:
@@ -70,6 +81,14 @@ def _count(root: yaml.Node | None) -> None:
         size(root)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text; raises ValueError, also for one nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_json(file: Path) -> Any:
     """Return the value in a JSON file; raises OSError and ValueError, also for one without end."""
     if not file.is_file():
@@ -78,31 +97,57 @@ def read_json(file: Path) -> Any:
         text = stream.read(LARGEST_JSON + 1)
     if len(text) > LARGEST_JSON:
         raise ValueError(f"expected at most {LARGEST_JSON:,} bytes")
-    try:
-        return json.loads(text.decode("utf-8"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    return parse_json(text.decode("utf-8"))
+
+
+def read_text(file: Path, most: int = LARGEST_TEXT) -> str:
+    """Return the text of a file; raises OSError and ValueError, also for one without end."""
+    if not file.is_file():
+        raise ValueError("not a file")
+    with file.open("rb") as stream:
+        text = stream.read(most + 1)
+    if len(text) > most:
+        raise ValueError(f"expected at most {most:,} bytes")
+    return text.decode("utf-8")
 
 
 @contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise `TooLong` in this thread, inside the block, after so many seconds of Python code."""
-    thread, lock, over = threading.get_ident(), threading.Lock(), False
+def at_most(seconds: float, size: float = math.inf) -> Iterator[None]:
+    """Raise `TooLong` in this thread, inside the block, after so many seconds of Python code.
 
-    def end() -> None:
+    Raises `TooMuch` once the process has grown by `size` bytes.
+    """
+    thread, lock, over = threading.get_ident(), threading.Lock(), threading.Event()
+    until, before = time.monotonic() + seconds, _resident()
+
+    def end(error: type[Exception]) -> None:
         with lock:
-            if not over:
-                _raise_in(thread, TooLong)
+            if not over.is_set():
+                _raise_in(thread, error)
 
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
+    def watch() -> None:
+        step = seconds if math.isinf(size) else WATCHED_S
+        while not over.wait(min(step, max(until - time.monotonic(), 0.0))):
+            if _resident() - before > size:
+                return end(TooMuch)
+            if time.monotonic() >= until:
+                return end(TooLong)
+
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
         with contextlib.suppress(TooLong), lock:
-            over = True
+            over.set()
+
+
+def _resident() -> int:
+    """Return the memory of this process in bytes; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _raise_in(thread: int, error: type[Exception]) -> None:

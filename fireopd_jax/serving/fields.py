@@ -6,7 +6,6 @@ A field of OpenAI's that this server does not implement is accepted with the val
 (`IDLE`), and an error with any other.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -14,6 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, Validation
 
 from fireopd_jax.config import UnitInterval, config, nearest
 from fireopd_jax.rollout.requests import STOP_SLOTS
+from fireopd_jax.runtime.limits import parse_json
 from fireopd_jax.serving.errors import ApiError, bad_field
 from fireopd_jax.serving.scorer import LARGEST_K
 
@@ -148,7 +148,7 @@ def parse(cls: type[Class], body: bytes) -> Class:
     Raises ApiError for JSON that is none, an unknown field or a wrong value.
     """
     try:
-        found = json.loads(body)
+        found = parse_json(body)
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
     if not isinstance(found, dict):

@@ -4,7 +4,6 @@ ModelConfig -> ModelSpec (architecture, tokenizer, stop ids)
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,6 +20,7 @@ from fireopd_jax.models.hf_weights import refuse_adapters
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.models.quantized import Quantize
 from fireopd_jax.recipe.models import ModelConfig
+from fireopd_jax.runtime.limits import read_json
 from fireopd_jax.text.chat import stop_ids
 from fireopd_jax.text.chat_templates import with_template
 from fireopd_jax.text.checks import TokenizerFacts, valid_rows
@@ -139,11 +139,11 @@ def load_spec(name: str, folder: Path, config: ModelConfig) -> ModelSpec:
         setting = ignored_keys(name, config).setting
         raise UserError(f"{setting}: {folder} is a model of a run, which has no config.json")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         architecture, size = DecoderConfig(**found["architecture"]), found["vocab_size"]
         tokenizer, generation = found["tokenizer"], found.get("generation", {})
         stored = found.get("quantize")
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{name}: {file} is not a valid model description: {reason}") from error
     if not tokenizer.startswith("builtin:"):

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fireopd_jax.config import UserError, dotted, nearest
+from fireopd_jax.runtime.limits import parse_json, read_text
 
 OPENING, GAP = "OPENING", "GAP"
 """Stand in a built-in template for what the tokenizer puts before a text, and for a space where it
@@ -105,6 +106,11 @@ def chat_template(
             f"template; set {key} to a file, or to one of {NAMES}"
         )
     several = found if isinstance(found, Mapping) else {"default": found}
+    if odd := [each for each in several.values() if not isinstance(each, str)]:
+        raise UserError(
+            f"{named(model)}: the chat template of its tokenizer {tokenizer.name_or_path!r} is "
+            f"{odd[0]!r}, expected a text; set {key} to another"
+        )
     if "default" not in several and not (tools and "tool_use" in several):
         raise UserError(
             f"{named(model)}: its tokenizer has several chat templates and no default; "
@@ -173,13 +179,14 @@ def _of_path(path: Path, key: str) -> str:
             raise UserError(f"{key}: {path}: the folder has no {' and no '.join(FILES)}")
         return _of_path(file, key)
     try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text).get("chat_template") if path.suffix == ".json" else text
+        text = read_text(path)
+        found = parse_json(text).get("chat_template") if path.suffix == ".json" else text
     except (OSError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{key}: {path}: cannot be read as a chat template: {reason}") from None
     if isinstance(found, list):  # as tokenizer_config.json has named ones
-        found = {each["name"]: each["template"] for each in found}
+        several = [each for each in found if isinstance(each, Mapping)]
+        found = {str(each.get("name")): each.get("template") for each in several}
     if isinstance(found, Mapping):
         if "default" not in found:
             raise UserError(

@@ -5,7 +5,6 @@ encoded text returns it unchanged. Nothing here uses the network or runs code fr
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fireopd_jax.config import UserError
+from fireopd_jax.runtime.limits import read_json
 
 BUILTIN = "builtin:bytes"
 EOS = "eos_token_id"
@@ -95,7 +95,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

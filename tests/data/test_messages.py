@@ -153,6 +153,10 @@ def test_turns_of_a_completion_before_its_last_belong_to_the_prompt(tmp_path):
             [USER, {"role": "assistant", "tool_calls": "x"}],
             "tool_calls: expected a list",
         ),
+        (
+            [USER, {"role": "assistant", "tool_calls": "[" * 100_000}],
+            "tool_calls: .* as JSON: nested too deeply",
+        ),
         ([{"from": "human"}], "expected texts from and value, found a text and null"),
         ([{"from": "function_call", "value": "x"}], "expected a call or a list of calls as JSON"),
         ([{"role": "user", "content": "\ud800"}], "unpaired surrogate"),

@@ -93,7 +93,11 @@ def test_a_generation_config_is_read_where_there_is_one(tmp_path):
     file = tmp_path / "generation_config.json"
     file.write_text('{"eos_token_id": [1, 2]}')
     assert read_generation(tmp_path) == {"eos_token_id": [1, 2]}
-    for wrong, words in (("{", "not valid JSON"), ("[]", "expected an object, found list")):
+    for wrong, words in (
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON: nested too deeply"),
+        ("[]", "expected an object, found list"),
+    ):
         file.write_text(wrong)
         with pytest.raises(UserError, match=words):
             read_generation(tmp_path)

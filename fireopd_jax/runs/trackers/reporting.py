@@ -23,6 +23,7 @@ from fireopd_jax.runs.trackers.event_files import TensorBoard
 from fireopd_jax.runs.trackers.trackio_runs import Trackio
 from fireopd_jax.runs.trackers.wandb_runs import WandB
 from fireopd_jax.runtime.files import write_atomically
+from fireopd_jax.runtime.limits import parse_json
 
 TRACKERS: dict[str, Tracker] = {
     "tensorboard": TensorBoard(),
@@ -258,7 +259,7 @@ class Trackers:
 
     def _read_state(self) -> dict[str, Any]:
         try:
-            state = json.loads(self._state_file.read_text(encoding="utf-8"))
+            state = parse_json(self._state_file.read_text(encoding="utf-8"))
             if isinstance(state["id"], str) and isinstance(state["series"], dict):
                 return state
         except FileNotFoundError:
