@@ -17,7 +17,7 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from fireopd_jax.config import UserError
-from fireopd_jax.runtime.limits import TooLong, at_most
+from fireopd_jax.runtime.limits import TooLong, TooMuch, at_most
 from fireopd_jax.text.chat_templates import chat_template, key_of, named
 from fireopd_jax.text.clock import CLOCK, DATES, moment_of, stopped
 
@@ -34,9 +34,12 @@ FIXED_ARGUMENTS = (
 )
 FIRST_S, EACH_S = 30.0, 0.1
 """Seconds that a template may take, and those for each conversation: thousand times the usual."""
+FIRST_BYTES, EACH_BYTES = 2.0**31, 2.0**20
+"""Memory that a template may take, likewise."""
 LONGEST_TEXT = 2**27
 SHOWN = 300
 """Longest reason of a template that is shown."""
+SURROGATE = re.compile("[\ud800-\udfff]")
 Tools = Sequence[Mapping[str, Any]]
 Turns = list[dict[str, Any]]
 
@@ -90,6 +93,9 @@ def prompt_ids(
     writer.check_tools(chats, texts)
     if begun is not None:
         texts = [text + start for text, start in zip(texts, begun, strict=True)]
+    for text, origin in zip(texts, chats.origins, strict=True):
+        if SURROGATE.search(text):
+            raise UserError(f"{origin}: {writer.name} writes an unpaired surrogate")
     ids = tokenizer(texts, add_special_tokens=False, padding=False)["input_ids"]
     for row, origin in zip(ids, chats.origins, strict=True):  # pyright: ignore[reportArgumentType]
         if not row:
@@ -167,7 +173,8 @@ class Writer:
         if (moment := kwargs.pop(CLOCK, None)) is not None:
             more = tuple(value for value in kwargs.values() if isinstance(value, str))
             template, kwargs[DATES] = stopped(template, moment_of(moment), more)
-        with at_most(FIRST_S + EACH_S * len(turns)):
+        count = len(turns)
+        with at_most(FIRST_S + EACH_S * count, FIRST_BYTES + EACH_BYTES * count):
             texts = self.tokenizer.apply_chat_template(
                 list(turns),  # pyright: ignore[reportArgumentType]
                 tools=tools,  # pyright: ignore[reportArgumentType]
@@ -186,7 +193,8 @@ class Writer:
         if isinstance(error, UserError):
             return error
         if isinstance(error, TooLong):
-            return UserError(f"{self.name} does not end; expected another ({key_of(self.model)})")
+            ends = "writes without end" if isinstance(error, TooMuch) else "does not end"
+            return UserError(f"{self.name} {ends}; expected another ({key_of(self.model)})")
         if isinstance(error, TemplateSyntaxError):
             line = error.lineno - (CLOCK in self.kwargs)
             return UserError(f"{self.name} is not valid Jinja: line {line}: {_reason(error)}")
@@ -263,9 +271,10 @@ def stop_ids(
     if not isinstance(end, int):
         raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token")
     others = (generation or {}).get("eos_token_id")
-    others = [others] if isinstance(others, int) else others or []
-    ids = tuple(dict.fromkeys([end, *others]))
-    if len(ids) > STOP_SLOTS or not all(isinstance(i, int) and i >= 0 for i in ids):
+    listed = others if isinstance(others, list) else [] if others is None else [others]
+    known = all(type(each) is int and each >= 0 for each in listed)
+    ids = tuple(dict.fromkeys([end, *listed])) if known else ()
+    if not known or len(ids) > STOP_SLOTS:
         raise UserError(
             f"generation_config.json: eos_token_id is {others!r}; expected at most "
             f"{STOP_SLOTS} token ids in all"

@@ -152,6 +152,26 @@ def test_a_template_that_ignores_tools_is_refused_by_name():
     prompt_ids(without(chat_template="{{ messages | tojson }}"), called, {})
 
 
+ENDLESS = (
+    "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ '\\ud800' }}", "prompt 1: the chat template of student writes an unpaired surrogate"),
+        (ENDLESS, r"writes without end; expected another \(student.chat_template\)"),
+        ({"default": 5}, "is 5, expected a text; set student.chat_template"),
+    ],
+    ids=["surrogate", "endless", "number"],
+)
+def test_a_template_that_is_none_is_refused_by_name(monkeypatch, template, words):
+    monkeypatch.setattr("fireopd_jax.text.chat.FIRST_BYTES", 2.0**27)
+    with pytest.raises(UserError, match=words):
+        prompt_ids(without(chat_template=template), [CALLING[:1]], {}, model="student")
+
+
 def test_a_response_ends_with_the_end_token_alone():
     assert response_ids(TOKENIZER, ["85", ""]) == [[*b"85", END], [END]]
     assert response_ids(TOKENIZER, []) == []
@@ -169,6 +189,7 @@ def test_a_generation_config_adds_stop_ids():
     assert stop_ids(TOKENIZER, {"eos_token_id": USER}) == (END, USER)
     assert stop_ids(TOKENIZER, {"eos_token_id": [USER, END, 7]}) == (END, USER, 7)
     assert stop_ids(TOKENIZER, {"eos_token_id": None, "top_p": 0.9}) == (END,)
-    for wrong in (["<|end|>"], [-1], list(range(8))):
+    wrongs = (["<|end|>"], [-1], list(range(8)), 257.0, "257", [[257]], {"a": 1}, True)
+    for wrong in wrongs:
         with pytest.raises(UserError, match="expected at most 8 token ids"):
             stop_ids(TOKENIZER, {"eos_token_id": wrong})
