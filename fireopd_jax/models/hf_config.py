@@ -38,16 +38,21 @@ def architecture(
     if reader.form.model_type == "smollm3":
         fields |= _layers_without_rope(reader)
     if reader.form.model_type == "gemma3_text":
-        fields["query_pre_attn_scalar"] = float(reader.get("query_pre_attn_scalar", 256))
+        scalar = "query_pre_attn_scalar"
+        fields[scalar] = reader.positive(scalar, reader.get(scalar, 256))
         fields["final_logit_softcapping"] = reader.get("final_logit_softcapping")
     try:
         config = DecoderConfig(model_type=reader.form.model_type, **fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "config"
-        raise reader.error(key, first["msg"].removeprefix("Value error, ")) from None
+        raise _invalid(reader, error) from None
     reader.refuse_others(config)
     return config
+
+
+def _invalid(reader: Reader, error: ValidationError) -> UserError:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "config"
+    return reader.error(key, first["msg"].removeprefix("Value error, "))
 
 
 def _sizes(reader: Reader) -> dict[str, Any]:
@@ -97,7 +102,8 @@ def _biases(reader: Reader) -> dict[str, Any]:
 
 
 def _experts(reader: Reader) -> dict[str, Any]:
-    step, dense = reader.get("decoder_sparse_step", 1), reader.get("mlp_only_layers", [])
+    step = reader.whole("decoder_sparse_step", 1)
+    dense = reader.listed("mlp_only_layers", reader.get("mlp_only_layers", []))
     layers = range(reader.integer("num_hidden_layers"))
     sparse = [i not in dense and (i + 1) % step == 0 for i in layers]
     if not all(sparse):
@@ -108,19 +114,18 @@ def _experts(reader: Reader) -> dict[str, Any]:
     count = reader.get("num_experts", reader.get("num_local_experts"))
     if count is None:
         raise reader.error("num_experts", "missing; expected a value for it")
-    return {
-        "moe": MoEConfig(
-            num_experts=count,
-            num_experts_per_tok=reader.need("num_experts_per_tok"),
-            moe_intermediate_size=reader.need("moe_intermediate_size"),
-            norm_topk_prob=reader.get("norm_topk_prob", False),
-        )
-    }
+    names = ("num_experts_per_tok", "moe_intermediate_size")
+    values = {name: reader.need(name) for name in names}
+    values["norm_topk_prob"] = reader.get("norm_topk_prob", False)
+    try:
+        return {"moe": MoEConfig(num_experts=count, **values)}
+    except ValidationError as error:
+        raise _invalid(reader, error) from None
 
 
 def _windows(reader: Reader) -> dict[str, Any]:
     """Return window and layer types; `layer_types` overrides the family's own rule."""
-    family, layers = reader.form.model_type, reader.integer("num_hidden_layers")
+    family = reader.form.model_type
     window, types = reader.get("sliding_window"), reader.get("layer_types")
     if family == "llama":
         return {}
@@ -130,23 +135,11 @@ def _windows(reader: Reader) -> dict[str, Any]:
         optional and not reader.get("use_sliding_window", False)
     ):
         window = None
-    if family == "gemma3_text":
-        pattern = reader.get("sliding_window_pattern", reader.get("_sliding_window_pattern", 6))
-        sliding = [bool((i + 1) % pattern) for i in range(layers)]
-    elif family in ("qwen2", "qwen3"):
-        first = reader.get("max_window_layers", 28)
-        sliding = [window is not None and i >= first for i in range(layers)]
-    elif family == "smollm3":
-        sliding = [window is not None and not turns for turns in _turned(reader)]
-    else:
-        sliding = [window is not None] * layers
     if types is None:
-        types = ["sliding_attention" if slides else "full_attention" for slides in sliding]
-    elif family == "mistral" and types != [
-        "sliding_attention" if slides else "full_attention" for slides in sliding
-    ]:
+        types = _types(reader, slides=window is not None)
+    elif family == "mistral" and types != _types(reader, slides=window is not None):
         raise reader.error("layer_types", "a mistral model slides in every layer or in none")
-    for name in types:
+    for name in reader.listed("layer_types", types):
         if name not in ("full_attention", "sliding_attention"):
             raise reader.error("layer_types", f"{name!r} is not supported")
     if "sliding_attention" not in types:
@@ -157,12 +150,34 @@ def _windows(reader: Reader) -> dict[str, Any]:
     return {"sliding_window": window, "layer_types": None if every else tuple(types)}
 
 
+def _types(reader: Reader, *, slides: bool) -> list[str]:
+    """Return the type of each layer by the family's own rule; `slides`: it has a window."""
+    family, layers = reader.form.model_type, reader.integer("num_hidden_layers")
+    if family == "gemma3_text":
+        older = reader.whole("_sliding_window_pattern", 6)
+        pattern = reader.whole("sliding_window_pattern", older)
+        sliding = [bool((i + 1) % pattern) for i in range(layers)]
+    elif not slides:
+        sliding = [False] * layers
+    elif family in ("qwen2", "qwen3"):
+        first = reader.whole("max_window_layers", 28, least=0)
+        sliding = [i >= first for i in range(layers)]
+    elif family == "smollm3":
+        sliding = [not turns for turns in _turned(reader)]
+    else:
+        sliding = [True] * layers
+    return ["sliding_attention" if each else "full_attention" for each in sliding]
+
+
 def _rope(reader: Reader, slides: bool) -> dict[str, Any]:
     """Return base and scaling of RoPE, from `rope_scaling` or from `rope_parameters`."""
     old, new = reader.table("rope_scaling"), reader.table("rope_parameters")
     if old and new and old != new:
         raise reader.error("rope_scaling", "rope_parameters differs from it; expected one of them")
-    given = new or old
+    given, where = new or old, "rope_parameters" if new else "rope_scaling"
+    for key in ("full_attention", "sliding_attention"):
+        if not isinstance(given.get(key) or {}, dict):
+            raise reader.error(f"{where}.{key}", f"expected an object (it is {given[key]!r})")
     gemma = reader.form.model_type == "gemma3_text"
     local: Json = {}
     if gemma:
@@ -172,12 +187,13 @@ def _rope(reader: Reader, slides: bool) -> dict[str, Any]:
     if nested and not gemma:
         raise reader.error(f"rope_parameters.{nested[0]}", "only a gemma3_text model can have it")
     given = given.get("full_attention") or {} if nested else given
-    theta = float(given.get("rope_theta", reader.get("rope_theta")))
+    inner = f"{where}.rope_theta" if "rope_theta" in given else "rope_theta"
+    theta = reader.positive(inner, given.get("rope_theta", reader.get("rope_theta")))
     fields = {"rope_theta": theta, "rope_scaling": _scaling(reader, given)}
     if gemma and slides:
         if _scaling(reader, local) is not None:
             raise reader.error("rope_parameters", "scaling in sliding layers is not supported")
-        fields["rope_local_theta"] = float(local["rope_theta"])
+        fields["rope_local_theta"] = reader.positive("rope_local_base_freq", local["rope_theta"])
     return fields
 
 
@@ -200,9 +216,9 @@ def _longest(reader: Reader, scaling: LinearRope | Llama3Rope | YarnRope | None)
 
 def _turned(reader: Reader) -> list[int]:
     """Return for each layer whether it has RoPE, as 1 or 0."""
-    layers, interval = reader.integer("num_hidden_layers"), reader.get("no_rope_layer_interval", 4)
-    given = reader.get("no_rope_layers")
+    layers, given = reader.integer("num_hidden_layers"), reader.get("no_rope_layers")
     if given is None:
+        interval = reader.whole("no_rope_layer_interval", 4)
         return [int((i + 1) % interval != 0) for i in range(layers)]
     if not isinstance(given, list) or len(given) < layers or any(i not in (0, 1) for i in given):
         raise reader.error("no_rope_layers", f"expected a list of {layers} layers, 1 or 0 each")
@@ -222,7 +238,7 @@ def _scaling(reader: Reader, given: Json) -> LinearRope | Llama3Rope | YarnRope 
         raise reader.error(f"{where}.partial_rotary_factor", "only 1 is supported")
     if kind == "default":
         return None
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise reader.error(
             f"{where}.rope_type", f"expected default, {', '.join(SCALINGS)} (it is {kind!r})"
         )
@@ -237,10 +253,14 @@ def _scaling(reader: Reader, given: Json) -> LinearRope | Llama3Rope | YarnRope 
     for name in needed:
         if name not in fields:
             raise reader.error(f"{where}.{name}", f"missing; rope_type {kind} needs it")
+        reader.positive(f"{where}.{name}", fields[name])
     if "original_max_position_embeddings" in names:
         length = "original_max_position_embeddings"
         fields[length] = fields.get(length) or reader.need("max_position_embeddings")
     scales = [given.get(key) for key in ("mscale", "mscale_all_dim")]
+    for key, scale in zip(("mscale", "mscale_all_dim"), scales, strict=True):
+        if scale and kind == "yarn":
+            reader.positive(f"{where}.{key}", scale)
     if "attention_factor" not in fields and all(scales):
         over, under = (_magnitude(fields["factor"], float(scale)) for scale in scales if scale)
         fields["attention_factor"] = over / under

@@ -6,6 +6,7 @@ Files are read, not memory-mapped: mapped pages would count as memory of the pro
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -184,7 +185,16 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
                 f"{file}: cut off: {name} ends at byte {tensor.offset + tensor.bytes}, the file "
                 f"at {size}"
             )
+    _refuse_shared(file, [tensor for tensor in found.values() if tensor.bytes])
     return found
+
+
+def _refuse_shared(file: Path, tensors: list[Stored]) -> None:
+    """Raise UserError for tensors that share bytes: the format has no such file."""
+    tensors.sort(key=lambda tensor: tensor.offset)
+    for one, other in itertools.pairwise(tensors):
+        if other.offset < one.offset + one.bytes:
+            raise UserError(f"{file}: {one.name} and {other.name} share bytes; the header is wrong")
 
 
 def _stored(file: Path, name: str, entry: Any, start: int) -> Stored:
@@ -194,6 +204,8 @@ def _stored(file: Path, name: str, entry: Any, start: int) -> Stored:
             "checkpoints are not read)"
         )
     first, last = entry["data_offsets"]
+    if not all(type(each) is int for each in (first, last, *entry["shape"])):
+        raise TypeError(f"{name}: shape and data_offsets are not whole numbers")
     tensor = Stored(file, TYPES[entry["dtype"]], tuple(entry["shape"]), start + first, name)
     if first < 0 or last - first != tensor.bytes or min(tensor.shape, default=1) < 0:
         raise UserError(

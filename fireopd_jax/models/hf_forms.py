@@ -66,6 +66,8 @@ COMMON = frozenset({
     "tie_word_embeddings", "max_position_embeddings", "rope_theta", "rope_scaling",
     "rope_parameters", "torch_dtype", "dtype", "architectures", "model_type",
 })  # fmt: skip
+LARGEST = 1e300
+"""A number beyond this is none of a model."""
 SHOWN = 80
 """Characters of a value in an error."""
 
@@ -105,7 +107,7 @@ class Reader:
 
     def _form(self) -> Form:
         supported = ", ".join(form.architecture for form in FORMS)
-        named = self.values.get("architectures") or []
+        named = self.listed("architectures", self.values.get("architectures") or [])
         for form in FORMS:
             if named == [form.architecture]:
                 if self.values.get("model_type", form.model_type) != form.model_type:
@@ -135,6 +137,25 @@ class Reader:
             raise self.error(key, f"expected a whole number of 1 or more (it is {value!r})")
         return value
 
+    def whole(self, key: str, default: int, least: int = 1) -> int:
+        """Return a whole number that has a default; raise UserError for another value."""
+        value = self.get(key, default)
+        if type(value) is not int or value < least:
+            raise self.error(key, f"expected a whole number of {least} or more (it is {value!r})")
+        return value
+
+    def positive(self, key: str, value: Any) -> float:
+        """Return the value of a key as a number above 0; raise UserError for another value."""
+        if type(value) not in (int, float) or not 0 < value < LARGEST:
+            raise self.error(key, f"expected a number above 0 (it is {_short(value)})")
+        return float(value)
+
+    def listed(self, key: str, value: Any) -> list[Any]:
+        """Return the value of a key as a list; raise UserError for another value."""
+        if not isinstance(value, list):
+            raise self.error(key, f"expected a list (it is {_short(value)})")
+        return value
+
     def table(self, key: str) -> dict[str, Any]:
         """Return an object without its nulls; {} where the file has none."""
         value = self.get(key, {})
@@ -160,11 +181,9 @@ class Reader:
 
     def refusal(self, key: str, value: Any, reason: str) -> UserError:
         """Return the error for a key that could change the computation, with the way around it."""
-        shown = repr(value)
-        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
         return self.error(
             key,
-            f"{reason} (it is {shown}); to load the model without this "
+            f"{reason} (it is {_short(value)}); to load the model without this "
             f"key, give {self.ignored.remedy(key)}",
         )
 
@@ -189,3 +208,8 @@ class Reader:
                     f"{self.ignored.setting}: {key!r} is used: a {self.form.model_type} model is "
                     f"computed by it, so {self.source} is not read without it"
                 )
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."

@@ -66,10 +66,11 @@ def _indexed(index: Path) -> dict[str, Stored]:
     if not isinstance(places, dict):
         raise UserError(f"{index}: expected an object weight_map: tensor -> file")
     shards: dict[str, dict[str, Stored]] = {}
-    for name in dict.fromkeys(places.values()):
-        if Path(str(name)).name != name or not (folder / name).is_file():
+    for name in dict.fromkeys(map(str, places.values())):
+        if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{index}: names the shard {name}, which is not in the folder")
         shards[name] = stored_tensors(folder / name)
+    places = {tensor: str(name) for tensor, name in places.items()}
     for tensor, name in places.items():
         if tensor not in shards[name]:
             raise UserError(f"{index}: {tensor} should be in {name}, but is not")

@@ -220,6 +220,40 @@ EMBEDDED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("llama", "architectures", 5),
+        ("llama", "rope_theta", "x"),
+        ("llama", "rope_theta", float("inf")),
+        ("llama", "rope_parameters.rope_type", ["linear"]),
+        ("llama", "rope_parameters.factor", "x"),
+        ("gemma3_text", "rope_parameters.full_attention", 5),
+        ("gemma3_text", "rope_local_base_freq", "x"),
+        ("gemma3_text", "query_pre_attn_scalar", "x"),
+        ("gemma3_text", "sliding_window_pattern", 0),
+        ("gemma3_text", "sliding_window_pattern", "x"),
+        ("qwen2", "layer_types", 5),
+        ("qwen2", "layer_types", {FULL: 1}),
+        ("qwen2", "max_window_layers", "x"),
+        ("smollm3", "no_rope_layer_interval", 0),
+        ("qwen3_moe", "decoder_sparse_step", 0),
+        ("qwen3_moe", "mlp_only_layers", 5),
+        ("qwen3_moe", "num_experts", "x"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_file_and_key(family, key, value):
+    name, _, part = key.partition(".")
+    more = {name: {"rope_type": "linear", "factor": 2.0, part: value} if part else value}
+    slides = {"use_sliding_window": True, "sliding_window": 8} if family == "qwen2" else {}
+    assert refusal(family, **slides, **more).startswith(f"folder/config.json: {key}: ")
+
+
+def test_a_value_without_effect_may_be_of_any_kind():
+    assert read("qwen2", use_sliding_window=False, max_window_layers="x").sliding_window is None
+    assert read("gemma3_text", layer_types=[FULL] * 4, sliding_window_pattern="x").kinds
+
+
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_what_is_written_reads_back_as_the_same_model(name):
     config = EMBEDDED[name]

@@ -266,6 +266,13 @@ def test_files_that_are_none(tmp_path):
     header = json.dumps({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 4]}}).encode()
     file.write_bytes(struct.pack("<Q", len(header)) + header + b"0000")
     assert "x: shape [4] does not fill its 4 bytes" in broken(tmp_path / "m")
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + b"0000")
+    assert "x: shape and data_offsets are not whole numbers" in broken(tmp_path / "m")
+    one = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"x": one, "y": one}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + b"0000")
+    assert "x and y share bytes" in broken(tmp_path / "m")
 
 
 def test_an_index_must_tell_the_truth(tmp_path):
@@ -281,6 +288,9 @@ def test_an_index_must_tell_the_truth(tmp_path):
     places["weight_map"] = dict.fromkeys(places["weight_map"], "model-00001.safetensors")
     index.write_text(json.dumps(places))
     assert "should be in model-00001.safetensors, but is not" in broken(tmp_path / "m")
+    places["weight_map"] = {name: ["model-00001.safetensors"] for name in places["weight_map"]}
+    index.write_text(json.dumps(places))
+    assert "names the shard ['model-00001.safetensors'], which is not in" in broken(tmp_path / "m")
     index.write_text("{}")
     assert "expected an object weight_map" in broken(tmp_path / "m")
 
