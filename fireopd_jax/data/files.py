@@ -66,6 +66,10 @@ def read_file(path: str) -> Rows:
                 raise UserError(
                     f"{path}:{number}: expected an object of columns, found {kind(record)}"
                 )
+            if isinstance(record, Repeated):
+                raise UserError(
+                    f"{path}:{number}: the row has {record.key!r} twice, with different values"
+                )
             check_size(record, f"{path}:{number}")
             if number > MOST_ROWS:
                 raise UserError(f"{path}: over {MOST_ROWS:,} rows; expected a smaller file")
@@ -120,6 +124,25 @@ def text_lines(file: Path) -> Iterator[tuple[int, str]]:
                 ) from error
 
 
+class Repeated(dict):
+    """An object of JSON that has a key twice, with different values: only the last one is left."""
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]], key: str):
+        super().__init__(pairs)
+        self.key = key
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = next((k for k, value in pairs if value != found[k]), None)
+        return found if key is None else Repeated(pairs, key)
+    return found
+
+
+PLAIN_OBJECTS = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def json_rows(file: Path) -> Rows:
     """Yield the rows of JSON lines or, if the text begins with `[`, of an array of objects."""
     lines = text_lines(file)
@@ -139,7 +162,7 @@ def json_rows(file: Path) -> Rows:
 
 def _json_line(file: Path, number: int, text: str) -> Any:
     try:
-        return json.loads(text)
+        return PLAIN_OBJECTS.decode(text)
     except json.JSONDecodeError as error:
         comma = error.msg == "Extra data" and text[error.pos :].strip() == ","
         remedy = (
@@ -156,7 +179,7 @@ def _json_line(file: Path, number: int, text: str) -> Any:
 
 def _array_rows(file: Path, text: str) -> Rows:
     """Yield the elements of one JSON array, numbered from 1."""
-    decoder, number = json.JSONDecoder(), 0
+    decoder, number = PLAIN_OBJECTS, 0
     position = _skip_blanks(text, text.index("[") + 1)
     try:
         while text[position : position + 1] != "]" or number:
@@ -258,8 +281,25 @@ def dense_rows(batches: Iterator[pyarrow.RecordBatch | pyarrow.Table]) -> Iterat
     `tool_calls`, calls each other's arguments.
     """
     for batch in batches:
-        for record in batch.to_pylist():
+        for record in _records(batch):
             yield {k: _dense(v) if isinstance(v, list) else v for k, v in record.items()}
+
+
+def _records(batch: pyarrow.RecordBatch | pyarrow.Table) -> list[dict[str, Any]]:
+    """Return the rows; a column with values beyond Python's, such as of dates, is text."""
+    try:
+        return batch.to_pylist()
+    except (OverflowError, ValueError):
+        columns = [_values(column) for column in batch.columns]
+        names = batch.schema.names
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(column: Any) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except (OverflowError, ValueError):
+        return column.cast(pyarrow.string()).to_pylist()
 
 
 def _dense(value: Any) -> Any:

@@ -212,6 +212,8 @@ def plain_text(value: Any, where: str) -> str | None:
         return ", ".join(part for part in parts if part is not None) or None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
+    if isinstance(value, float) and math.isinf(value):
+        raise UserError(f"{where}: the number is too large for a float; write it as a text")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float):

@@ -149,6 +149,30 @@ def test_a_row_far_from_a_prompt_is_refused_before_it_fills_memory(tmp_path, mon
         read(table)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_row_with_two_values_for_a_key_is_refused(tmp_path, name):
+    text = '{"prompt": "a", "answer": "1", "prompt": "b"}'
+    (tmp_path / name).write_text(f"[{text}]" if name == "a.json" else text)
+    with pytest.raises(UserError, match=rf"{name}:1: the row has 'prompt' twice, with different"):
+        read_rows(DataConfig(path=str(tmp_path / name)))
+    (tmp_path / name).write_text('{"prompt": "a", "prompt": "a"}')
+    assert len(read_rows(DataConfig(path=str(tmp_path / name)))) == 1
+
+
+def test_a_number_beyond_a_float_is_no_answer(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "answer": 1e400}')
+    with pytest.raises(UserError, match=r"a.jsonl:1: column 'answer': the number is too large"):
+        read_rows(DataConfig(path=str(tmp_path / "a.jsonl")))
+
+
+def test_a_date_beyond_those_of_python_is_a_text(tmp_path):
+    when = pyarrow.array([2**62, 0], pyarrow.timestamp("ms"))
+    table = pyarrow.table({"prompt": ["a", "b"], "when": when})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    rows = [row for _, row in files.read_file(str(tmp_path / "a.parquet"))]
+    assert [row["prompt"] for row in rows] == ["a", "b"] and str(2**62) in rows[0]["when"]
+
+
 def test_keys_of_the_hub_beside_a_file_are_refused(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(LINES)
