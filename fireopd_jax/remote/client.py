@@ -239,6 +239,6 @@ def _usage(answer: Any, bound: Tokens) -> Tokens:
     """Return the tokens of an answer by its `usage`, the bound where there is none."""
     used = list(bound)
     for i, name in enumerate(("prompt_tokens", "completion_tokens")):
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            used[i] = int(answer["usage"][name])
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+            used[i] = max(int(answer["usage"][name]), 0)
     return used[0], used[1]

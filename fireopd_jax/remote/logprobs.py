@@ -235,10 +235,10 @@ def _prompt_logprobs(answer: Any, whole: Sequence[int], first: int) -> list[Best
         raise Malformed(f"expected prompt_logprobs of {len(whole)} tokens")
     try:
         return [
-            {int(token): float(entry["logprob"]) for token, entry in place.items()}
+            {_id(token): float(entry["logprob"]) for token, entry in place.items()}
             for place in listed[first:]
         ]
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise Malformed("expected prompt_logprobs as {id: {logprob}}") from None
 
 
@@ -257,17 +257,23 @@ def _echoed(answer: Any, whole: Sequence[int], first: int) -> list[Best]:
             {**_named(place), token: float(value)}
             for place, value, token in zip(best, own, whole[first:], strict=True)
         ]
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise Malformed("expected logprobs of the prompt's tokens") from None
 
 
 def _named(place: Mapping[str, float] | None) -> Best:
     mark = "token_id:"
     return {
-        int(name.removeprefix(mark)): float(value)
+        _id(name.removeprefix(mark)): float(value)
         for name, value in (place or {}).items()
         if name.startswith(mark)
     }
+
+
+def _id(text: str) -> int:
+    if not 0 <= (number := int(text)) < 2**31:
+        raise ValueError(f"no token id: {text}")
+    return number
 
 
 def _given(answer: Any, wanted: Int32[np.ndarray, "T C"]) -> Float32[np.ndarray, "T C"]:
@@ -278,7 +284,7 @@ def _given(answer: Any, wanted: Int32[np.ndarray, "T C"]) -> Float32[np.ndarray,
     decoders: Mapping[type, Callable[[Any], Any]] = {list: np.array, str: _npy}
     try:
         values = decoders[type(rows)](rows).astype(np.float32)
-    except (KeyError, TypeError, ValueError, OSError):
+    except (KeyError, TypeError, ValueError, OSError, OverflowError, EOFError, MemoryError):
         raise Malformed(f"expected {field} as rows of numbers") from None
     if values.shape != wanted.shape:
         raise Malformed(f"expected {field} of shape {wanted.shape}, found {values.shape}")

@@ -315,7 +315,12 @@ def _texts(answer: Any, text_of: Callable[[Any], Any]) -> list[str]:
         raise Malformed("expected choices with a text") from None
     if not all(isinstance(text, str) for text in texts):
         raise Malformed("expected choices with a text")
-    return texts
+    return [_whole(text) for text in texts]
+
+
+def _whole(text: str) -> str:
+    """Return a text with U+FFFD for each half of a surrogate pair, which no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _prompt_tokens(answer: Any) -> int | None:

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -20,6 +21,8 @@ from fireopd_jax.runtime.limits import parse_json
 RETRYABLE = (408, 409, 425, 429)
 EXHAUSTED = ("insufficient_quota", "billing_hard_limit_reached")
 """Codes of a 429 that waiting does not help."""
+LARGEST_ANSWER = 2**28
+"""Bytes of an answer, decompressed."""
 SHOWN = 300
 NO_KEY = "none"
 VISIBLE = re.compile(r"[!-~]+")
@@ -46,13 +49,15 @@ class Transport:
                 "it has a space, a line break or a character that is not ASCII"
             )
         # Not through a proxy of the environment: it cannot reach this machine's loopback.
-        local = {"http_client": openai.DefaultHttpxClient(trust_env=False)}
+        http = openai.DefaultHttpxClient(
+            trust_env=not settings.is_local, event_hooks={"response": [self._read]}
+        )
         self._client = openai.OpenAI(
             api_key=self._secret or NO_KEY,
             base_url=settings.base,
             timeout=settings.timeout_s,
             max_retries=0,
-            **(local if settings.is_local else {}),
+            http_client=http,
         )
 
     def send(self, path: str, body: Mapping[str, Any]) -> Any:
@@ -78,6 +83,20 @@ class Transport:
         except ValueError:
             reason = f"the answer is not JSON: {self.clean(text, 60)!r}"
             raise Failure(reason, status=200, retryable=True) from None
+
+    def _read(self, response: Any) -> None:
+        """Read the body of an answer; raise an error of the library for one without end."""
+        httpx = importlib.import_module("httpx")
+        until = time.monotonic() + self.settings.timeout_s
+        parts, size = [], 0
+        for part in response.iter_bytes():
+            size += len(part)
+            parts.append(part)
+            if size > LARGEST_ANSWER:
+                raise httpx.ReadError(f"an answer of over {LARGEST_ANSWER:,} bytes")
+            if time.monotonic() > until:
+                raise httpx.ReadTimeout("the answer does not end")
+        response._content = b"".join(parts)  # as its own read() does, which has no bounds
 
     def close(self) -> None:
         """Close the connections."""

@@ -6,12 +6,14 @@ import textwrap
 import threading
 import time
 
+import httpx
 import pytest
 
 from fireopd_jax.config import UserError, validate
 from fireopd_jax.remote.client import Client, Request
 from fireopd_jax.remote.errors import BudgetSpent, Malformed, Refused, Stopped, Unreachable
 from fireopd_jax.remote.settings import ServedConfig
+from fireopd_jax.remote.transport import Transport
 from tests.remote.fake import SECRET, Said, client_of, serving
 
 
@@ -393,3 +395,41 @@ def test_this_machine_is_known_by_name_and_address():
     assert all(map(local, ["http://localhost:1/v1", "http://127.0.0.2/v1", "http://[::1]:8/v1"]))
     assert not any(map(local, ["http://10.0.0.1/v1", "https://localhost.example.com/v1"]))
     assert ServedConfig(url="http://h:1/v1/", model="m").root == "http://h:1"
+
+
+@pytest.mark.parametrize(
+    ("wait", "error"), [(0.0, httpx.ReadError), (0.02, httpx.ReadTimeout)], ids=["size", "time"]
+)
+def test_an_answer_without_end_is_ended(monkeypatch, wait, error):
+    monkeypatch.setattr("fireopd_jax.remote.transport.LARGEST_ANSWER", 2**20)
+    settings = ServedConfig(url="http://localhost:1/v1", model="m", timeout_s=0.1)
+
+    def endless():
+        while True:
+            yield b"1," if wait else b"1," * 2**16
+            time.sleep(wait)
+
+    with pytest.raises(error):
+        Transport(settings, "judge")._read(httpx.Response(200, content=endless()))
+
+
+@pytest.mark.parametrize("answer", [b"[" * 100_000, b"\xff", b"{}", b""])
+def test_an_answer_that_is_none_is_asked_for_again(answer):
+    def script(number, path, body):
+        return (200, {}, answer) if number == 0 else None
+
+    with serving(script=script) as server, client_of(server) as client:
+        assert client.ask(requests(1)) == [" text 0 0"]
+        assert client.stats()["requests_retried"] == 1
+
+
+def test_a_usage_that_is_none_costs_what_it_can_at_most():
+    usage = {"prompt_tokens": float("inf"), "completion_tokens": -5}
+
+    def script(number, path, body):
+        return 200, {}, {"choices": [{"text": "x"}], "usage": usage}
+
+    with serving(script=script) as server, client_of(server) as client:
+        client.ask(requests(1))
+        stats = client.stats()
+    assert stats["tokens_in"] == 10 and stats["tokens_out"] == 0

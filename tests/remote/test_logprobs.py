@@ -187,7 +187,11 @@ def test_scores_are_kept_for_their_own_ids_only(tmp_path):
     ("prompt_logprobs", [None]),
     ("prompt_logprobs", None),
     ("prompt_logprobs", [None, *[{"7": {}}] * 9]),
+    ("prompt_logprobs", [None, *[{"99999999999": {"logprob": -1.0}}] * 9]),
+    ("prompt_logprobs", [None, *[{"7": {"logprob": 10**400}}] * 9]),
     ("prompt_token_id_logprobs", [[1.0]]),
+    ("prompt_token_id_logprobs", [[10**400] * 6] * 6),
+    ("prompt_token_id_logprobs", ""),
     ("prompt_token_id_logprobs", "no file"),
     ("prompt_token_id_logprobs", [[None] * 6] * 6),
 ])  # fmt: skip
