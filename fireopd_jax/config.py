@@ -94,6 +94,9 @@ def validate(root: type[Class], tree: Tree, origins: Origins, hint: Hint = lambd
     """
     from pydantic import TypeAdapter, ValidationError
 
+    if key := _too_large(tree):
+        where = f"{origin}: " if (origin := origin_of(key, origins)) else ""
+        raise UserError(f"{where}{dotted(key)}: expected a number between -2**63 and 2**63")
     try:
         return TypeAdapter(root).validate_python(tree)
     except ValidationError as error:
@@ -111,6 +114,15 @@ def validate(root: type[Class], tree: Tree, origins: Origins, hint: Hint = lambd
     allowed = str(allowed.get("expected_tags", allowed.get("expected", "")))
     meant = hint(key, value, first["type"], allowed)
     raise UserError(f"{where}{dotted(key) or 'configuration'}: {message}{shown}{meant}")
+
+
+def _too_large(tree: Any, key: Key = ()) -> Key:
+    """Return the key of the first whole number that no computation has room for, () for none."""
+    if isinstance(tree, int) and abs(tree) >= 2**63:
+        return key
+    parts = enumerate(tree) if isinstance(tree, list | tuple) else ()
+    items = tree.items() if isinstance(tree, Mapping) else parts
+    return next((found for k, v in items if (found := _too_large(v, (*key, str(k))))), ())
 
 
 def idle_keys(section: Any, prefix: Key = ()) -> Iterator[tuple[Key, str]]:

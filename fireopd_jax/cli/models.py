@@ -8,6 +8,10 @@ from typer.core import TyperCommand
 
 from fireopd_jax.cli.app import app
 from fireopd_jax.cli.options import (
+    HOTTEST,
+    LARGEST,
+    LONGEST,
+    MOST_SAMPLES,
     AnyModel,
     Dtype,
     Greedy,
@@ -51,14 +55,18 @@ def evaluate(
         int | None, typer.Option(help="Of a run: a checkpoint's step; by default the end.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Responses per problem; by default 8, greedy 1.")
+        int | None,
+        typer.Option(
+            min=1, max=MOST_SAMPLES, help="Responses per problem; by default 8, greedy 1."
+        ),
     ] = None,
     problems: Annotated[
         int | None,
         typer.Option(min=1, help="Problems per set, chosen by hash; by default all."),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Maximum response length; by default 1024.")
+        int | None,
+        typer.Option(min=1, max=LONGEST, help="Maximum response length; by default 1024."),
     ] = None,
     greedy: Greedy = False,
     temperature: Temperature = None,
@@ -126,13 +134,19 @@ def generate(
     ] = None,
     chat_template: Template = None,
     name: OfRun = "student",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum response length.")] = 256,
-    min_tokens: Annotated[int, typer.Option(min=0, help="Minimum response length.")] = 0,
-    samples: Annotated[int, typer.Option(min=1, help="Responses per prompt.")] = 1,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=LONGEST, help="Maximum response length.")
+    ] = 256,
+    min_tokens: Annotated[
+        int, typer.Option(min=0, max=LONGEST, help="Minimum response length.")
+    ] = 0,
+    samples: Annotated[
+        int, typer.Option(min=1, max=MOST_SAMPLES, help="Responses per prompt.")
+    ] = 1,
     greedy: Greedy = False,
     temperature: Temperature = None,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
+    top_k: Annotated[int, typer.Option(min=0, max=LARGEST, help="0 is off.")] = 0,
     min_p: Annotated[float, typer.Option(min=0, max=1)] = 0.0,
     stop: Annotated[
         list[str] | None, typer.Option(help="A text that ends a response; may be repeated.")
@@ -214,7 +228,9 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     chat_template: Template = None,
     name: OfRun = "student",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer.")] = 512,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=LONGEST, help="Maximum length of an answer.")
+    ] = 512,
     context: Annotated[
         int | None,
         typer.Option(
@@ -224,10 +240,12 @@ def chat(
     greedy: Greedy = False,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0, help="By default 0.7, for answers to read; generate has 1."),
+        typer.Option(
+            min=0, max=HOTTEST, help="By default 0.7, for answers to read; generate has 1."
+        ),
     ] = None,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
-    top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
+    top_k: Annotated[int, typer.Option(min=0, max=LARGEST, help="0 is off.")] = 0,
     min_p: Annotated[float, typer.Option(min=0, max=1)] = 0.0,
     dtype: Annotated[
         str | None,
@@ -283,7 +301,8 @@ def export(
         str | None, typer.Option(help="float32 or bfloat16; by default as trained.")
     ] = None,
     max_shard_gib: Annotated[
-        float, typer.Option(min=0, help="Maximum size of a weight file, in GiB.")
+        float,
+        typer.Option(min=0, max=2**20, help="Maximum size of a weight file, in GiB."),
     ] = 4.0,
 ) -> None:
     """Export a model of a run as a Hugging Face folder, which `transformers` loads."""

@@ -10,13 +10,18 @@ import typer
 from fireopd_jax.config import UserError, nearest
 
 Default = TypeVar("Default", float, None)
+HOTTEST = 1e6
+"""Highest temperature: far higher ones are infinite in float32."""
+
+LONGEST, MOST_SAMPLES, LARGEST = 2**24, 100_000, 2**31 - 1
+"""Tokens of a response, responses to a prompt, and any number that a device is passed."""
 
 AnyModel = Annotated[str, typer.Argument(help="A run, a model's folder, or a name on the hub.")]
 OfRun = Annotated[
     str, typer.Option("--model", help="Of a run: student, student_start, teacher_NAME ...")
 ]
 Greedy = Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")]
-Temperature = Annotated[float | None, typer.Option(min=0, help="By default 1.")]
+Temperature = Annotated[float | None, typer.Option(min=0, max=HOTTEST, help="By default 1.")]
 Template = Annotated[
     str | None,
     typer.Option(
@@ -27,7 +32,9 @@ Template = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; by default the model's own.")]
 Slots = Annotated[
     int | None,
-    typer.Option(min=1, help="Responses decoded at a time, per replica; does not change them."),
+    typer.Option(
+        min=1, max=2**16, help="Responses decoded at a time, per replica; does not change them."
+    ),
 ]
 Tensor = Annotated[int, typer.Option(min=1, help="Devices per replica of the model.")]
 IgnoredKeys = Annotated[

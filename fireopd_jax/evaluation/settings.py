@@ -24,7 +24,7 @@ def set_name(name: str) -> str:
     return name
 
 
-Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0, le=1e6)]
 
 
 @config

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, field_validator
 
 from fireopd_jax.config import Section, config
 
@@ -63,6 +63,13 @@ class RunConfig(Section):
     """Write the finished student to `models/student_hf` too, as a Hugging Face folder."""
     compilation_cache: bool = True
     """Keep compiled programs on disk for later runs."""
+
+    @field_validator("name", "dir")
+    @classmethod
+    def _is_path(cls, value: str | None) -> str | None:
+        if value is not None and "\0" in value:
+            raise ValueError("expected a path, which has no NUL character")
+        return value
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         """Yield `name` if `dir` is given, else `resume`: without `dir` every run is new."""

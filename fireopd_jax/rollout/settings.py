@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 
 from fireopd_jax.config import UnitInterval, config
 from fireopd_jax.rollout.kv_dense import Dense
@@ -16,11 +16,11 @@ from fireopd_jax.rollout.kv_paged_tpu import PagedTPU
 class RolloutConfig:
     """Sampling of responses in training."""
 
-    batch_size: PositiveInt = 64
+    batch_size: Annotated[int, Field(gt=0, le=2**24)] = 64
     """Responses per step."""
     group_size: PositiveInt = 1
     """Responses per prompt; must divide the batch size."""
-    max_tokens: PositiveInt = 512
+    max_tokens: Annotated[int, Field(gt=0, le=2**24)] = 512
     """Maximum response length in tokens, the end-of-sequence token included."""
     window: PositiveInt = 1
     """Number of batches that are sampled, and refined, with the same parameters before the first
@@ -28,15 +28,15 @@ class RolloutConfig:
     on_policy_fraction: UnitInterval = 1.0
     """Probability that a row is trained on the student's own response; other rows are trained on
     their references. Only for losses that do not assume on-policy responses."""
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     """Sampling temperature, at which responses are also scored; 0 is greedy."""
     top_p: UnitInterval = 1.0
     """Sample from the smallest set of tokens with at least this probability mass; 1 is off."""
-    top_k: NonNegativeInt = 0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Sample from this many most likely tokens; 0 is off."""
     min_p: UnitInterval = 0.0
     """Smallest probability relative to the most likely token's; 0 is off."""
-    min_tokens: NonNegativeInt = 0
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Minimum response length: the first so many tokens are no stop tokens."""
     slots: PositiveInt | None = None
     """Slots per replica: responses decoded at the same time; does not change responses. By default

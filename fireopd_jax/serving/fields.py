@@ -57,9 +57,9 @@ class Sampling:
 
     model: str | None = None
     n: PositiveInt = 1
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     top_p: UnitInterval = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = 0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
     """0 and -1 are off."""
     min_p: UnitInterval = 0.0
     seed: int | None = None

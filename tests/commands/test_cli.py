@@ -155,6 +155,16 @@ def test_mistakes_name_what_is_wrong(monkeypatch, capsys, tmp_path, arguments, w
     assert not any(words in line or "Traceback" in line for line in progress)
 
 
+@pytest.mark.parametrize(
+    "option",
+    ["--temperature=1e300", "--temperature=inf", "--samples=999999999", "--top-k=9999999999"],
+)
+def test_a_number_that_no_device_takes_is_refused_by_its_option(monkeypatch, capsys, option):
+    assert call(monkeypatch, "generate", "m", option) == 2
+    assert option.split("=")[0] in capsys.readouterr().err
+    assert call(monkeypatch, "export", "m", "--to", "x", "--max-shard-gib", "inf") == 2
+
+
 def test_an_unknown_option_or_command_is_refused(monkeypatch, capsys):
     assert call(monkeypatch, "trian") == 2
     assert call(monkeypatch, "train", "--dryrun") == 2

@@ -373,3 +373,21 @@ def test_every_key_is_documented():
 def test_files_hold_no_path_of_a_machine():
     for file in Path(CONFIGS).rglob("*.yaml"):
         assert str(Path.home()) not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("run.steps=" + "9" * 400, r"command line: run\.steps: expected a number between"),
+        (
+            "data.mixture=[{weight: -9223372036854775809}]",
+            r"data\.mixture\.0\.weight: expected a nu",
+        ),
+        ("rollout.temperature=1e300", r"rollout\.temperature: .* less than or equal to 1000000"),
+        ('run.name="a\\0b"', r"run\.name: expected a path, which has no NUL"),
+        ('run.dir="a\\0b"', r"run\.dir: expected a path, which has no NUL"),
+    ],
+)
+def test_a_value_that_no_machine_takes_is_refused_by_its_key(override, words):
+    with pytest.raises(UserError, match=words):
+        load_config([TEACHER, override])
