@@ -8,6 +8,7 @@ user's, or of the user's disk; 130 interrupted; 141 nobody reads the output any 
 
 import errno
 import os
+import re
 import sys
 
 # The order is that of the help.
@@ -23,6 +24,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 FOR_FILES = ("train", "sft", "resume", "export", "serve", "chat")
 """Commands whose output is a report: what they are for is in files, or answered elsewhere."""
+LONGEST_WORD, SHOWN = 500, 40
+"""Characters of a word in an error, such as a path or a value, and those of its ends."""
 OF_MACHINE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EACCES, errno.EPERM),
@@ -82,6 +85,8 @@ def _status() -> int | str | None:
 def of_machine(error: BaseException | None) -> str | None:
     """Return the line for an error of the user's disk, files or limits; None for any other."""
     while error is not None:
+        if "Unable to initialize backend" in str(error):
+            return f"{' '.join(str(error).split())}; fireopd env shows what there is"
         if "No usable temporary directory" in str(error):
             return f"{error}: expected one that can be written to; TMPDIR names another"
         if isinstance(error, OSError) and (error.filename is not None or error.errno in OF_MACHINE):
@@ -92,10 +97,15 @@ def of_machine(error: BaseException | None) -> str | None:
     return None
 
 
+def _clipped(word: re.Match[str]) -> str:
+    return f"{word[0][:SHOWN]}...{word[0][-SHOWN:]} ({len(word[0]):,} characters)"
+
+
 def _decoded(name: str) -> str:
     return name[2:-1] if name.startswith(("b'", 'b"')) else name
 
 
 def _line(text: object, status: int) -> int:
-    print(f"fireopd: {text}", file=sys.stderr)
+    shown = re.sub(rf"\S{{{LONGEST_WORD},}}", _clipped, str(text))
+    print(f"fireopd: {shown}", file=sys.stderr)
     return status

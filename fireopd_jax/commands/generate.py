@@ -28,6 +28,7 @@ from fireopd_jax.commands.prompts import (
     rendered_ids,
 )
 from fireopd_jax.config import UserError
+from fireopd_jax.data.messages import check_unicode
 from fireopd_jax.data.pipeline import SAMPLE_IDS
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.rollout.buckets import by_length
@@ -74,6 +75,10 @@ class GenerateOptions:
         """Raise UserError for options that conflict."""
         if self.bos and not self.raw:
             raise UserError("--bos goes with --raw: a chat template writes its own BOS")
+        for text in self.stop:
+            check_unicode(text, "--stop")
+            if not text:
+                raise UserError("--stop: the text is empty; expected one that ends a response")
         if self.raw and self.chat_template is not None:
             raise UserError(f"--chat-template {self.chat_template} has no effect with --raw")
 
@@ -147,7 +152,7 @@ def answers(
         engine = Engine(
             spec.model,
             width=width,
-            room=settings.max_tokens,
+            room=min(settings.max_tokens, limit_of(spec)),
             seed=seed_for(settings.seed, purpose),
             slots=slots,
             text=lambda tokens: decode(spec.tokenizer, tokens),
@@ -174,6 +179,11 @@ def with_clock(spec: ModelSpec, kwargs: Mapping[str, Any], out: Path | None) -> 
     return kwargs
 
 
+def limit_of(spec: ModelSpec) -> int:
+    """Return the positions that a model has: prompt and response stay within them."""
+    return spec.model.config.max_position_embeddings or 2**30
+
+
 def make_requests(
     spec: ModelSpec,
     ids: Sequence[Sequence[int]],
@@ -184,7 +194,7 @@ def make_requests(
 
     Prompt and response stay within the model's positions. Raises UserError for a longer prompt.
     """
-    limit = spec.model.config.max_position_embeddings or 2**30
+    limit = limit_of(spec)
     names = ("temperature", "top_p", "top_k", "min_p", "min_tokens")
     shared = {name: getattr(settings, name) for name in names}
     for i, tokens in enumerate(ids):

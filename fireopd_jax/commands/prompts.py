@@ -17,12 +17,15 @@ from fireopd_jax.config import UserError
 from fireopd_jax.data.messages import check_unicode
 from fireopd_jax.data.settings import DataConfig
 from fireopd_jax.data.sources import Row, read_rows, tables
+from fireopd_jax.runtime.limits import read_text
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.text.chat import Message, prompt_ids
 from fireopd_jax.text.chat_templates import opening
 
 STANDARD = "-"
 """Standard input, or output."""
+LARGEST_PROMPTS = 2**30
+"""Bytes of prompts that are read whole."""
 FLAGS = {"data.prompt_column": "--prompt-column", "data.path": "--prompts"}
 """Options in the place of configuration keys."""
 
@@ -129,9 +132,10 @@ def _text_lines(file: Path, shown: str, column: str | None) -> list[Asked]:
     if column is not None:
         raise UserError(f"--prompt-column {column}: {shown} is plain text, without columns")
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not valid UTF-8: {error}"
+        lines = read_text(file, LARGEST_PROMPTS).removeprefix("\ufeff").split("\n")
+    except (OSError, ValueError) as error:
+        utf8 = "not valid UTF-8: " if isinstance(error, UnicodeDecodeError) else ""
+        reason = error.strerror if isinstance(error, OSError) else f"{utf8}{error}"
         raise UserError(f"--prompts: {shown} cannot be read ({reason})") from error
     asked = []
     for number, line in enumerate(lines, start=1):
@@ -148,7 +152,11 @@ def _standard_input(column: str | None) -> list[Asked]:
     """Return the prompts of standard input: JSON if it begins with an object, else lines."""
     if sys.stdin.isatty():
         raise UserError("--prompts: expected a file, or prompts on standard input (a pipe)")
-    content, shown = sys.stdin.buffer.read(), "standard input"
+    content, shown = sys.stdin.buffer.read(LARGEST_PROMPTS + 1), "standard input"
+    if len(content) > LARGEST_PROMPTS:
+        raise UserError(
+            f"--prompts: over {LARGEST_PROMPTS:,} bytes on standard input; expected a file"
+        )
     with tempfile.TemporaryDirectory(prefix="fireopd-") as folder:
         file = Path(folder) / "prompts.jsonl"
         file.write_bytes(content)

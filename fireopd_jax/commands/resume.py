@@ -31,11 +31,14 @@ def resume(run: str, settings: Sequence[str], extend: bool) -> None:
 def go_on(folder: Path, settings: Sequence[str], extend: bool) -> None:
     """Train on; paths that are not among the settings begin where the run began."""
     from fireopd_jax.data.identity import recorded_rows
+    from fireopd_jax.recipe.layers import read_file
     from fireopd_jax.recipe.paths import anchored, with_paths
     from fireopd_jax.recipe.schema import load
     from fireopd_jax.training import run as running
 
     file = str(folder / "config.yaml")
+    if not read_file(Path(file)).tree:
+        raise UserError(f"{file}: empty; expected the configuration of a run, as it began")
     recorded, own = recorded_rows(folder), {}
     home = Path.cwd() if recorded is None else Path(recorded["folder"])
 

@@ -15,4 +15,8 @@ def text() -> str:
 
 def write(out: Path) -> None:
     """Write the JSON schema to a file."""
-    out.write_text(text(), encoding="utf-8")
+    try:
+        out.write_text(text(), encoding="utf-8")
+    except OSError as error:  # such as of a full disk
+        error.filename = error.filename or str(out)
+        raise

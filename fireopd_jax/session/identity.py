@@ -119,7 +119,13 @@ def recorded_templates(file: Path) -> Written:
 
 def recorded_sources(file: Path) -> dict[str, Any]:
     """Return the identities recorded in `file`, by model name; {} without the file."""
-    return recorded(file) if file.is_file() else {}
+    found = recorded(file) if file.is_file() else {}
+    for name, source in found.items():
+        kinds = {"folder": str, "sha256": dict}
+        whole = isinstance(source, dict) and "revision" in source
+        if not whole or not all(isinstance(source.get(k), kind) for k, kind in kinds.items()):
+            raise UserError(f"{file}: damaged ({name}); delete it, a resumed run writes it again")
+    return found
 
 
 def _difference(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:

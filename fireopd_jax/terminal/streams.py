@@ -133,6 +133,8 @@ def guarded_streams(product: bool = False) -> Iterator[None]:
     """
     for number, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
         _open_if_closed(number, mode)
+    if sys.stdin is None:  # closed before Python began: it is at its end
+        sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         for name, number, stream in zip(("stdout", "stderr"), (1, 2), before, strict=True):

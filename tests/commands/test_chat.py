@@ -16,7 +16,7 @@ import pytest
 from fireopd_jax import cli
 from fireopd_jax.commands.chat.command import ChatCommand, talk
 from fireopd_jax.commands.chat.conversation import Chat
-from fireopd_jax.commands.chat.reading import message
+from fireopd_jax.commands.chat.reading import message, piped_line
 from fireopd_jax.commands.chat.settings import Settings
 from fireopd_jax.commands.chat.showing import Screen
 from fireopd_jax.commands.chat.sides import sides
@@ -259,6 +259,14 @@ def test_what_was_said_is_saved_as_rows(tmp_path):
 )
 def test_a_message_may_have_several_lines(typed, expected):
     assert message(lines(*typed)) == expected
+
+
+def test_a_piped_line_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr("fireopd_jax.commands.chat.reading.LONGEST_LINE", 4)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc\nabcde\n")))
+    assert piped_line("") == "abc"
+    with pytest.raises(UserError, match="a line of over 4 bytes"):
+        piped_line("")
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_what_was_said():

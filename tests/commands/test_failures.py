@@ -36,6 +36,8 @@ def call(monkeypatch, error):
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x", None, "y"), "x -> y: No such file"),
+        (RuntimeError("Unable to initialize backend 'x'"), "backend 'x'; fireopd env"),
+        (UserError("a" * 5000), "aaa...aaa"),
         (OSError(errno.ENOENT, "No usable temporary directory found in ['a']"), "TMPDIR"),
     ],
 )  # fmt: skip

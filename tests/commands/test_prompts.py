@@ -82,6 +82,9 @@ def test_a_text_has_a_prompt_on_each_line(tmp_path):
     file.write_bytes(b"a\n\xff\n")
     with pytest.raises(UserError, match="not valid UTF-8"):
         read_prompts(str(file))
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"zero\.txt cannot be read \(not a file\)"):
+        read_prompts(str(tmp_path / "zero.txt"))
 
 
 def test_standard_input_is_json_or_lines(standard_input):
@@ -95,6 +98,13 @@ def test_standard_input_is_json_or_lines(standard_input):
         read_prompts("-")
     standard_input("", terminal=True)
     with pytest.raises(UserError, match="expected a file, or prompts on standard input"):
+        read_prompts("-")
+
+
+def test_standard_input_without_end_is_refused(standard_input, monkeypatch):
+    monkeypatch.setattr("fireopd_jax.commands.prompts.LARGEST_PROMPTS", 8)
+    standard_input("1+1?\n2+2?\n")
+    with pytest.raises(UserError, match="--prompts: over 8 bytes on standard input"):
         read_prompts("-")
 
 
@@ -160,6 +170,10 @@ def test_options_that_conflict_are_named():
         GenerateOptions(bos=True).check()
     with pytest.raises(UserError, match="--chat-template chatml has no effect with --raw"):
         GenerateOptions(raw=True, chat_template="chatml").check()
+    with pytest.raises(UserError, match="--stop: the text is empty"):
+        GenerateOptions(stop=("a", "")).check()
+    with pytest.raises(UserError, match="--stop: character 0 is an unpaired surrogate"):
+        GenerateOptions(stop=("\udcff",)).check()
 
 
 def test_the_command_says_at_once_that_it_starts(tmp_path):

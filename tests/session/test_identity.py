@@ -9,7 +9,7 @@ import pytest
 from fireopd_jax.config import UserError
 from fireopd_jax.models.hf_export import export_model
 from fireopd_jax.recipe.models import TeacherConfig
-from fireopd_jax.session.identity import check_sources, identity
+from fireopd_jax.session.identity import check_sources, identity, recorded_sources
 from fireopd_jax.session.specs import make_spec, slug
 from fireopd_jax.text.tokenizer import BUILTIN, load_tokenizer
 from tests.cases import random_params, tiny_model
@@ -88,6 +88,13 @@ def test_a_model_that_was_not_there_is_refused(folder, tmp_path):
     check_sources(record, [spec_of(folder)])
     with pytest.raises(UserError, match=r"^base: the model of"):
         check_sources(record, [spec_of(folder), dataclasses.replace(spec_of(folder), name="base")])
+
+
+@pytest.mark.parametrize("record", [[1], {"base": 5}, {"base": {"folder": "x"}}])
+def test_a_damaged_record_is_named(tmp_path, record):
+    (tmp_path / "sources.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"sources\.json: damaged .*; delete it"):
+        recorded_sources(tmp_path / "sources.json")
 
 
 def test_folder_names_are_one_to_one():

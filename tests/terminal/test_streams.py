@@ -98,6 +98,15 @@ def test_streams_are_given_back(monkeypatch):
     assert sys.stdout is text and text.getvalue().startswith("a\n")
 
 
+def test_a_closed_standard_input_is_at_its_end(tmp_path):
+    code = (
+        "import sys; from fireopd_jax.terminal.streams import guarded_streams\n"
+        "with guarded_streams(): assert sys.stdin.buffer.read() == b'' and not sys.stdin.isatty()"
+    )
+    shell = f'"{sys.executable}" -c "$CODE" <&-'
+    subprocess.run(["bash", "-c", shell], env={**os.environ, "CODE": code}, check=True)
+
+
 @pytest.mark.parametrize("how", [">&-", "2>&-", ">&- 2>&-", ">/dev/full 2>/dev/full", "| head -1"])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_a_process_prints_into_anything_and_ends_well(tmp_path, how, encoding):

@@ -121,6 +121,12 @@ def test_a_folder_that_is_no_run_is_named_with_the_nearest(tmp_path, monkeypatch
         run_folder(run)
 
 
+def test_a_run_without_its_configuration_is_named(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"config\.yaml: empty; expected the configuration"):
+        resume(str(tmp_path), [], extend=False)
+
+
 @pytest.mark.parametrize("setting", ["run.dir=other", "other.yaml"])
 def test_only_keys_are_changed_by_a_resume(tmp_path, setting):
     (tmp_path / "config.yaml").write_text("{}")

@@ -16,6 +16,7 @@ from fireopd_jax.commands.chat.sides import Side, sides
 from fireopd_jax.commands.chat.slash import Leave, run_command
 from fireopd_jax.commands.journal import say
 from fireopd_jax.config import UserError
+from fireopd_jax.data.messages import check_unicode
 from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.session.chatting import Speaker
 from fireopd_jax.session.opening import open_any
@@ -46,6 +47,7 @@ class ChatCommand:
 
         Raises UserError for unknown models, or one without a chat template.
         """
+        check_unicode(self.system or "", "--system")
         compile_cache()
         both = sides(self.model, self.compare, self.name)
         only_runs = all(side.is_run for side in both)  # which `open_any` then refuses keys for

@@ -11,6 +11,8 @@ from importlib import import_module
 from fireopd_jax.config import UserError
 
 PROMPT, MORE = ">>> ", "... "
+LONGEST_LINE = 2**24
+"""Bytes."""
 QUOTES = '"""'
 LineOf = Callable[[str], str]
 """Returns the next line without its newline, after a prompt; EOFError at the end."""
@@ -23,9 +25,11 @@ def terminal_line(prompt: str) -> str:
 
 def piped_line(prompt: str) -> str:
     """Return a line of standard input; raise UserError where it is not UTF-8."""
-    line = sys.stdin.buffer.readline()
+    line = sys.stdin.buffer.readline(LONGEST_LINE + 1)
     if not line:
         raise EOFError
+    if len(line) > LONGEST_LINE:
+        raise UserError(f"standard input: a line of over {LONGEST_LINE:,} bytes, no message")
     try:
         return line.decode().removeprefix("\ufeff").rstrip("\r\n")
     except UnicodeDecodeError as error:
