@@ -102,7 +102,7 @@ def read_json(file: Path) -> Any:
 
 def read_text(file: Path, most: int = LARGEST_TEXT) -> str:
     """Return the text of a file; raises OSError and ValueError, also for one without end."""
-    if not file.is_file():
+    if file.exists() and not file.is_file():
         raise ValueError("not a file")
     with file.open("rb") as stream:
         text = stream.read(most + 1)

@@ -43,7 +43,7 @@ SMALL = (
     "eval.batch_size=null",
 )
 SHIM = """#!{python}
-import os, subprocess, sys, urllib.request, time
+import os, re, subprocess, sys, urllib.request, time
 arguments = sys.argv[1:]
 command, small = arguments[0] if arguments else "", {small!r}
 def answers(port):
@@ -75,7 +75,9 @@ if command in ("train", "sft"):
     if "trd" in text:  # the rewrites of random models do not end, and would all be dropped
         extra += ["method.refine.fraction=0.5"]
     if "localhost:8000" in text and not answers("8000"):  # the reader's own server
-        serve(["serve", "DIR", "--port", "8000"], "8000")
+        name = re.search(r"model: (\\w+)", text).group(1)
+        os.path.exists(name) or os.symlink("DIR", name)
+        serve(["serve", name, "--port", "8000"], "8000")
     arguments += extra
 elif command == "eval" and "--set" in arguments:
     arguments += ["--samples", "1", "--max-tokens", "4", "--problems", "2"]
@@ -135,6 +137,8 @@ def write_models(folder: Path) -> None:
     for name in MODELS:
         transformers.Qwen2ForCausalLM(config).save_pretrained(folder / name)
         byte_tokenizer().save_pretrained(folder / name)
+        with (folder / name / "chat_template.jinja").open("a") as template:
+            template.write("{% if enable_thinking is defined %}{% endif %}")
 
 
 def write_rows(folder: Path) -> None:

@@ -64,7 +64,8 @@ def test_the_setting_of_the_error_is_a_key_of_the_configuration(model):
 def test_a_run_reopens_its_frozen_models_without_the_ignored_keys(model, tmp_path):
     run = tmp_path / "run"
     (run / "models").mkdir(parents=True)
-    sources = {"teacher math": {"folder": str(model)}, "base": {"folder": str(model)}}
+    record = {"folder": str(model), "revision": None, "sha256": {}}
+    sources = {"teacher math": record, "base": record}
     (run / "models" / "sources.json").write_text(json.dumps(sources))
     frozen = {"path": "gone", "ignore_config_keys": ["use_mrope"]}
     written = {"teachers": {"math": frozen | {"quantize": "int8"}}, "base": frozen}

@@ -11,6 +11,7 @@ from fireopd_jax.recipe.schema import as_tree, load_sections
 from fireopd_jax.training.continuing import Continuation
 from fireopd_jax.training.guard import Guard
 
+MODEL = {"folder": "gone", "revision": None, "sha256": {}}
 RECORD = '{"folder": "%s", "rows": 1, "sha256": ""}'
 
 
@@ -75,7 +76,7 @@ def test_rows_and_recorded_models_may_move_and_others_may_not(tmp_path):
     assert len(changes(before, now, tmp_path).refused) == 2
     (tmp_path / "data.json").write_text(RECORD % tmp_path)
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "sources.json").write_text(json.dumps({"teacher default": {}}))
+    (tmp_path / "models" / "sources.json").write_text(json.dumps({"teacher default": MODEL}))
     found = changes(before, now, tmp_path)
     assert not found.refused and len(found.allowed) == 2
     now[1] = "student.path=v"
@@ -181,6 +182,6 @@ def test_supervised_training_has_no_use_for_more_steps(tmp_path):
 
 def test_a_student_that_is_read_from_its_path_may_move(tmp_path):
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "sources.json").write_text(json.dumps({"student start": {}}))
+    (tmp_path / "models" / "sources.json").write_text(json.dumps({"student start": MODEL}))
     found = changes(["student.path=s"], ["student.path=v"], tmp_path)
     assert not found.refused and found.allowed == ["student.path was 's', is now 'v'"]
