@@ -15,12 +15,12 @@ References: LoRA, arXiv:2106.09685, Section 4.1.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
-from pydantic import PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, field_validator
 
 from fireopd_jax.config import config, nearest
 from fireopd_jax.types import Array
@@ -38,7 +38,7 @@ Adapters = dict[str, Any]
 class LoraConfig:
     """Low-rank adapters that are trained instead of the student's parameters."""
 
-    rank: PositiveInt = 16
+    rank: Annotated[int, Field(gt=0, le=2**16)] = 16
     """Rank of the update A B of each kernel."""
     alpha: PositiveFloat = 32.0
     """The update A B is multiplied by alpha / rank."""

@@ -10,11 +10,12 @@ special tokens, except the end-of-sequence token.
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from fireopd_jax.config import UserError
 from fireopd_jax.runtime.limits import TooLong, TooMuch, at_most
@@ -175,6 +176,7 @@ class Writer:
             template, kwargs[DATES] = stopped(template, moment_of(moment), more)
         count = len(turns)
         with at_most(FIRST_S + EACH_S * count, FIRST_BYTES + EACH_BYTES * count):
+            _bound_output(template)
             texts = self.tokenizer.apply_chat_template(
                 list(turns),  # pyright: ignore[reportArgumentType]
                 tools=tools,  # pyright: ignore[reportArgumentType]
@@ -205,6 +207,27 @@ class Writer:
                 where = chats.origins[i]
                 return UserError(f"{where}: {self.name} rejects this prompt: {_reason(own)}")
         return UserError(f"{self.name} rejects the prompts: {_reason(error)}")
+
+
+def _bound_output(template: str) -> None:
+    """Make the compiled template raise `TooMuch` before its parts are joined to too long a text.
+
+    Joining is one call, which no limit of time or memory can end.
+    """
+    # Cached there by the text of the template. Without it the text is measured afterwards only.
+    compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
+    if compiled is not None:
+        compiled(template).environment.concat = _joined
+
+
+def _joined(parts: Iterable[str]) -> str:
+    kept, size = [], 0
+    for part in parts:
+        kept.append(part)
+        size += len(part)
+        if size > LONGEST_TEXT:
+            raise TooMuch
+    return "".join(kept)
 
 
 def _reason(error: Exception) -> str:

@@ -162,9 +162,10 @@ ENDLESS = (
     [
         ("{{ '\\ud800' }}", "prompt 1: the chat template of student writes an unpaired surrogate"),
         (ENDLESS, r"writes without end; expected another \(student.chat_template\)"),
+        ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "writes without end"),
         ({"default": 5}, "is 5, expected a text; set student.chat_template"),
     ],
-    ids=["surrogate", "endless", "number"],
+    ids=["surrogate", "endless", "long", "number"],
 )
 def test_a_template_that_is_none_is_refused_by_name(monkeypatch, template, words):
     monkeypatch.setattr("fireopd_jax.text.chat.FIRST_BYTES", 2.0**27)
