@@ -102,7 +102,8 @@ def read_json(file: Path) -> Any:
 
 def read_text(file: Path, most: int = LARGEST_TEXT) -> str:
     """Return the text of a file; raises OSError and ValueError, also for one without end."""
-    if file.exists() and not file.is_file():
+    if not file.is_file():
+        file.stat()  # an OSError says that nothing is there
         raise ValueError("not a file")
     with file.open("rb") as stream:
         text = stream.read(most + 1)
