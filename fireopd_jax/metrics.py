@@ -7,6 +7,7 @@ float32; counts are exact up to 2^24.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,8 @@ class Max:
 
 
 Metric = Mean | Max
+Metrics = dict[str, Any]
+"""Name -> Mean or Max; a dict, so that compiled functions take and return it."""
 
 
 def merge(one, other):
@@ -81,6 +84,16 @@ def merge(one, other):
     return jax.tree.map(
         lambda a, b: a.merge(b), one, other, is_leaf=lambda node: isinstance(node, Mean | Max)
     )
+
+
+def nothing(metrics: Metrics) -> Metrics:
+    """Return metrics of no values, of the same structure."""
+
+    def empty(metric: Metric) -> Metric:
+        zero = jnp.float32(0)
+        return Max(zero - jnp.inf, zero) if isinstance(metric, Max) else Mean(zero, zero)
+
+    return jax.tree.map(empty, metrics, is_leaf=lambda node: isinstance(node, Mean | Max))
 
 
 def results(metrics: Mapping[str, Metric]) -> dict[str, float]:

@@ -22,8 +22,10 @@ from fireopd_jax.types import Array, pytree
 Places = tuple[jax.Array, jax.Array, jax.Array]
 SHORT, LONG = 32, 128
 """Packs are a multiple of this many tokens: of 128, the block of kernels, from 256 tokens on."""
-HEAD_TOKENS = 512
-"""Response tokens that pass through the head at a time, at most: enough to keep a CPU busy."""
+ROWS, REACH = 4, 4096
+"""Packs have room for so many of the longest rows, unless those have more tokens together."""
+SLACK = 1.1
+"""A pack of more rows may leave so much more empty where all rows are the longest."""
 Carry = TypeVar("Carry")
 Tree = TypeVar("Tree")
 
@@ -40,15 +42,20 @@ class PassShape:
     def of(cls, longest: int, tokens: int, rows: int) -> "PassShape":
         """Return packs for rows of at most `longest` tokens, about `tokens` of them in a pass.
 
-        A pack is as short as the longest row allows, since attention costs its square; a pass has
-        at least one. Where all `rows` rows of a group are the longest, as few packs as possible
-        are empty.
+        A pack is longer than the longest row where a pass has room, since rows that are all a
+        little shorter fill it better; attention costs its square. A pass has at least one. Where
+        all `rows` rows of a group are the longest, as little as possible is empty.
         """
-        block = SHORT if longest <= 2 * LONG else LONG
-        length = -(-longest // block) * block
-        most = min(max(1, tokens // length), rows)
-        even = [n for n in range(most // 2 + 1, most + 1) if rows % n == 0]
-        return cls(length, max(even, default=most))
+        lengths = {1: _in_blocks(longest)}
+        for n in range(2, min(ROWS, rows) + 1):
+            if (length := _in_blocks(n * longest)) <= min(tokens, REACH):
+                lengths[n] = length
+        whole = {n: -(-rows // n) * length for n, length in lengths.items()}
+        n = max(n for n, slots in whole.items() if slots <= SLACK * min(whole.values()))
+        needed = -(-rows // n)
+        most = min(max(1, tokens // lengths[n]), needed)
+        even = [count for count in range(most // 2 + 1, most + 1) if needed % count == 0]
+        return cls(lengths[n], max(even, default=most))
 
     @property
     def tokens(self) -> int:
@@ -56,15 +63,14 @@ class PassShape:
         return self.length * self.packs
 
     def head_block(self, groups: int) -> int:
-        """Return the response tokens that pass through the head at a time: a divisor of `tokens`.
+        """Return the response tokens that pass through the head at a time.
 
-        All on several devices, which sum the head's gradient over them after each block.
+        About a quarter of a pass: the last block may have few. All on several devices, which sum
+        the head's gradient over them after each block.
         """
         if groups > 1:
             return self.tokens
-        blocks = self.tokens // SHORT
-        most = max(1, HEAD_TOKENS // SHORT)
-        return SHORT * max(n for n in range(1, min(blocks, most) + 1) if blocks % n == 0)
+        return min(self.tokens, max(LONG, self.tokens // 4 // LONG * LONG))
 
     def apart(self, x: Array) -> Array:
         """Return an array [G, L, ...] with an axis of packs: [G packs, length, ...]."""
@@ -73,6 +79,12 @@ class PassShape:
     def together(self, x: Array) -> Array:
         """Return an array [G packs, length, ...] as [G, L, ...]."""
         return x.reshape(-1, self.tokens, *x.shape[2:])
+
+
+def _in_blocks(tokens: int) -> int:
+    """Return the length of a pack for so many tokens."""
+    block = SHORT if tokens <= 2 * LONG else LONG
+    return -(-tokens // block) * block
 
 
 @pytree
@@ -93,10 +105,6 @@ class Packing:
         """Number of groups."""
         return self.pack.shape[0]
 
-    def passes(self, shape: PassShape) -> Int32[Array, ""]:
-        """Return the number of passes."""
-        return -(-self.count // shape.packs)
-
 
 @pytree
 class Slots:
@@ -114,24 +122,92 @@ class Slots:
 class Predicted:
     """The response tokens of a pass, those of one row after those of another."""
 
-    slot: Int32[Array, "*G L"]
+    slot: Int32[Array, "*G N"]
     """Slot whose state predicts the token: the one before it."""
-    row: Int32[Array, "*G L"]
-    token: Int32[Array, "*G L"]
+    row: Int32[Array, "*G N"]
+    token: Int32[Array, "*G N"]
     """Index of the token in its response."""
-    there: Bool[Array, "*G L"]
+    there: Bool[Array, "*G N"]
     """Whether there is a token: true up to the number of response tokens of the pass."""
     rank: Int32[Array, "*G S"]
     """Index, in these arrays, of the token that a slot's state predicts; -1 where it is none."""
 
-    def block(self, start: Array | int, size: int) -> "Predicted":
-        """Return `size` tokens of each group, from `start` on."""
-        parts = {
-            name: jax.lax.dynamic_slice_in_dim(value, start, size, axis=1)
-            for name, value in vars(self).items()
-            if name != "rank"
-        }
-        return Predicted(**parts, rank=self.rank)
+    def padded(self, size: int) -> "Predicted":
+        """Return the tokens with places for more, none of them there, up to blocks of `size`."""
+        empty = ((0, 0), (0, -self.slot.shape[1] % size))
+        return self._each(lambda x: jnp.pad(x, empty))
+
+    def part(self, first: Array | int, size: int) -> "Predicted":
+        """Return `size` tokens of each group, from `first` on."""
+        return self._each(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=1))
+
+    def _each(self, change: Callable[[Array], Array]) -> "Predicted":
+        changed = {name: change(x) for name, x in vars(self).items() if name != "rank"}
+        return Predicted(**changed, rank=self.rank)
+
+
+Sequences = Callable[[Array, Array, Array], tuple[Array, Array]]
+"""A model: (token ids, positions, segments) [G packs, length] -> states [..., D], head [V, D]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Packs:
+    """The rows of a batch in packs, and their passes through a model."""
+
+    prompts: Int32[Array, "B P"]
+    responses: Int32[Array, "B T"]
+    packing: Packing
+    shape: PassShape
+    block: int
+    """Response tokens of each group that pass through the head at a time."""
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Int32[Array, "B P"],
+        prompt_length: Int32[Array, " B"],
+        responses: Int32[Array, "B T"],
+        computed: Bool[Array, "B T"],
+        tokens: int,
+        groups: int,
+        *,
+        whole_rows: bool = False,
+    ) -> "Packs":
+        """Pack the prompts, each with its response up to the last `computed` token.
+
+        A pass has about `tokens` tokens for each of the `groups` of rows, at least the longest
+        row. `whole_rows`: all response tokens of a pass go through the head together.
+        """
+        rows, room = responses.shape
+        shape = PassShape.of(prompts.shape[1] + room, tokens, rows // groups)
+        packing = pack_rows(prompt_length, last_true(computed), shape.length, groups)
+        block = shape.tokens if whole_rows else shape.head_block(groups)
+        return cls(prompts, responses, packing, shape, block)
+
+    @property
+    def passes(self) -> Int32[Array, ""]:
+        """Number of passes."""
+        return -(-self.packing.count // self.shape.packs)
+
+    def states(self, index: Array | int, model: Sequences) -> tuple[Array, Array, Predicted]:
+        """Return the states [G, L, D] of pass number `index`, the head, and its response tokens."""
+        slots = slots_of(self.packing, index, self.shape)
+        ids = tokens_at(slots, self.packing, self.prompts, self.responses)
+        hidden, head = model(*(self.shape.apart(x) for x in (ids, slots.position, slots.segment)))
+        at = predicted_by(self.packing, slots).padded(self.block)
+        return self.shape.together(hidden), head, at
+
+    def over_blocks(
+        self, at: Predicted, body: Callable[[Predicted, Array, Carry], Carry], start: Carry
+    ) -> Carry:
+        """Return `start` after `body(tokens, first, carry)` over the blocks that have tokens."""
+        used = at.there.sum(axis=1, dtype=jnp.int32).max()
+
+        def block(i: Array, carry: Any) -> Any:
+            first = i * self.block
+            return body(at.part(first, self.block), first, carry)
+
+        return jax.lax.fori_loop(0, -(-used // self.block), block, start)
 
 
 def pack_rows(
@@ -278,25 +354,13 @@ def states_at(hidden: Float[Array, "G L D"], at: Predicted) -> Float[Array, "G N
     return jax.vmap(lambda states, slot: states[slot])(hidden, at.slot)
 
 
-def cotangents(of_states: Float[Array, "G L D"], at: Predicted) -> Float[Array, "G L D"]:
+def cotangents(of_states: Float[Array, "G N D"], at: Predicted) -> Float[Array, "G L D"]:
     """Return the cotangents of a pass's states from those of `states_at` of all its tokens."""
 
     def one(values: Array, rank: Array) -> Array:
         return jnp.where((rank >= 0)[:, None], values[jnp.maximum(rank, 0)], 0)
 
     return jax.vmap(one)(of_states, at.rank)
-
-
-def over_blocks(
-    at: Predicted, size: int, body: Callable[[Predicted, Array, Carry], Carry], start: Carry
-) -> Carry:
-    """Return `start` after `body(tokens, first, carry)` over the blocks that have tokens."""
-    used = at.there.sum(axis=1, dtype=jnp.int32).max()
-
-    def block(i: Array, carry: Any) -> Any:
-        return body(at.block(i * size, size), i * size, carry)
-
-    return jax.lax.fori_loop(0, -(-used // size), block, start)
 
 
 def last_true(mask: Bool[Array, "B T"]) -> Int32[Array, " B"]:

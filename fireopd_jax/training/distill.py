@@ -20,7 +20,7 @@ import numpy as np
 from fireopd_jax.config import NothingLearnt, UserError
 from fireopd_jax.data.pipeline import PromptLoader
 from fireopd_jax.method.batch import Assembled
-from fireopd_jax.metrics import merge
+from fireopd_jax.metrics import Metrics, merge
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.rollout.mixing import given_rows, mix, without
 from fireopd_jax.rollout.sampling import seed_for
@@ -43,7 +43,6 @@ from fireopd_jax.training.plan import MethodPlan
 from fireopd_jax.training.prepare import StudentStart
 from fireopd_jax.training.reports import Step, StepReports
 from fireopd_jax.training.state import TrainState
-from fireopd_jax.training.update import Metrics
 from fireopd_jax.training.windows import Windows
 from fireopd_jax.types import Rollout
 

@@ -15,7 +15,7 @@ from fireopd_jax.models.decoder import Remat
 from fireopd_jax.models.packing import PassShape
 from fireopd_jax.recipe.optim import OptimConfig
 
-ENOUGH_TOKENS = {"cpu": 512, "gpu": 8192, "tpu": 8192}
+ENOUGH_TOKENS = {"cpu": 640, "gpu": 8192, "tpu": 8192}
 """Tokens per device with which a pass keeps the device busy: smaller passes cost time, as much as
 recomputing activations does; larger ones leave more of the last pass empty."""
 

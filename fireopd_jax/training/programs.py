@@ -18,6 +18,7 @@ from fireopd_jax.method.batch import Assembled, StageStates, assemble, stage_con
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.method.scoring import Resident, ScoreInputs
 from fireopd_jax.method.stage import Keep
+from fireopd_jax.metrics import Metrics
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.recipe.optim import OptimConfig
 from fireopd_jax.rollout.sampling import seed_for
@@ -26,7 +27,7 @@ from fireopd_jax.session.setup import Setup, special_ids
 from fireopd_jax.sharding.mesh import by_rows, replicated
 from fireopd_jax.training.optimizer import make_optimizer
 from fireopd_jax.training.state import TrainState, init_state
-from fireopd_jax.training.update import Metrics, Update, make_update
+from fireopd_jax.training.update import Update, make_update
 from fireopd_jax.types import Array, Batch, Rollout
 
 PASSES: Any = {"micro_batch_tokens": None, "micro_batch_size": None, "remat": None}

@@ -13,7 +13,7 @@ import numpy as np
 
 from fireopd_jax.method.batch import Assembled
 from fireopd_jax.method.config import MethodConfig
-from fireopd_jax.metrics import results
+from fireopd_jax.metrics import Metrics, results
 from fireopd_jax.runs.completions import write_completions
 from fireopd_jax.runs.tracking import Tracker
 from fireopd_jax.runtime.clock import StageClock
@@ -24,7 +24,7 @@ from fireopd_jax.training.alarms import Alarms
 from fireopd_jax.training.guard import Guard
 from fireopd_jax.training.optimizer import learning_rate
 from fireopd_jax.training.samples import Samples, samples
-from fireopd_jax.training.update import Metrics, skip_reason
+from fireopd_jax.training.update import skip_reason
 
 STAGES = ("rollout", "refine", "score", "update")
 """The stages of a step; the time of evaluation, saving and compilation is counted separately."""

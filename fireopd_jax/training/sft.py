@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from fireopd_jax.data.pipeline import PromptLoader
 from fireopd_jax.method.batch import coefficients
 from fireopd_jax.method.losses.supervised import NegativeLogLikelihood
-from fireopd_jax.metrics import results
+from fireopd_jax.metrics import Metrics, results
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.recipe.optim import SftConfig
 from fireopd_jax.runs.checkpoints import Checkpoints
@@ -35,7 +35,7 @@ from fireopd_jax.training.guard import Guard
 from fireopd_jax.training.loop import StepLoop
 from fireopd_jax.training.optimizer import make_optimizer
 from fireopd_jax.training.state import init_state
-from fireopd_jax.training.update import Metrics, make_update, skip_reason
+from fireopd_jax.training.update import make_update, skip_reason
 from fireopd_jax.types import Batch, Prompts, Rollout, Scores, TokenStats, Writer
 
 Log = Callable[[str], None]

@@ -7,7 +7,7 @@ step without a finite gradient changes only the counters; its metrics count non-
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +21,7 @@ from fireopd_jax.method.batch import total_loss
 from fireopd_jax.method.diagnostics import of_sampler
 from fireopd_jax.method.losses.base import TokenLoss
 from fireopd_jax.method.losses.support import on_support, tail_bucket
-from fireopd_jax.metrics import Max, Mean
+from fireopd_jax.metrics import Max, Mean, Metrics
 from fireopd_jax.models.comparison import divergence_from
 from fireopd_jax.models.decoder import Remat
 from fireopd_jax.models.language_model import LanguageModel, Params
@@ -32,9 +32,6 @@ from fireopd_jax.sharding.mesh import micro_batches
 from fireopd_jax.training.packed import packed_gradients
 from fireopd_jax.training.state import TrainState
 from fireopd_jax.types import Array, Batch, TokenStats
-
-Metrics = dict[str, Any]
-"""Name -> Mean or Max."""
 
 
 @runtime_checkable
@@ -135,6 +132,16 @@ def gradients(
         )
         return of_states(hidden, matrix, part)
 
+    return _padded_gradients(loss_of, params, batch, micro_batch_size)
+
+
+def _padded_gradients(
+    loss_of: Callable[[Params, Batch], tuple[Array, Metrics]],
+    params: Params,
+    batch: Batch,
+    micro_batch_size: int | None,
+) -> tuple[Params, Metrics]:
+    """Return the gradient in float32, and the metrics, summed over micro-batches of whole rows."""
     differentiate = jax.grad(loss_of, has_aux=True)
 
     def add(sums: Params, part: Batch) -> tuple[Params, Metrics]:

@@ -43,7 +43,7 @@ def test_every_token_is_once_in_a_pack_after_those_before_it(lengths):
     prompt, response, prompts, tokens = rows_of(lengths)
     packing = pack(prompt, response)
     seen, written = set(), jnp.zeros_like(tokens)
-    for index in range(int(packing.passes(SHAPE))):
+    for index in range(-(-int(packing.count) // SHAPE.packs)):
         slots, predicted, ids, found = of_pack(packing, index, prompts, tokens)
         for group, at in np.argwhere(np.asarray(slots.segment) > 0):
             row = int(slots.row[group, at]) + 4 * group
@@ -101,22 +101,42 @@ def test_values_of_rows_become_values_of_tokens():
 @pytest.mark.parametrize(
     ("longest", "tokens", "rows", "length", "count"),
     [
+        (160, 640, 8, 640, 1),
         (160, 512, 8, 160, 2),  # three packs of eight would leave one of nine empty
         (160, 1, 8, 160, 1),
-        (100, 1000, 4, 128, 4),
-        (257, 1000, 64, 384, 2),
-        (1000, 8192, 7, 1024, 7),
+        (34, 640, 64, 160, 4),
+        (257, 1000, 64, 896, 1),
+        (1000, 8192, 7, 1024, 7),  # four rows a pack would leave one of eight empty
+        (1024, 8192, 64, 4096, 2),
+        (16384, 8192, 8, 16384, 1),  # one row at least, whatever was asked
     ],
 )
-def test_a_pass_has_packs_for_the_longest_row(longest, tokens, rows, length, count):
+def test_a_pass_has_packs_for_the_longest_rows(longest, tokens, rows, length, count):
     assert packs.PassShape.of(longest, tokens, rows) == packs.PassShape(length, count)
 
 
 @pytest.mark.parametrize(
-    ("shape", "groups", "size"), [((160, 8), 1, 320), ((128, 8), 1, 512), ((128, 8), 8, 1024)]
+    ("shape", "groups", "size"),
+    [
+        ((640, 1), 1, 128),
+        ((64, 1), 1, 64),
+        ((1024, 8), 1, 2048),
+        ((160, 8), 1, 256),  # no divisor of 1,280: the last block has places for no token
+        ((128, 8), 8, 1024),
+    ],
 )
-def test_blocks_of_the_head_divide_a_pass(shape, groups, size):
+def test_a_block_of_the_head_is_a_quarter_of_a_pass(shape, groups, size):
     assert packs.PassShape(*shape).head_block(groups) == size
+
+
+def test_the_last_block_may_have_more_places_than_tokens():
+    prompt, response, prompts, tokens = rows_of([(3, 4)] * 8)
+    packing = pack(prompt, response)
+    _, predicted, _, _ = of_pack(packing, 0, prompts, tokens)
+    padded = predicted.padded(48)
+    assert padded.slot.shape == (2, 144)
+    assert not np.asarray(padded.there)[:, SHAPE.tokens :].any()
+    np.testing.assert_array_equal(padded.part(96, 48).slot[:, :32], predicted.slot[:, 96:])
 
 
 def test_tokens_and_rows_measure_no_pass_together():

@@ -34,9 +34,10 @@ def test_signals_are_caught_once_and_given_back():
 
 def test_a_terminal_that_closes_stops_a_run_as_a_scheduler_does():
     with stop_on_signal() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGHUP)  # the shell sends its own
-        os.kill(os.getpid(), signal.SIGTERM)
+        # Not `os.kill`: a signal to the process may come late, in another thread.
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)  # the shell sends its own
+        signal.raise_signal(signal.SIGTERM)
         assert stop.signal == signal.SIGHUP
 
 

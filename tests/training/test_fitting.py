@@ -62,7 +62,7 @@ def test_a_pass_keeps_the_device_busy_and_no_larger():
     assert chosen(400) == packed(1024)
     assert chosen(400, of=dataclasses.replace(DEFAULT, platform="gpu")) == packed(8192)
     short = dataclasses.replace(DEFAULT, tokens=100)
-    assert chosen(400, of=short) == packed(512)
+    assert chosen(400, of=short) == packed(2 * 224)  # each with room for two rows
 
 
 def test_recomputation_comes_before_passes_too_small_for_the_device():
@@ -91,7 +91,7 @@ def test_tokens_and_rows_are_one_measure():
 
 def test_a_pass_is_one_devices():
     eight = Pass(SMOL, 64, 100, devices=8)
-    assert update_choices(eight, OptimConfig())[0].micro_batch_tokens == 4 * 128
+    assert update_choices(eight, OptimConfig())[0].micro_batch_tokens == 2 * 224
 
 
 def test_scores_are_computed_in_the_largest_passes_that_fit():

@@ -17,19 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32, Int32
 
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.models.packing import (
-    PassShape,
-    Predicted,
-    gather_tokens,
-    last_true,
-    over_blocks,
-    pack_rows,
-    predicted_by,
-    scatter_tokens,
-    slots_of,
-    states_at,
-    tokens_at,
-)
+from fireopd_jax.models.packing import Packs, Predicted, gather_tokens, scatter_tokens, states_at
 from fireopd_jax.ops.head import head_gather, head_stats, head_topk
 from fireopd_jax.sharding.mesh import by_rows, join_micro_batches, micro_batches
 from fireopd_jax.types import Array, ModelScores, Rollout, TokenStats, pytree
@@ -124,35 +112,30 @@ class Resident:
         self, rows: ScoreRows, temperature: Array | float, options: ScoreOptions, tokens: int
     ) -> ModelScores:
         """Return the scores, with rows packed without padding; 0 where `rows.mask` is false."""
-        count, room = rows.tokens.shape
-        shape = PassShape.of(rows.context.shape[1] + room, tokens, count // options.groups)
-        packing = pack_rows(rows.context_length, last_true(rows.mask), shape.length, options.groups)
+        sequences = (rows.context, rows.context_length, rows.tokens, rows.mask)
+        packs = Packs.of(*sequences, tokens, options.groups)
         wanted = (rows.tokens, rows.ids, rows.student_entropy)
 
-        def states(j: Array | int) -> tuple[Array, Array, Predicted]:
-            slots = slots_of(packing, j, shape)
-            ids = tokens_at(slots, packing, rows.context, rows.tokens)
-            sequences = (shape.apart(x) for x in (ids, slots.position, slots.segment))
-            hidden, head = self.model.hidden(self.params, *sequences, mesh=options.mesh)
-            return shape.together(hidden), head, predicted_by(packing, slots)
+        def model(*sequences: Array) -> tuple[Array, Array]:
+            return self.model.hidden(self.params, *sequences, mesh=options.mesh)
 
         def scores(hidden: Array, head: Array, at: Predicted) -> ModelScores:
             hidden, of_tokens = states_at(hidden, at), gather_tokens(wanted, at)
             return self._statistics(hidden, head, *of_tokens, temperature, options)
 
-        def pack(j: Array, out: ModelScores) -> ModelScores:
-            hidden, head, at = states(j)
+        def of_pass(j: Array, out: ModelScores) -> ModelScores:
+            hidden, head, at = packs.states(j, model)
 
             def block(at: Predicted, _: Array, out: ModelScores) -> ModelScores:
                 return scatter_tokens(out, scores(hidden, head, at), at)
 
-            return over_blocks(at, shape.head_block(options.groups), block, out)
+            return packs.over_blocks(at, block, out)
 
-        shapes = jax.eval_shape(lambda: scores(*states(0)))
+        shapes = jax.eval_shape(lambda: scores(*packs.states(0, model)))
         out = jax.tree.map(
             lambda leaf: jnp.zeros((*rows.tokens.shape, *leaf.shape[2:]), leaf.dtype), shapes
         )
-        return jax.lax.fori_loop(0, packing.passes(shape), pack, out)
+        return jax.lax.fori_loop(0, packs.passes, of_pass, out)
 
     def _statistics(
         self,
