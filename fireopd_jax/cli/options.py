@@ -29,7 +29,10 @@ Template = Annotated[
         "the model's own."
     ),
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; by default the model's own.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32 or bfloat16; by default the model's own, on a CPU float32."),
+]
 Slots = Annotated[
     int | None,
     typer.Option(

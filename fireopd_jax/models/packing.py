@@ -22,8 +22,11 @@ from fireopd_jax.types import Array, pytree
 Places = tuple[jax.Array, jax.Array, jax.Array]
 SHORT, LONG = 32, 128
 """Packs are a multiple of this many tokens: of 128, the block of kernels, from 256 tokens on."""
-ROWS, REACH = 4, 4096
-"""Packs have room for so many of the longest rows, unless those have more tokens together."""
+ROWS = 4
+"""Longest rows that a pack has room for, at most."""
+SMALL, LARGE = 256, 4096
+"""Their tokens together, at most: where one alone has up to 256, attention computes all scores of a
+pack, which costs its square; it skips those of other rows beyond, though not on every platform."""
 SLACK = 1.1
 """A pack of more rows may leave so much more empty where all rows are the longest."""
 Carry = TypeVar("Carry")
@@ -46,9 +49,9 @@ class PassShape:
         little shorter fill it better; attention costs its square. A pass has at least one. Where
         all `rows` rows of a group are the longest, as little as possible is empty.
         """
-        lengths = {1: _in_blocks(longest)}
+        lengths, reach = {1: _in_blocks(longest)}, SMALL if longest <= SMALL else LARGE
         for n in range(2, min(ROWS, rows) + 1):
-            if (length := _in_blocks(n * longest)) <= min(tokens, REACH):
+            if (length := _in_blocks(n * longest)) <= min(tokens, reach):
                 lengths[n] = length
         whole = {n: -(-rows // n) * length for n, length in lengths.items()}
         n = max(n for n, slots in whole.items() if slots <= SLACK * min(whole.values()))

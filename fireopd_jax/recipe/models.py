@@ -27,9 +27,10 @@ class ModelConfig(Section):
     tokenizer: Annotated[str, LOCAL] = "builtin:bytes"
     """Tokenizer of an embedded model: `builtin:bytes`, or a Hugging Face folder."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute dtype of a model from `path`; by default that of the folder."""
+    """Compute dtype of a model from `path`; by default that of the folder, on a CPU float32."""
     param_dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of parameters from `path`; by default float32 if trained, else the compute dtype."""
+    """Dtype of parameters from `path`; by default float32 if trained, else `dtype`, or the
+    folder's."""
     ignore_config_keys: tuple[str, ...] = ()
     """Keys of the folder's config.json to ignore, though they could change what the model computes:
     those that an error named."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
+import jax
 from transformers import PreTrainedTokenizerBase
 
 from fireopd_jax.config import UserError, dotted
@@ -165,7 +166,7 @@ def _hugging_face(name: str, folder: Path, config: ModelConfig) -> ModelSpec:
         )
     architecture = read_config(folder, ignored_keys(name, config))
     _check_stated(name, config, architecture, architecture.vocab_size, folder / "config.json")
-    # Trained parameters are float32; those of a frozen model have its compute dtype.
+    # Trained parameters are float32; those of a frozen model stay as they are, or as computed.
     frozen = config.dtype or architecture.dtype
     architecture = _typed(architecture, config, "float32" if config.trained else frozen)
     assert architecture.vocab_size is not None
@@ -200,8 +201,10 @@ def _check_stated(
 def _typed(
     architecture: DecoderConfig, config: ModelConfig, param_dtype: Literal["float32", "bfloat16"]
 ) -> DecoderConfig:
+    # XLA on a CPU emulates bfloat16: slower than float32, and less exact.
+    dtype = "float32" if jax.default_backend() == "cpu" else architecture.dtype
     return dataclasses.replace(
         architecture,
-        dtype=config.dtype or architecture.dtype,
+        dtype=config.dtype or dtype,
         param_dtype=config.param_dtype or param_dtype,
     )

@@ -101,7 +101,9 @@ def test_values_of_rows_become_values_of_tokens():
 @pytest.mark.parametrize(
     ("longest", "tokens", "rows", "length", "count"),
     [
-        (160, 640, 8, 640, 1),
+        (160, 640, 8, 160, 4),
+        (64, 640, 16, 256, 2),
+        (256, 8192, 64, 256, 32),
         (160, 512, 8, 160, 2),  # three packs of eight would leave one of nine empty
         (160, 1, 8, 160, 1),
         (34, 640, 64, 160, 4),

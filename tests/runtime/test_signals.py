@@ -1,6 +1,5 @@
 """Signals become a flag while a run is open, are answered at once, and save before they end."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import os, signal, sys
 from fireopd_jax.runtime.signals import stop_on_signal
 with stop_on_signal() as stop, stop.saving():
     for _ in range(3):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     while True:
         signal.pause()
 """
@@ -25,7 +24,7 @@ def test_signals_are_caught_once_and_given_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with stop_on_signal() as stop:
         assert not stop
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert stop and stop.signal == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             stop(signal.SIGINT, None)
@@ -45,7 +44,7 @@ def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stop_on_signal() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
             assert not stop
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
@@ -61,21 +60,21 @@ def test_a_signal_is_answered_by_a_thread_once():
         raise RuntimeError("a line that cannot be printed")
 
     with stop_on_signal(answer) as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert answered.wait(60) and stop
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
     assert numbers == [(signal.SIGTERM, False)]
 
 
 def test_where_nothing_is_to_be_saved_a_signal_interrupts_at_once():
     with stop_on_signal(eager=True) as stop:
         with stop.held():
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             assert stop
         with pytest.raises(Interrupted, match="SIGTERM"):
             stop.check()
     with stop_on_signal(eager=True), pytest.raises(Interrupted, match="SIGINT"):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_second_interrupt_waits_for_what_is_being_saved():
