@@ -44,7 +44,8 @@ def test_every_token_is_once_in_a_pack_after_those_before_it(lengths):
     packing = pack(prompt, response)
     seen, written = set(), jnp.zeros_like(tokens)
     for index in range(-(-int(packing.count) // SHAPE.packs)):
-        slots, predicted, ids, found = of_pack(packing, index, prompts, tokens)
+        # On the host: elements of device arrays take a program each.
+        slots, predicted, ids, found = jax.device_get(of_pack(packing, index, prompts, tokens))
         for group, at in np.argwhere(np.asarray(slots.segment) > 0):
             row = int(slots.row[group, at]) + 4 * group
             place = int(slots.position[group, at])
