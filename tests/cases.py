@@ -1,6 +1,7 @@
 """Small models, prompts, rollouts and scores for tests."""
 
 import os
+import re
 from unittest import mock
 
 import jax
@@ -283,6 +284,12 @@ def shapes_of(jaxpr):
     for equation in equations_of(jaxpr):
         for variable in (*equation.invars, *equation.outvars):
             yield getattr(variable.aval, "shape", ())
+
+
+def compiled_shapes(text):
+    """Return the shapes of all arrays in the text of a compiled program."""
+    found = re.findall(r"\b(?:f32|f16|bf16|s32|u32|pred)\[([\d,]+)\]", text)
+    return {tuple(int(size) for size in each.split(",")) for each in found}
 
 
 def skip_unless_hopper_kernels_run():

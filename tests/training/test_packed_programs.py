@@ -1,6 +1,6 @@
 """What compiled programs of packed rows hold: nothing of S x S, nothing of tokens x vocabulary."""
 
-import re
+import dataclasses
 
 import jax
 import numpy as np
@@ -10,36 +10,19 @@ from fireopd_jax.method.filtering import TeacherQuantile
 from fireopd_jax.method.losses.sampled_token import SampledReverseKL
 from fireopd_jax.method.reweighting import ConfidenceConfusion
 from fireopd_jax.method.scoring import SampledToken, TopK
-from fireopd_jax.models.decoder import DecoderConfig
-from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.training.update import gradients
-from fireopd_jax.types import Prompts, Rollout
 from tests import cases
 
 ROWS, P, T, VOCABULARY, PASS = 4, 144, 624, 8200, 768
 """Rows, prompt and response tokens, token ids, tokens of a pass: numbers of no other axis."""
 WIDTHS = {1, 16}
 """Other axes of an array with an axis of token ids."""
-MODEL = LanguageModel(
-    DecoderConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        intermediate_size=24,
-    ),
-    VOCABULARY,
-)
+MODEL = cases.tiny_model(VOCABULARY, num_hidden_layers=2)
 
 
 def rollout():
-    shape = (ROWS, T)
-    prompt, tokens = np.ones((ROWS, P), np.int32), np.ones(shape, np.int32)
-    rows, zeros = np.arange(ROWS, dtype=np.int32), np.zeros(shape, np.float32)
-    prompts = Prompts(prompt, rows + 1, prompt, rows + 1, rows * 0, rows, rows, rows)
-    mask = np.ones(shape, bool)
-    return Rollout(prompts, tokens, mask, zeros, zeros, mask[:, 0], tokens * 0, tokens * 0)
+    given = cases.make_rollout(np.ones((ROWS, T), bool))
+    return dataclasses.replace(given, prompts=cases.make_prompts([1, 2, 3, P], P))
 
 
 def scored(stage):
@@ -65,11 +48,10 @@ def program(name, tokens):
 
 def too_large(compiled):
     """Yield shapes with the length of a row or pack twice, or with all logits of many tokens."""
-    for shape in re.findall(r"\w\[([\d,]+)\]", compiled.as_text()):
-        sizes = [int(n) for n in shape.split(",")]
-        if sum(size in (P + T, P + T - 1, PASS) for size in sizes) > 1:
+    for shape in cases.compiled_shapes(compiled.as_text()):
+        if sum(size in (P + T, P + T - 1, PASS) for size in shape) > 1:
             yield shape
-        if VOCABULARY in sizes and not {n for n in sizes if n != VOCABULARY} <= WIDTHS:
+        if VOCABULARY in shape and not {n for n in shape if n != VOCABULARY} <= WIDTHS:
             yield shape
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from fireopd_jax.recipe.schema import load_config
 from fireopd_jax.session.setup import set_up
 from fireopd_jax.training.programs import make_programs
 from fireopd_jax.types import Prompts, Rollout
+from tests import cases
 
 VOCABULARY, CHUNK, ROWS = 6000, 512, 32
 
@@ -59,12 +59,6 @@ def unpadded(spec):
     return dataclasses.replace(spec, model=dataclasses.replace(spec.model, valid=None))
 
 
-def shapes(text):
-    """List the shapes of all arrays of a compiled program."""
-    found = re.findall(r"\b(?:f32|f16|bf16|s32|u32|pred)\[([\d,]+)\]", text)
-    return {tuple(int(size) for size in each.split(",")) for each in found}
-
-
 def of_logits(shape, tokens, columns):
     """Return whether an array has a logit for each of these tokens and columns."""
     return math.prod(shape) >= tokens * columns and any(size >= columns for size in shape)
@@ -78,7 +72,7 @@ def test_no_program_holds_the_logits_of_a_batch(head, born):
     micro = {"score": ROWS, "update": config.optim.micro_batch_size or ROWS}
     for name, text in texts.items():
         tokens = micro[name] * config.rollout.max_tokens
-        seen = shapes(text)
+        seen = cases.compiled_shapes(text)
         found = {shape for shape in seen if of_logits(shape, tokens, VOCABULARY)}
         assert bool(found) == born, f"{name} holds {found}"
         chunks = {shape for shape in seen if math.prod(shape) == tokens * CHUNK}
