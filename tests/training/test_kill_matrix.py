@@ -1,13 +1,11 @@
 """Whatever ends a run, wherever: it goes on to the same bits, and its log has what was printed."""
 
-import fcntl
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
@@ -47,6 +45,9 @@ import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 how, there, gone = {how!r}, {there!r}, {gone!r}
+if how == "terminal":
+    import fcntl, termios
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 done = []
 def harm():
     if done:
@@ -73,7 +74,7 @@ def before(owner, name, when=lambda *a: True):
 """
 PLACES = {
     "import": "import fireopd_jax.commands.train as t; before(t, 'launch')",
-    "set-up": "import fireopd_jax.training.run as r; before(r, 'set_up')",
+    "set-up": "import fireopd_jax.training.rehearsal as r; before(r, 'set_up')",
     "compile": "from fireopd_jax.training.distill import Distillation as D; before(D, 'rollout')",
     "sft": "from fireopd_jax.training.sft import LossReports as R\n"
     "before(R, '__call__', lambda self, done, values: done == 2)",
@@ -114,14 +115,8 @@ def killed(folder, place, how):
         printed = process.communicate()[0]
         return process.returncode, printed.decode()
     master, slave = pty.openpty()
-
-    def own_terminal():
-        os.setsid()
-        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
-
-    process = started(
-        folder, place, how, stdin=slave, stdout=slave, stderr=slave, preexec_fn=own_terminal
-    )
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+    process = started(folder, place, how, start_new_session=True, **streams)
     os.close(slave)
     os.set_blocking(master, False)
     while not Path(f"{folder}.there").exists() and process.poll() is None:
