@@ -60,6 +60,7 @@ from fireopd_jax.config import UserError, nearest
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.rollout.state import Shape
+from fireopd_jax.runtime.compilation import release_after_compilations
 from fireopd_jax.session.setup import Setup
 
 Row = dict[str, Any]
@@ -158,6 +159,7 @@ def bench_step(
     options.check()
     if rounds < 1:
         raise UserError(f"--rounds: expected at least 1, got {rounds}")
+    release_after_compilations()  # as in training
     student, teacher = PAIRS[options.model]
     work = options.work()
     setup = make_setup(student, teacher, work)

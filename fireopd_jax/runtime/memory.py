@@ -3,7 +3,9 @@
 devices -> Memory (bytes on one device: free, and in total)
 """
 
+import ctypes
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,6 +50,23 @@ def device_memory(devices: Sequence[Any]) -> Memory:
         return Memory(stats["bytes_limit"], stats["bytes_limit"])
     machine = machine_memory()
     return Memory(machine.free // len(own), machine.total // len(own))
+
+
+def release_freed() -> None:
+    """Return freed memory of this process to the system, where the C library can (glibc).
+
+    Otherwise a peak is kept for good: compilers free most of what they take, in small pieces.
+    """
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # another C library; Windows
+        return None
 
 
 def machine_memory(root: Path = SYSTEM) -> Memory:

@@ -1,10 +1,22 @@
-"""The memory of devices: of a machine, of a container's limit, as the user says."""
+"""The memory of devices: of a machine, of a container's limit, as the user says; its release."""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 
 from fireopd_jax.config import UserError
-from fireopd_jax.runtime.memory import GIB, Memory, device_memory, machine_memory
+from fireopd_jax.runtime import compilation, memory
+from fireopd_jax.runtime.memory import (
+    GIB,
+    Memory,
+    device_memory,
+    machine_memory,
+    release_freed,
+)
 
 MEMINFO = "MemTotal: 33554432 kB\nMemFree: 1024 kB\nMemAvailable: 16777216 kB\n"
 
@@ -58,3 +70,35 @@ def test_a_memory_that_is_no_size_is_refused(monkeypatch, value):
     monkeypatch.setenv("FIREOPD_MEMORY_GIB", value)
     with pytest.raises(UserError, match=f"FIREOPD_MEMORY_GIB={value}: expected the GiB"):
         device_memory(jax.devices())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the size of the process from /proc")
+def test_freed_memory_is_returned_to_the_system():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    if memory._malloc_trim() is None:
+        pytest.skip("another C library than glibc")
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    pieces = [libc.malloc(60_000) for _ in range(4_000)]  # below the size that is mapped by itself
+    for piece in pieces:
+        ctypes.memset(piece, 1, 60_000)
+    for piece in pieces[:-1]:  # the last one keeps the heap from shrinking
+        libc.free(piece)
+    before = resident()
+    release_freed()
+    assert before - resident() > 150 * 2**20
+    libc.free(pieces[-1])
+
+
+def test_long_compilations_are_followed_by_a_release(monkeypatch):
+    released = []
+    monkeypatch.setattr(compilation, "release_freed", lambda: released.append(True))
+    total = compilation._Total()
+    total(compilation.BACKEND_COMPILE, 0.1)
+    total("/jax/other", 9.0)
+    assert (total.count, released) == (1, [])
+    total(compilation.BACKEND_COMPILE, 2.0)
+    assert (total.count, released) == (2, [True])
