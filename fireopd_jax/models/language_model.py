@@ -8,6 +8,8 @@ response token t - 1 predicts response token t.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,8 +79,7 @@ class LanguageModel:
 
     def bind(self, params: Params) -> Decoder:
         """Return the decoder module with these parameters."""
-        graph, _ = nnx.split(nnx.eval_shape(lambda: self._module(nnx.Rngs(0))))
-        return nnx.merge(graph, params)
+        return nnx.merge(_structure(self).decoder, params)
 
     def to_decode_layout(self, params: Params, mesh: Mesh | None = None) -> Params:
         """Return the parameters in the decode layout: layers unstacked, matrices in `config.dtype`.
@@ -114,12 +115,10 @@ class LanguageModel:
 
     def bind_decode(self, decode_params: Params) -> tuple[Decoder, list[Layer]]:
         """Return the module, and one module a layer, for parameters in the decode layout."""
-        shapes = nnx.eval_shape(lambda: self._module(nnx.Rngs(0)))
-        graph, stacked = nnx.split(shapes)
-        absent = nnx.to_pure_dict(stacked)["layers"]  # the decoder's own stack is never read
-        layer, _ = nnx.split(shapes.layers)
-        layers = [nnx.merge(layer, each) for each in decode_params["layers"]]
-        return nnx.merge(graph, decode_params | {"layers": absent}), layers
+        structure = _structure(self)
+        layers = [nnx.merge(structure.layer, each) for each in decode_params["layers"]]
+        absent = structure.stack()  # the decoder's own stack is never read
+        return nnx.merge(structure.decoder, decode_params | {"layers": absent}), layers
 
     def logits(self, decoder: Decoder, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Return the logits of one position of each row, float32, softcapped: the sampler's input.
@@ -223,6 +222,25 @@ class LanguageModel:
             mesh=mesh,
         )
         return hidden, decoder.head
+
+
+@dataclasses.dataclass(frozen=True)
+class _Structure:
+    """The modules of a model without their parameters."""
+
+    decoder: Any
+    layer: Any
+    stack: Callable[[], Params]
+    """Returns the shapes of the stacked layers."""
+
+
+@functools.lru_cache(maxsize=32)
+def _structure(model: LanguageModel) -> _Structure:
+    """Return a model's modules, which take a third of the time that tracing it takes."""
+    shapes = nnx.eval_shape(lambda: model._module(nnx.Rngs(0)))
+    decoder, stacked = nnx.split(shapes)
+    layer, _ = nnx.split(shapes.layers)
+    return _Structure(decoder, layer, lambda: nnx.to_pure_dict(stacked)["layers"])
 
 
 def concat_prompt_response(

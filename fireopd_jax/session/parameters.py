@@ -37,7 +37,12 @@ def placed(shapes: Any, place: Sharding) -> Any:
 
 def abstract_params(model: LanguageModel, place: Sharding) -> Params:
     """Return shapes, dtypes and sharding of a model's parameters; nothing is allocated."""
-    return placed(jax.eval_shape(model.init, jax.random.key(0)), place)
+    return placed(_shapes(model), place)
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(model: LanguageModel) -> Params:
+    return jax.eval_shape(model.init, jax.random.key(0))
 
 
 @functools.lru_cache(maxsize=16)
