@@ -9,7 +9,6 @@ response token t - 1 predicts response token t.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -117,8 +116,8 @@ class LanguageModel:
         """Return the module, and one module a layer, for parameters in the decode layout."""
         structure = _structure(self)
         layers = [nnx.merge(structure.layer, each) for each in decode_params["layers"]]
-        absent = structure.stack()  # the decoder's own stack is never read
-        return nnx.merge(structure.decoder, decode_params | {"layers": absent}), layers
+        stack = {"layers": structure.stack}  # the decoder's own, never read
+        return nnx.merge(structure.decoder, decode_params | stack), layers
 
     def logits(self, decoder: Decoder, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Return the logits of one position of each row, float32, softcapped: the sampler's input.
@@ -230,8 +229,8 @@ class _Structure:
 
     decoder: Any
     layer: Any
-    stack: Callable[[], Params]
-    """Returns the shapes of the stacked layers."""
+    stack: Params
+    """Shapes of the stacked layers."""
 
 
 @functools.lru_cache(maxsize=32)
@@ -240,7 +239,7 @@ def _structure(model: LanguageModel) -> _Structure:
     shapes = nnx.eval_shape(lambda: model._module(nnx.Rngs(0)))
     decoder, stacked = nnx.split(shapes)
     layer, _ = nnx.split(shapes.layers)
-    return _Structure(decoder, layer, lambda: nnx.to_pure_dict(stacked)["layers"])
+    return _Structure(decoder, layer, nnx.to_pure_dict(stacked)["layers"])
 
 
 def concat_prompt_response(
