@@ -224,7 +224,7 @@ def programs(depth: int) -> dict[str, Callable[[], Any]]:
         hidden_size=32, num_hidden_layers=depth, head_dim=8, intermediate_size=64
     )
     model = LanguageModel(config, 256)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = model.shapes()
     optimizer = make_optimizer(OptimConfig(), 1)
     state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
     batch = jax.eval_shape(make_batch)

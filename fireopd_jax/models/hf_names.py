@@ -7,7 +7,6 @@ Linear maps are [inputs, outputs] here and [outputs, inputs] in Hugging Face's f
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator
 
@@ -90,17 +89,12 @@ def weights(
     config: DecoderConfig, vocab_size: int
 ) -> Iterator[tuple[Weight, jax.ShapeDtypeStruct]]:
     """Return the rows of the table that a model has, with shape and dtype of our parameter."""
-    shapes = _shapes(config, vocab_size)
+    shapes = LanguageModel(config, vocab_size).shapes()
     known = {flat(path): leaf for path, leaf in jax.tree.leaves_with_path(shapes)}
     rows = [row for row in TABLE if row.path in known]
     missing = known.keys() - {row.path for row in rows}
     assert not missing, f"parameters that TABLE does not name: {missing}"
     return ((row, known[row.path]) for row in rows)
-
-
-@functools.cache
-def _shapes(config: DecoderConfig, vocab_size: int) -> Params:
-    return jax.eval_shape(LanguageModel(config, vocab_size).init, jax.random.key(0))
 
 
 def flat(path: tuple) -> Path:

@@ -64,6 +64,10 @@ class LanguageModel:
         params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
         return params if self.quantize is None else quantize_params(params)
 
+    def shapes(self) -> Params:
+        """Return shapes and dtypes of the parameters; nothing is allocated."""
+        return jax.tree.map(lambda leaf: leaf, _shapes(self))  # a tree of the caller's own
+
     def exchanged(self, params: Params) -> Params:
         """Return the parameters with the head's rows of the two `exchange` ids swapped.
 
@@ -221,6 +225,11 @@ class LanguageModel:
             mesh=mesh,
         )
         return hidden, decoder.head
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(model: LanguageModel) -> Params:
+    return jax.eval_shape(model.init, jax.random.key(0))
 
 
 @dataclasses.dataclass(frozen=True)

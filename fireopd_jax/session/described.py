@@ -5,7 +5,6 @@ Setup -> lines of the log
 
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from fireopd_jax.evaluation.graders import unreadable
@@ -24,8 +23,8 @@ def log_setup(session: Session) -> None:
     """Log models, numbers of rows used and dropped, and one rendered prompt of each model."""
     setup, log = session.setup, session.log
     for spec in (setup.student, *setup.teachers):
-        shapes = jax.eval_shape(spec.model.init, jax.random.key(0))
-        log(f"{spec.name}: {parameter_count(shapes):,} parameters, tokenizer {spec.tokenizer_name}")
+        count = parameter_count(spec.model.shapes())
+        log(f"{spec.name}: {count:,} parameters, tokenizer {spec.tokenizer_name}")
     for line in clock_shown(setup):
         log(line)
     for note in setup.data_notes:

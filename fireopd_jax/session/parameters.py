@@ -37,12 +37,7 @@ def placed(shapes: Any, place: Sharding) -> Any:
 
 def abstract_params(model: LanguageModel, place: Sharding) -> Params:
     """Return shapes, dtypes and sharding of a model's parameters; nothing is allocated."""
-    return placed(_shapes(model), place)
-
-
-@functools.lru_cache(maxsize=32)
-def _shapes(model: LanguageModel) -> Params:
-    return jax.eval_shape(model.init, jax.random.key(0))
+    return placed(model.shapes(), place)
 
 
 @functools.lru_cache(maxsize=16)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import jax
 import numpy as np
 
 from fireopd_jax.data.identity import check_rows, recorded_rows
@@ -56,7 +55,7 @@ def in_words(
     """Yield what a run would do: rows, models, steps, and the folder it would write."""
     yield from (f"data: {note}" for note in setup.data_notes)
     for spec in (setup.student, *setup.teachers):
-        count = parameter_count(jax.eval_shape(spec.model.init, jax.random.key(0)))
+        count = parameter_count(spec.model.shapes())
         path = spec.config.path or "made at random"
         yield f"{spec.name}: {path}, {count:,} parameters, tokenizer {spec.tokenizer_name}"
     for served in setup.served:

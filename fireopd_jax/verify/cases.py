@@ -255,7 +255,7 @@ def random_params(model: LanguageModel, seed: int) -> Params:
         value = 1 + 0.2 * noise if small else wide
         return jnp.asarray(value, leaf.dtype)
 
-    return jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0)))
+    return jax.tree.map(draw, model.shapes())
 
 
 def small_rollout(rows: int, more: int = 0) -> Rollout:
