@@ -12,10 +12,16 @@ from fireopd_jax.models.packing import one_measure
 
 @config
 class OptimConfig(Section):
-    """AdamW, its schedule, and micro-batches."""
+    """The optimizer, its schedule, and micro-batches."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`adamw`, or `muon` (arXiv:2502.16982): orthogonalized momentum for the matrices of the layers
+    and of adapters, AdamW for everything else."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-6
     """Peak learning rate."""
+    adam_learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Peak learning rate of what Muon does not update: embeddings, head, norms and biases; null:
+    `learning_rate`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule of the learning rate after the warm-up."""
     warmup_steps: NonNegativeInt = 0
@@ -23,17 +29,17 @@ class OptimConfig(Section):
     final_fraction: UnitInterval = 0.1
     """Final learning rate as a fraction of its peak; no effect with `constant`."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of AdamW's first moment."""
+    """Decay of the first moment; of Muon's momentum likewise."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of AdamW's second moment."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
-    """AdamW's decoupled weight decay, on every parameter."""
+    """Decoupled weight decay, on every parameter."""
     clip_norm: PositiveFloat | None = 1.0
     """Global norm that the gradient is clipped to; null is no clipping."""
     master: bool = True
     """Update a float32 copy of bfloat16 parameters; without it small updates are rounded away."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of AdamW's first moment; the second is float32: bfloat16 would round its decay away."""
+    """Dtype of the first moment; the second is float32: bfloat16 would round its decay away."""
     micro_batch_tokens: PositiveInt | None = None
     """Tokens per forward and backward pass on each device, of rows packed without padding, at least
     the longest row; changes memory, not the gradient. null: chosen for the device."""
@@ -49,9 +55,11 @@ class OptimConfig(Section):
         one_measure(self.micro_batch_tokens, self.micro_batch_size)
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
-        """Yield `final_fraction` for a constant schedule."""
+        """Yield `final_fraction` for a constant schedule, `adam_learning_rate` without Muon."""
         if self.schedule == "constant":
             yield "final_fraction", "with schedule: constant"
+        if self.optimizer != "muon":
+            yield "adam_learning_rate", "with optimizer: adamw"
 
 
 Context = Literal["prompt", "teacher", "rewrite"]

@@ -73,7 +73,7 @@ WHOLE = {
     "student": "`student.path=...` is the model",
     "student.lora": "`student.lora={}` trains adapters with the default rank, "
     "`student.lora.rank=16` with another",
-    "optim": "the optimizer is AdamW; its keys are optim.learning_rate and others",
+    "optim": "`optim.optimizer=adamw` (or muon) is the optimizer; AdamW is the default",
     "data": "`data.path=...` is the file or data set",
 }
 """A section that was given a single value -> the keys that were probably meant."""
