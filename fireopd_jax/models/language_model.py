@@ -192,6 +192,9 @@ class LanguageModel:
         )
         return states_before_response_tokens(hidden, prompt_length, prompt.shape[1]), head
 
+    @functools.partial(
+        jax.jit, static_argnums=0, static_argnames=("remat", "attention", "mesh"), inline=True
+    )
     def hidden(
         self,
         params: Params,

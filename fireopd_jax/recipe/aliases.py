@@ -292,6 +292,8 @@ OTHERS = {
     "save_interval": "run.save_every",
     "eval_prompt_data": "sets of problems are named in eval.sets",
     "n_samples_per_eval_prompt": "eval.samples",
+    "partial_rollout": "rollout.overprovision=0.25",
+    "over_sampling_batch_size": "rows beyond the batch are a fraction of it: rollout.overprovision",
     # prime-rl, torchtitan
     "batch_size": "rollout.batch_size",
     "rollouts_per_example": "rollout.group_size",

@@ -177,6 +177,7 @@ def _method_conflicts(
             "every response is sampled from the student; expected 1, or a divergence on a support "
             "or over the vocabulary"
         )
+    yield from _overprovision_conflicts(method, rollout)
     if rollout.window > 1 and loss.on_policy and not loss.corrects:
         yield (
             f"rollout.window={rollout.window}: {loss.kind} assumes that responses are sampled from "
@@ -259,6 +260,31 @@ def _teacher_conflicts(method: MethodConfig, rollout: RolloutConfig) -> Iterator
         yield (
             "method.teacher.prompt: after its own prompt the student has nothing to learn from "
             "itself; expected prompt=reference, or a text with {problem} and {reference}"
+        )
+
+
+def _overprovision_conflicts(method: MethodConfig, rollout: RolloutConfig) -> Iterator[str]:
+    """Yield what rows that are written over several steps make incorrect."""
+    if not rollout.overprovision:
+        return
+    found, loss = f"rollout.overprovision={rollout.overprovision:g}", method.loss
+    if rollout.window > 1:
+        yield f"{found}: expected rollout.window=1 (it is {rollout.window}), or no overprovision"
+    if rollout.on_policy_fraction < 1:
+        yield (
+            f"{found}: references need no time to be written; expected "
+            f"rollout.on_policy_fraction=1 (it is {rollout.on_policy_fraction})"
+        )
+    if loss.least_group > 1 or method.score.margin is not None:
+        yield (
+            f"{found}: the responses to one prompt may end in different steps, and "
+            f"{loss.kind if loss.least_group > 1 else 'method.score.margin'} compares them; "
+            "expected 0"
+        )
+    if loss.on_policy and not loss.corrects:
+        yield (
+            f"{found}: {loss.kind} assumes that responses are sampled from the student as it is; "
+            "expected 0" + (f", or method.loss.{loss.corrected_by}" if loss.corrected_by else "")
         )
 
 

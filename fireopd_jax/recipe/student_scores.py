@@ -24,6 +24,11 @@ def obstacles(config: "Config", method: MethodConfig) -> Iterator[str]:
         yield f"rollout.on_policy_fraction={rollout.on_policy_fraction}: references are not sampled"
     if rollout.window > 1:
         yield f"rollout.window={rollout.window}: the student is updated before it is scored"
+    if rollout.overprovision:
+        yield (
+            f"rollout.overprovision={rollout.overprovision:g}: some tokens are of the parameters "
+            "of earlier steps"
+        )
     if run.updates_per_rollout > 1:
         yield (
             f"run.updates_per_rollout={run.updates_per_rollout}: later updates are compared with "

@@ -22,7 +22,15 @@ from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.meshes import over_data, replica_count, split_cache
 from fireopd_jax.rollout.sampling import Sampling
-from fireopd_jax.rollout.state import STOP, Requests, Shape, empty_requests, enqueue, initial_state
+from fireopd_jax.rollout.state import (
+    RUNNING,
+    STOP,
+    Requests,
+    Shape,
+    empty_requests,
+    enqueue,
+    initial_state,
+)
 from fireopd_jax.types import Prompts, Rollout, TokenStats, Writer
 
 CacheLayout = Dense | Paged
@@ -51,47 +59,54 @@ def generate(
     which belongs to it, at the limit, or before a token whose logits are not finite. Each replica
     decodes at most `slots` rows at a time; consecutive rows with the same prompt share its prefill.
     """
-    replicas = replica_count(mesh)
     rows, width = prompts.tokens.shape
-    shape = Shape.of(rows // replicas, width, max_tokens, slots, memory.align)
+    shape = Shape.of(rows // replica_count(mesh), width, max_tokens, slots, memory.align)
+    loop = Loop(model, memory, shape.piece, mesh)
 
-    def draw(params: Params, prompts: Prompts, sampling: Sampling, version: Array):
+    def draw(params: Params, prompts: Prompts, sampling: Sampling, version: Array) -> Rollout:
         requests = table(prompts, sampling, max_tokens)
-        count = requests.length.shape[0]
-        cache = memory.init(model.config, shape.slots, shape.entries, shape.capacity)
-        cache = split_cache(cache, memory, model, mesh)
-        state = initial_state(requests, shape.slots, shape.entries, cache)
-        real = jnp.where(requests.length > 0, jnp.arange(count, dtype=jnp.int32), count)
-        state = dataclasses.replace(state, ring=enqueue(state.ring, requests, real))
-        loop = Loop(model, memory, shape.piece, mesh)
-        end = loop.run(params, state, jnp.int32(UNBOUNDED), version).requests
-        policy = TokenStats(end.policy_logprob, end.policy_entropy)
-        return (
-            end.tokens,
-            end.count,
-            end.logprob,
-            end.model_logprob,
-            policy,
-            end.finish,
-            end.version,
-        )
+        return as_rollout(prompts, complete(loop, shape, params, requests, version))
 
     whole, split = PartitionSpec(), PartitionSpec("data")
     knobs = jax.tree.map(lambda knob: whole if knob.ndim == 0 else split, sampling.rows(rows))
     draw = over_data(draw, mesh, (whole, split, knobs, whole), split)
-    tokens, count, logprob, model_logprob, policy, finish, versions = draw(
-        model.to_decode_layout(params, mesh), prompts, sampling.rows(rows), version
-    )
+    return draw(model.to_decode_layout(params, mesh), prompts, sampling.rows(rows), version)
+
+
+def complete(
+    loop: Loop,
+    shape: Shape,
+    params: Params,
+    requests: Requests,
+    version: Int32[Array, ""],
+    unfinished: int = 0,
+) -> Requests:
+    """Return the request table once at most `unfinished` of its rows have not ended.
+
+    `params` are in the decode layout. Rows of length 0 are empty; a row with tokens is continued.
+    """
+    rows = requests.length.shape[0]
+    cache = loop.memory.init(loop.model.config, shape.slots, shape.entries, shape.capacity)
+    cache = split_cache(cache, loop.memory, loop.model, loop.mesh)
+    state = initial_state(requests, shape.slots, shape.entries, cache)
+    waiting = (requests.length > 0) & (requests.finish == RUNNING)
+    queue = jnp.where(waiting, jnp.arange(rows, dtype=jnp.int32), rows)
+    state = dataclasses.replace(state, ring=enqueue(state.ring, requests, queue))
+    return loop.run(params, state, jnp.int32(UNBOUNDED), version, unfinished).requests
+
+
+def as_rollout(prompts: Prompts, requests: Requests) -> Rollout:
+    """Return the responses of a request table; one that has not ended is not `finished`."""
     return Rollout(
         prompts=prompts,
-        tokens=tokens,
-        mask=jnp.arange(max_tokens)[None] < count[:, None],
-        logprob=logprob,
-        model_logprob=model_logprob,
-        finished=finish == STOP,
-        version=versions,
-        writer=jnp.full_like(tokens, Writer.STUDENT),
-        policy=policy,
+        tokens=requests.tokens,
+        mask=jnp.arange(requests.tokens.shape[1])[None] < requests.count[:, None],
+        logprob=requests.logprob,
+        model_logprob=requests.model_logprob,
+        finished=requests.finish == STOP,
+        version=requests.version,
+        writer=jnp.full_like(requests.tokens, Writer.STUDENT),
+        policy=TokenStats(requests.policy_logprob, requests.policy_entropy),
     )
 
 

@@ -50,17 +50,24 @@ class Loop:
     """Its `tensor` axis shares the work of one replica; None: one device."""
 
     def run(
-        self, params: Params, state: EngineState, steps: Int32[Array, ""], version: Int32[Array, ""]
+        self,
+        params: Params,
+        state: EngineState,
+        steps: Int32[Array, ""],
+        version: Int32[Array, ""],
+        unfinished: int = 0,
     ) -> EngineState:
-        """Return the state after at most `steps` decoding steps, fewer if no row is left.
+        """Return the state after at most `steps` decoding steps, fewer if few rows are left.
 
+        It ends as soon as at most `unfinished` rows wait or run.
         `params` are in the decode layout (`LanguageModel.to_decode_layout`).
         """
         net = self.model.bind_decode(params)
         end = state.counters.steps + steps
 
         def live(s: EngineState) -> Bool[Array, ""]:
-            return (s.slots.active.any() | (s.ring.size > 0)) & (s.counters.steps < end)
+            left = s.slots.active.sum(dtype=jnp.int32) + s.ring.size
+            return (left > unfinished) & (s.counters.steps < end)
 
         def refill(s: EngineState) -> EngineState:
             s = jax.lax.while_loop(self.must_reclaim, self.reclaim, s)
@@ -70,7 +77,7 @@ class Loop:
         def decode(s: EngineState) -> EngineState:
             def can_decode(s: EngineState) -> Bool[Array, ""]:
                 waits = self.can_insert(s) | self.can_prefill(s) | self.must_reclaim(s)
-                return self.ready(s).any() & ~waits & (s.counters.steps < end)
+                return self.ready(s).any() & ~waits & live(s)
 
             s = jax.lax.while_loop(can_decode, lambda s: self.decode(net, s, version), s)
             return jax.lax.while_loop(self.must_preempt, self.preempt, s)

@@ -25,6 +25,9 @@ class RolloutConfig:
     window: PositiveInt = 1
     """Number of batches that are sampled, and refined, with the same parameters before the first
     update on any of them: 1 is on-policy, `run.steps` is offline."""
+    overprovision: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Rows in flight beyond the batch, as a fraction of it: a step learns as soon as all but these
+    have ended, and they go on in the next step with its parameters. 0 waits for every row."""
     on_policy_fraction: UnitInterval = 1.0
     """Probability that a row is trained on the student's own response; other rows are trained on
     their references. Only for losses that do not assume on-policy responses."""

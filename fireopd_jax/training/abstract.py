@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
+from fireopd_jax.data.examples import example_prompts
 from fireopd_jax.data.pipeline import Encoded
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.language_model import LanguageModel, Params
@@ -22,6 +22,7 @@ from fireopd_jax.session.session import Generate, student_side
 from fireopd_jax.session.setup import Setup
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.sharding.mesh import by_rows, replicated
+from fireopd_jax.training.in_flight import no_rows
 from fireopd_jax.training.programs import Programs, base_policy
 from fireopd_jax.training.state import TrainState
 from fireopd_jax.types import Prompts, Rollout
@@ -31,27 +32,6 @@ def nbytes(tree: Any) -> int:
     """Return the bytes of all arrays, or shapes, of a tree; keys count as none."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf.dtype, "itemsize")]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-
-def example_prompts(encoded: Encoded, rows: int, *, references: bool) -> Prompts:
-    """Return a batch of prompts of the widths that a run has, all zero."""
-
-    def ints(*shape: int) -> np.ndarray:
-        return np.zeros(shape, np.int32)
-
-    row = ints(rows)
-    return Prompts(
-        tokens=ints(rows, encoded.max_prompt_tokens),
-        length=row,
-        teacher_tokens=ints(rows, encoded.max_teacher_prompt_tokens),
-        teacher_length=row,
-        teacher=row,
-        row=row,
-        sample_id=row,
-        group=row,
-        reference=ints(rows, encoded.max_reference_tokens) if references else None,
-        reference_length=row if references else None,
-    )
 
 
 def abstract_prompts(mesh: Mesh, encoded: Encoded, rows: int, *, references: bool) -> Prompts:
@@ -165,6 +145,15 @@ class MethodShapes:
             *([self.start] if held else []),
         ]
         return nbytes(parts)
+
+    def draw(self, programs: Programs) -> tuple[Any, ...]:
+        """Return the inputs of the sampler with rows in flight."""
+        setup, (student, _, state) = self.setup, self._of_step(programs)
+        rows, place = setup.config.rollout.batch_size, by_rows(setup.mesh)
+        prompts = abstract_prompts(setup.mesh, self.encoded, rows, references=False)
+        carried = placed(no_rows(setup, self.encoded), place)
+        sampling = setup.sampling("rollout", temperature=1.0)
+        return student, prompts, carried, sampling, state.updates
 
     def score(self, programs: Programs) -> tuple[Any, ...]:
         """Return the inputs of the score program."""

@@ -34,10 +34,11 @@ from fireopd_jax.session.host import Policies
 from fireopd_jax.session.parameters import placed
 from fireopd_jax.session.refining import host_stages
 from fireopd_jax.session.session import Session
-from fireopd_jax.sharding.mesh import by_rows, replicated, shard_rows
+from fireopd_jax.sharding.mesh import by_rows, replicate, replicated, shard_rows
 from fireopd_jax.terminal.progress import progress
 from fireopd_jax.terminal.working import LONG_S, working
 from fireopd_jax.training.evaluations import StepEvaluations
+from fireopd_jax.training.in_flight import InFlight
 from fireopd_jax.training.loop import StepLoop
 from fireopd_jax.training.plan import MethodPlan
 from fireopd_jax.training.prepare import StudentStart
@@ -98,6 +99,9 @@ class Distillation:
             seed=seed_for(config.run.seed, "prompts"),
             references=knobs.on_policy_fraction < 1,
         )
+        self.in_flight = None
+        if plan.programs.draw is not None:
+            self.in_flight = InFlight(setup, encoded, plan.programs.draw)
         self.mix = jax.jit(mix, out_shardings=by_rows(setup.mesh))
         self.host_stages = host_stages(session, method)
         # Pass None for unused inputs, so that the programs do not keep them alive.
@@ -170,6 +174,8 @@ class Distillation:
         self.checkpoints.close()
         if skipped := int(state.skipped):
             self.session.log(f"{self.name}: {skipped} of {int(state.updates)} updates were skipped")
+        if self.in_flight is not None and (left := self.in_flight.unfinished()):
+            self.session.log(f"{self.name}: {left} responses in flight are not learned from")
         report.log_seconds()
         report.guard.end(int(state.updates), int(state.skipped))
         return self.programs.merged_params(self.adapted, state.params)
@@ -182,9 +188,14 @@ class Distillation:
             start = self.adapted if self.adapted is not None else self.start.take()
             return 0, self.programs.init(start)
         self.start.release()
-        shapes = jax.eval_shape(self.programs.init, self.start.shapes)
-        state = placed(shapes, replicated(self.session.setup.mesh))
-        done, state, position = self.checkpoints.restore(state)
+        shapes = jax.eval_shape(
+            lambda params: self._with_rows(self.programs.init(params)), self.start.shapes
+        )
+        like = placed(shapes, replicated(self.session.setup.mesh))
+        done, state, position = self.checkpoints.restore(like)
+        if self.in_flight is not None:
+            self.in_flight.rows = shard_rows(self.session.setup.mesh, state.in_flight)
+            state = dataclasses.replace(state, in_flight=None)
         self.loader.set_state(position)
         self.session.log(f"{self.name}: resuming from step {done} of {run.steps}")
         return done, state
@@ -219,7 +230,12 @@ class Distillation:
         prompts, params, updates = next(self.loader), policies.student, policies.updates
         student, fraction = self.session.setup.student, self.config.rollout.on_policy_fraction
         with self.clock.stage("rollout") as ready:
-            if fraction == 1:
+            if self.in_flight is not None:
+                mesh = self.session.setup.mesh
+                drawn = self.in_flight.draw(
+                    params, shard_rows(mesh, prompts), self.sampling, replicate(mesh, updates)
+                )
+            elif fraction == 1:
                 drawn = self.session.generate(
                     student, params, prompts, self.sampling, updates, policy=self.decoded
                 )
@@ -277,7 +293,8 @@ class Distillation:
             assert metrics is not None
             described = self.programs.describe(scored.batch, scored.keep)
             ready(metrics["skipped"].total)
-        return state, described | scored.metrics | metrics
+        of_rows = {} if self.in_flight is None else self.in_flight.step_done()
+        return state, described | scored.metrics | of_rows | metrics
 
     def after(self, done: int, state: TrainState, stopping: bool) -> None:
         """Save and evaluate if due; the seconds are reported with the next step.
@@ -299,9 +316,15 @@ class Distillation:
             return
         self.loader.seek(done)
         with self.session.stop.saving(), self.clock.host("save"):
-            self.checkpoints.save(done, state, self.loader.get_state())
+            self.checkpoints.save(done, self._with_rows(state), self.loader.get_state())
         # Only the newest ones are resumed from; the best may be much older.
         self.windows.forget(before=min(self.checkpoints.steps()[-self.config.run.keep :]))
+
+    def _with_rows(self, state: TrainState) -> TrainState:
+        """Return the state as it is saved: with the rows in flight, if any."""
+        if self.in_flight is None:
+            return state
+        return dataclasses.replace(state, in_flight=self.in_flight.rows)
 
     def _saves(self, done: int) -> bool:
         run = self.config.run

@@ -45,7 +45,7 @@ def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransform
         optimizer = _adamw(config, rate)
     else:
         rest = learning_rate(config, updates, config.adam_learning_rate)
-        parts = {"muon": _muon(config, rate), "adamw": _adamw(config, rest)}
+        parts: Any = {"muon": _muon(config, rate), "adamw": _adamw(config, rest)}
         optimizer = optax.partition(parts, optimizers)
     if config.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)

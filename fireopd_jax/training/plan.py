@@ -283,6 +283,10 @@ class Plan:
             build_update,
         )
         plan = MethodPlan(with_score(method, score), programs(score, update), shapes.encoded)
+        if plan.programs.draw is not None:
+            own = f"rollout of {name} in flight"
+            self._resident[own] = resident
+            self.ahead.add(own, plan.programs.draw, *shapes.draw(plan.programs))
         self.ahead.add(f"begin of {name}", plan.programs.init, shapes.start)
         if shapes.known:
             self.ahead.add(f"describe of {name}", *shapes.describe(plan.programs))
@@ -302,7 +306,8 @@ class Plan:
         for spec in models:
             name = f"rollout of {spec.name}"
             self._resident[name] = max([held + nbytes(params[setup.student.name]), *states])
-            batches = [(config.rollout.batch_size, setup.encoded, None)]
+            own = spec is setup.student and config.rollout.overprovision > 0
+            batches = [] if own else [(config.rollout.batch_size, setup.encoded, None)]
             if config.eval.problems:
                 batches.append((config.eval_batch_size, setup.encoded, None))
             if spec is setup.student:

@@ -25,6 +25,7 @@ from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.session.contexts import teacher_names, teacher_specs
 from fireopd_jax.session.setup import Setup, special_ids
 from fireopd_jax.sharding.mesh import by_rows, replicated
+from fireopd_jax.training.in_flight import make_draw
 from fireopd_jax.training.optimizer import make_optimizer
 from fireopd_jax.training.state import TrainState, init_state
 from fireopd_jax.training.update import Update, make_update
@@ -71,6 +72,8 @@ class Programs:
     """(frozen parameters or None, trained parameters) -> the student's parameters, adapters
     merged."""
     score: ScoreProgram
+    draw: Any
+    """Samples a step's responses, with rows in flight (`training.in_flight`); None without."""
     describe: Callable[[Batch, Keep], Metrics]
     """Returns the metrics of a batch; the same program for all methods."""
     update: Update
@@ -115,7 +118,8 @@ def make_programs(
         lambda: jax.jit(describe, out_shardings=replicated(setup.mesh)),
         *("describe", teacher_names(setup, method)),
     )
-    return Programs(init, merged_params, score, described, update)
+    draw = once(lambda: make_draw(setup), "draw") if config.rollout.overprovision else None
+    return Programs(init, merged_params, score, draw, described, update)
 
 
 def _updates(setup: Setup) -> int:

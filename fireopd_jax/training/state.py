@@ -25,6 +25,8 @@ class TrainState:
     """Number of skipped updates."""
     stages: StageStates
     """States of the method's stages."""
+    in_flight: Any = None
+    """In a checkpoint, the rows that no step has learned from (`training.in_flight`), if any."""
     average: Params | None = None
     """Exponential moving average of `params`, where it is the teacher."""
 

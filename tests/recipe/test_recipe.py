@@ -33,6 +33,8 @@ FOLDERS = sorted(
     for folder in ("model", "hardware")
     for file in (CONFIGS / folder).glob("*.yaml")
 )
+FLYING = ["rollout.overprovision=0.5"]
+GROUPS = "rollout.group_size=4"
 TEACHER = "teacher.tokenizer=builtin:bytes"
 TWO = ["teachers.a.tokenizer=builtin:bytes", "teachers.b.tokenizer=builtin:bytes"]
 CHUNKS = [
@@ -186,6 +188,15 @@ def test_the_paper_is_the_default():
         ([TEACHER, "method.score.margin={}", "rollout.group_size=4"], "method.loss.margin=true"),
         ([TEACHER, "method.loss.margin=true"], "needs margin"),
         ([TEACHER, "rollout.on_policy_fraction=0.5"], "every response is sampled from the student"),
+        ([TEACHER, "rollout.overprovision=0.5"], "expected 0, or method.loss.importance_cap"),
+        ([TEACHER, "rollout.overprovision=1"], "rollout.overprovision"),
+        ([TEACHER, "method/gkd", *FLYING, "rollout.window=2"], "expected rollout.window=1"),
+        (
+            [TEACHER, "method/gkd", *FLYING, "rollout.on_policy_fraction=0.5"],
+            "expected rollout.on_policy_fraction=1",
+        ),
+        ([TEACHER, "method/uni_opd", *FLYING, GROUPS], "may end in different steps"),
+        ([TEACHER, "method/opsa", *FLYING], "rollout.overprovision=0.5"),
         (
             [TEACHER, "method/minillm", "rollout.on_policy_fraction=0.5"],
             "rollout.on_policy_fraction",

@@ -14,6 +14,7 @@ SERVED = "teachers.judge.served={url: 'http://localhost:1', model: m}"
 
 RULED_OUT = {
     "rollout.window": [TEACHER, "method/gkd", "rollout.window=2"],
+    "rollout.overprovision": [TEACHER, "method/gkd", "rollout.overprovision=0.5"],
     "rollout.on_policy_fraction": [TEACHER, "method/gkd", "rollout.on_policy_fraction=0.5"],
     "run.updates_per_rollout": [TEACHER, "run.updates_per_rollout=2"],
     "method.score.temperature": [TEACHER, "method/gkd", "rollout.temperature=0.7",

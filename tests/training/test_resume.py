@@ -236,3 +236,37 @@ def test_saving_and_resuming_hold_one_state_on_the_device(tmp_path, monkeypatch)
     ((before, after),) = seen["restore"]
     assert before < idle + slack, "nothing of the state is made before it is read"
     assert after < idle + state_bytes["state"] + slack
+
+
+FLYING = [
+    "rollout.overprovision=0.5",
+    "rollout.max_tokens=24",
+    "method.loss.importance_cap=2",
+    # So that responses end after different numbers of tokens.
+    "student.sft={steps: 20, batch_size: 16, optim: {learning_rate: 1e-2}}",
+]
+
+
+def test_rows_in_flight_are_in_the_checkpoint(tmp_path, monkeypatch):
+    run(tmp_path / "whole", RANDOM, *FLYING)
+    die_in(monkeypatch, 3, tmp_path / "killed", RANDOM, *FLYING)
+    run(tmp_path / "killed", RANDOM, *FLYING)
+    of_whole, of_killed = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    )
+    keys = [key for key in of_whole[0] if key.split("/")[0] in ("rollout", "loss", "completions")]
+    assert {"rollout/unfinished_rows", "rollout/stale_fraction", "loss"} <= set(keys)
+    for one, other in zip(of_whole, of_killed, strict=True):
+        for key in keys:
+            assert one.get(key) == other.get(key), key
+    hashes = [
+        json.loads((tmp_path / name / "summary.json").read_text())["params_sha256"]
+        for name in ("whole", "killed")
+    ]
+    assert hashes[0] == hashes[1]
+    behind = [each["rollout/updates_behind_max"] for each in of_whole if "loss" in each]
+    assert behind[0] == 0 and max(behind) >= 1
+    log = (tmp_path / "whole" / "logs" / "run.log").read_text()
+    assert "rollout.overprovision=0.5: some tokens are of the parameters of earlier steps" in log
+    assert "responses in flight are not learned from" in log
