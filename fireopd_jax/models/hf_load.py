@@ -28,10 +28,11 @@ from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.hf_config import architecture
 from fireopd_jax.models.hf_files import Slices, Stored, allocate, copy_rows, quantize_into
 from fireopd_jax.models.hf_forms import NONE_IGNORED, IgnoredKeys
-from fireopd_jax.models.hf_names import Weight, flat, indices, weights
+from fireopd_jax.models.hf_names import weights
 from fireopd_jax.models.hf_weights import check_tensors, open_folder, read_json
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.models.quantized import Quantize, Quantized, quantizable, quantize, scale_place
+from fireopd_jax.models.weights import Weight, flat, indices
 
 BUFFER = 2**27
 """Bytes that are read ahead."""
@@ -187,7 +188,7 @@ def _blocks(
     row: Weight, bounds: Bounds, part: np.ndarray, stored: Mapping[str, Stored]
 ) -> Iterator[tuple[Stored, int, int, Slices, np.ndarray]]:
     """Yield the reads that fill one shard: tensor, rows, columns, and the target in `part`."""
-    layers, own = bounds[: row.axes], bounds[row.axes :]
+    layers, own = bounds[: row.stacked], bounds[row.stacked :]
     if row.transposed:
         own = own[::-1]
     (first, last), *others = own
@@ -210,7 +211,7 @@ def _on_devices(
     pool: ThreadPoolExecutor,
 ) -> jax.Array:
     """Return one parameter on accelerators, its tensors transferred one after another."""
-    axes = row.axes
+    axes = row.stacked
     piece_place = _tensor_sharding(row, ours, place)
 
     def convert(piece: jax.Array) -> jax.Array:
@@ -244,7 +245,7 @@ def _stacked(
     pool: ThreadPoolExecutor,
 ) -> Any:
     """Return the stack, on the devices, of all tensors after `convert` (an array or a tree)."""
-    axes = row.axes
+    axes = row.stacked
     piece = jax.ShapeDtypeStruct(row.shape(ours.shape), ours.dtype)
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((*ours.shape[:axes], *leaf.shape), leaf.dtype),
@@ -296,5 +297,5 @@ def _tensor_sharding(row: Weight, ours: jax.ShapeDtypeStruct, place: Sharding) -
     """Return the sharding of one tensor that matches its parameter's, so no data moves later."""
     if not isinstance(place, NamedSharding):
         return place
-    spec = [*place.spec, *[None] * (len(ours.shape) - len(place.spec))][row.axes :]
+    spec = [*place.spec, *[None] * (len(ours.shape) - len(place.spec))][row.stacked :]
     return NamedSharding(place.mesh, PartitionSpec(*(spec[::-1] if row.transposed else spec)))

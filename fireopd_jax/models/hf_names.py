@@ -1,13 +1,5 @@
-"""The table of our parameters and Hugging Face's tensors, which loading and export share.
+"""Names, shapes and tensors of a model in Hugging Face's form, by the table of `models.weights`."""
 
-    ("layers", "self_attn", "q_proj", "kernel")  <->  model.layers.{i}.self_attn.q_proj.weight, .T
-
-Our parameters are stacked: leading axes for the layer {i} and the expert {e}, then the matrix.
-Linear maps are [inputs, outputs] here and [outputs, inputs] in Hugging Face's files.
-"""
-
-import dataclasses
-import itertools
 from collections.abc import Iterator
 
 import jax
@@ -17,72 +9,7 @@ import numpy as np
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.models.quantized import Quantized, dequantize, is_quantized
-
-Path = tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """One row of the table: a parameter and the tensors that it stacks."""
-
-    path: Path
-    """Path of the parameter."""
-    name: str
-    """Hugging Face's name, with {i} for the layer and {e} for the expert."""
-    transposed: bool = False
-    """Whether the tensor is the transpose of our matrix."""
-
-    @property
-    def axes(self) -> int:
-        """Number of stacked leading axes (layer, expert) of the parameter."""
-        return self.name.count("{")
-
-    def hf_name(self, index: tuple[int, ...]) -> str:
-        """Return the tensor's name for one layer and expert."""
-        return self.name.format(**dict(zip("ie", index, strict=False)))
-
-    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of one tensor, from the shape of our parameter."""
-        own = ours[self.axes :]
-        return own[::-1] if self.transposed else own
-
-
-LAYER = "model.layers.{i}."
-ATTENTION = tuple(f"self_attn.{p}_proj" for p in "qkvo")
-MLP = tuple(f"mlp.{p}_proj" for p in ("gate", "up", "down"))
-EXPERTS = tuple(f"mlp.experts.{p}_proj" for p in ("gate", "up", "down"))
-NORMS = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-    "self_attn.q_norm",
-    "self_attn.k_norm",
-)
-
-# Every weight of any family; a model has those whose path is among its parameters.
-TABLE = (
-    Weight(("embed_tokens",), "model.embed_tokens.weight"),
-    *(Weight(("layers", *n.split("."), "scale"), f"{LAYER}{n}.weight") for n in NORMS),
-    *(
-        Weight(("layers", *name.split("."), "kernel"), f"{LAYER}{name}.weight", transposed=True)
-        for name in (*ATTENTION, *MLP, "mlp.gate")
-    ),
-    *(
-        Weight(("layers", *name.split("."), "bias"), f"{LAYER}{name}.bias")
-        for name in (*ATTENTION, *MLP)
-    ),
-    *(
-        Weight(
-            ("layers", *name.split(".")),
-            f"{LAYER}{name.replace('experts', 'experts.{e}')}.weight",
-            transposed=True,
-        )
-        for name in EXPERTS
-    ),
-    Weight(("norm", "scale"), "model.norm.weight"),
-    Weight(("lm_head",), "lm_head.weight"),
-)
+from fireopd_jax.models.weights import TABLE, Weight, flat, indices
 
 
 def weights(
@@ -95,16 +22,6 @@ def weights(
     missing = known.keys() - {row.path for row in rows}
     assert not missing, f"parameters that TABLE does not name: {missing}"
     return ((row, known[row.path]) for row in rows)
-
-
-def flat(path: tuple) -> Path:
-    """Return a leaf's path of `jax.tree` as a tuple of names."""
-    return tuple(str(key.key) for key in path)
-
-
-def indices(row: Weight, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Yield the indices (layer, expert) of a stacked parameter, layer by layer."""
-    return itertools.product(*(range(n) for n in shape[: row.axes]))
 
 
 def hf_shapes(config: DecoderConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fireopd_jax.models.architecture import DecoderConfig
+from fireopd_jax.models.weights import BY_PATH
+from fireopd_jax.sharding.rules import DECODE, Axis, spec_of
 
-COLUMNS = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
-ROWS = {"o_proj", "down_proj"}
-TABLES = {"embed_tokens", "lm_head"}
 TOKENS = 128
 """Each device's number of token ids is a multiple of this: the sampler's block."""
 
@@ -41,21 +40,21 @@ def shard_decode_layout(
 ) -> dict[str, Any]:
     """Shard parameters in the decode layout; embedding and head are padded with zeros."""
     devices = tensor_devices(mesh)
-    heads = {"q_proj": c.num_attention_heads, "o_proj": c.num_attention_heads}
-    heads |= {"k_proj": c.num_key_value_heads, "v_proj": c.num_key_value_heads}
+    heads: dict[Axis | None, int] = {
+        "heads": c.num_attention_heads, "kv_heads": c.num_key_value_heads
+    }  # fmt: skip
 
     def place(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         # A path has dict keys, fields of a `Quantized` and layer indices; only keys have `key`.
-        names = {str(getattr(key, "key", "")) for key in path}
-        spec = PartitionSpec()
-        if names & TABLES:
+        row = BY_PATH[tuple(key.key for key in path if hasattr(key, "key"))]
+        axes = row.axes[row.axes[:1] == ("layers",) :]  # one array a layer
+        if axes[0] == "vocab":
             leaf = jnp.pad(leaf, ((0, -leaf.shape[0] % (TOKENS * devices)), (0, 0)))
-            spec = PartitionSpec("tensor")
-        for name in names & COLUMNS:
-            spec = over_tensor(leaf.ndim, -1, heads.get(name, leaf.shape[-1]), devices)
-        for name in names & ROWS:
-            if leaf.ndim > 1:  # A bias is replicated: it is added after the sum over the axis.
-                spec = over_tensor(leaf.ndim, -2, heads.get(name, leaf.shape[-2]), devices)
+        parts = [
+            min(size, heads.get(axis, size))  # a quantized kernel's scale has a single row
+            for axis, size in zip(axes, leaf.shape, strict=True)
+        ]
+        spec = spec_of(axes, parts, DECODE, mesh)
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(place, decode_params)
