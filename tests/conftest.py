@@ -25,6 +25,9 @@ FLAGS = {
 if version("jaxlib").startswith("0.10."):
     # The emitters of before, gone since: twice as fast to compile.
     FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
+    # With it, the virtual devices of one program may enter independent collectives in different
+    # orders, and wait for each other for ever.
+    FLAGS["--xla_cpu_enable_concurrency_optimized_scheduler"] = "false"
 
 ON_GPU = os.environ.get("FIREOPD_TEST_GPU") == "1"
 os.environ["JAX_PLATFORMS"] = "cuda,cpu" if ON_GPU else "cpu"

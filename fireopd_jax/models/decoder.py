@@ -22,6 +22,7 @@ from fireopd_jax.models.architecture import AttentionKind, DecoderConfig
 from fireopd_jax.models.layers import MLP, Attention, AttentionFn, norm
 from fireopd_jax.models.lora import Adapters, add
 from fireopd_jax.models.moe import MoE
+from fireopd_jax.models.placement import Placement, gathered, layer_places
 from fireopd_jax.models.quantized import is_quantized
 from fireopd_jax.models.rope import rotary
 from fireopd_jax.ops.attention import attention
@@ -98,10 +99,12 @@ class Decoder(nnx.Module):
         table = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return table[...].astype(self.config.dtype)
 
-    def embed(self, tokens: Int32[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Return the token embeddings: the input of the first layer."""
-        c = self.config
-        x = self.embed_tokens[...].astype(c.dtype)[tokens]
+    def embed(self, tokens: Int32[Array, "B S"], mesh: Mesh | None = None) -> Float[Array, "B S D"]:
+        """Return the token embeddings, the input of the first layer; `mesh` shards the table."""
+        c, table = self.config, {"embed_tokens": self.embed_tokens[...]}
+        if mesh is not None and mesh.shape["fsdp"] > 1:
+            table = gathered(table, Placement(mesh).of(table))
+        x = table["embed_tokens"].astype(c.dtype)[tokens]
         # As in Gemma, sqrt(width) is rounded to the compute dtype first.
         return x * jnp.asarray(c.hidden_size**0.5, c.dtype) if c.scale_embeddings else x
 
@@ -127,8 +130,10 @@ class Decoder(nnx.Module):
         are merged into one layer at a time, so that no merged copy of the model exists. `attention`
         names an implementation (`ops.attention`); `mesh` has the devices of the rows.
         """
-        x = self.embed(tokens)
+        x = self.embed(tokens, mesh)
         graph, stacked = nnx.split(self.layers)
+        stacked = nnx.to_pure_dict(stacked)
+        whole = layer_places(mesh, stacked)
         low_rank = {} if adapters is None else adapters["layers"]
         kinds = list(dict.fromkeys(self.config.kinds))
         places = Places(segments, positions, attention, mesh)
@@ -139,11 +144,12 @@ class Decoder(nnx.Module):
         static = windows[0] if len(set(windows)) == 1 else None
 
         def run(x, layer, low_rank, rope, window=None):
-            layer = add(nnx.to_pure_dict(layer), low_rank) if low_rank else layer
+            layer = layer if whole is None else gathered(layer, whole)
+            layer = add(layer, low_rank) if low_rank else layer
             attention = uncached(places, static if window is None else window)
             return nnx.merge(graph, layer)(x, rope, attention)[0]
 
-        run = with_remat(run, remat)
+        run = with_remat(run, remat, sharded=whole is not None)
         if len(kinds) == 1:
 
             def body(x, layer):
@@ -205,14 +211,29 @@ def uncached(places: Places, window: int | Array | None) -> AttentionFn:
     return run
 
 
-def with_remat(layer: Callable[..., Array], remat: Remat) -> Callable[..., Array]:
-    """Return the layer function, wrapped in `jax.checkpoint` according to `remat`."""
-    if remat == "none":
+def with_remat(
+    layer: Callable[..., Array], remat: Remat, *, sharded: bool = False
+) -> Callable[..., Array]:
+    """Return the layer function, wrapped in `jax.checkpoint` according to `remat`.
+
+    With `sharded` parameters, what has been gathered for a layer is never saved.
+    """
+    if remat == "none" and not sharded:
         return layer
-    # Attention's products have batch axes. They are the largest, so `dots` does not save them.
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policies = jax.checkpoint_policies
+    policy = {
+        "none": not_gathered,
+        # Attention's products have batch axes. They are the largest, so `dots` does not save them.
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "full": None,
+    }[remat]
     # Inside a scan, common-subexpression elimination cannot undo the recomputation.
-    return jax.checkpoint(layer, policy=dots if remat == "dots" else None, prevent_cse=False)
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Return whether a value may be saved: neither a gathered matrix nor its cast."""
+    return primitive.name not in ("sharding_constraint", "convert_element_type")
 
 
 def parameter_count(params: dict[str, Any]) -> int:

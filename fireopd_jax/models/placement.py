@@ -1,4 +1,7 @@
-"""Sharding of parameters in the decode layout over the `tensor` axis of a mesh.
+"""Sharding of parameters over a mesh, derived from the table of `models.weights`.
+
+In scoring and training, and for whatever is made of parameters (`Placement`), by the rules `TRAIN`.
+In the decode layout, over the `tensor` axis, by the rules `DECODE`:
 
     q, k, v, gate, up    sharded by columns: whole heads, and a part of the MLP, on each device
     o, down              sharded by rows: their products are summed over the axis
@@ -8,6 +11,8 @@ An array whose parts the devices cannot share evenly is replicated, such as k an
 fewer key heads than devices.
 """
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,11 +20,80 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fireopd_jax.models.architecture import DecoderConfig
-from fireopd_jax.models.weights import BY_PATH
-from fireopd_jax.sharding.rules import DECODE, Axis, spec_of
+from fireopd_jax.models.weights import BY_PATH, Path
+from fireopd_jax.sharding.rules import DECODE, TRAIN, Axis, spec_of
+from fireopd_jax.types import Array
 
 TOKENS = 128
 """Each device's number of token ids is a multiple of this: the sampler's block."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Shardings of parameters in scoring and training, and of the states that are made of them."""
+
+    mesh: Mesh
+
+    def of(self, tree: Any) -> Any:
+        """Return the sharding of each array, or shape, of a tree.
+
+        A leaf is known by the end of its path, which is that of a parameter. Others, such as the
+        small matrices of adapters, are replicated.
+        """
+        return jax.tree.map_with_path(self._of_leaf, tree)
+
+    def constrain(self, tree: Any) -> Any:
+        """Return the arrays of a traced tree, sharded."""
+        if self.mesh.shape["fsdp"] == 1:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, self.of(tree))
+
+    def _of_leaf(self, path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        axes = _logical_axes(tuple(str(key.key) for key in path if hasattr(key, "key")))
+        if axes is None:
+            return NamedSharding(self.mesh, PartitionSpec())
+        return NamedSharding(self.mesh, spec_of(axes, leaf.shape, TRAIN, self.mesh))
+
+
+def gathered(tree: Any, places: Any) -> Any:
+    """Return parameters whole on every device; their gradients are sharded as `places` says."""
+
+    def one(leaf: Any, place: NamedSharding) -> Any:
+        floating = jnp.issubdtype(leaf.dtype, jnp.inexact)
+        return (_gather if floating else _whole)(leaf, place)
+
+    return jax.tree.map(one, tree, places)
+
+
+def layer_places(mesh: Mesh | None, stacked: Any) -> Any:
+    """Return the shardings of one layer's parameters, from those of all; None if all are whole."""
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return None
+    places = Placement(mesh).of({"layers": stacked})["layers"]
+    return jax.tree.map(lambda each: NamedSharding(mesh, PartitionSpec(*each.spec[1:])), places)
+
+
+def _whole(leaf: Array, place: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(place.mesh, PartitionSpec()))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(leaf: Array, place: NamedSharding) -> Array:
+    return _whole(leaf, place)
+
+
+def _scatter(place: NamedSharding, _: None, grad: Array) -> tuple[Array]:
+    # Summed over the devices first, or the sharding would spread to what the gradient is made of.
+    return (jax.lax.with_sharding_constraint(_whole(grad, place), place),)
+
+
+_gather.defvjp(lambda leaf, place: (_whole(leaf, place), None), _scatter)
+
+
+def _logical_axes(names: Path) -> tuple[Axis | None, ...] | None:
+    """Return the axes of the parameter that a path ends in; None for any other array."""
+    rows = (BY_PATH.get(names[start:]) for start in range(len(names)))
+    return next((row.axes for row in rows if row is not None), None)
 
 
 def tensor_devices(mesh: Mesh | None) -> int:

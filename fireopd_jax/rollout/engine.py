@@ -2,7 +2,7 @@
 
     prompts -> request table -> `Loop.run` until no row is left -> Rollout
 
-The rows are sharded over the `data` axis of the mesh, with one loop for each replica, so a replica
+The rows are sharded over the replicas of the mesh, with one loop for each replica, so a replica
 with short responses does not wait for others at every step. The devices of a replica, on the
 `tensor` axis, share its model, KV cache and vocabulary. `streaming.Engine` has the same loop for
 requests that arrive over time, with budgets and streaming.
@@ -31,6 +31,7 @@ from fireopd_jax.rollout.state import (
     enqueue,
     initial_state,
 )
+from fireopd_jax.sharding.mesh import REPLICAS
 from fireopd_jax.types import Prompts, Rollout, TokenStats, Writer
 
 CacheLayout = Dense | Paged
@@ -67,7 +68,7 @@ def generate(
         requests = table(prompts, sampling, max_tokens)
         return as_rollout(prompts, complete(loop, shape, params, requests, version))
 
-    whole, split = PartitionSpec(), PartitionSpec("data")
+    whole, split = PartitionSpec(), PartitionSpec(REPLICAS)
     knobs = jax.tree.map(lambda knob: whole if knob.ndim == 0 else split, sampling.rows(rows))
     draw = over_data(draw, mesh, (whole, split, knobs, whole), split)
     return draw(model.to_decode_layout(params, mesh), prompts, sampling.rows(rows), version)

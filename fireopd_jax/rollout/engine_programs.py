@@ -6,7 +6,7 @@
     state, capacity                -> grow             -> the same state with longer KV caches
     requests -> write;  row -> remove;  rows -> pick
 
-The arrays of a state are stacked over the D replicas, [D, ...], and sharded over the `data` axis.
+The arrays of a state are stacked over the D replicas, [D, ...], and sharded over the replicas.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ from fireopd_jax.rollout.state import (
     remove,
     write,
 )
+from fireopd_jax.sharding.mesh import REPLICAS
 
 GROW_FROM = 1024
 """Positions of a slot from which on the cache starts at a quarter of them and grows."""
@@ -125,7 +126,7 @@ def on_replicas(
     function: Callable[..., Any], mesh: Mesh | None, *stacked: bool
 ) -> Callable[..., Any]:
     """Apply `function` on each replica to its own part of the arguments that are stacked."""
-    split, whole = PartitionSpec("data"), PartitionSpec()
+    split, whole = PartitionSpec(REPLICAS), PartitionSpec()
 
     def one(*arguments: Any) -> Any:
         own = [

@@ -1,10 +1,11 @@
 """Sharding of a rollout over a mesh: one loop for each replica, whose devices share its work.
 
-data      manual (`shard_map`): one loop for each replica, no communication between replicas
-tensor    automatic: XLA follows the shardings of parameters and cache; manual for sampling only
+data, fsdp  manual (`shard_map`): one loop for each replica, no communication between replicas
+tensor      automatic: XLA follows the shardings of parameters and cache; manual for sampling only
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +16,13 @@ from jaxtyping import Float, Int32, Key
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.models.placement import over_tensor, tensor_devices
 from fireopd_jax.rollout.sampling import Draw, Sampling, draw
+from fireopd_jax.sharding.mesh import REPLICAS
 from fireopd_jax.types import Array
 
 
 def replica_count(mesh: Mesh | None) -> int:
-    """Return the number of replicas, the size of the `data` axis; 1 without a mesh."""
-    return 1 if mesh is None else mesh.shape["data"]
+    """Return the number of replicas: the size of the axes `REPLICAS`; 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in REPLICAS)
 
 
 def over_data(
@@ -33,7 +35,7 @@ def over_data(
     """
     if mesh is None or mesh.size == 1:
         return function
-    manual = {"data"} if tensor_devices(mesh) > 1 else set(mesh.axis_names)
+    manual = set(REPLICAS) if tensor_devices(mesh) > 1 else set(mesh.axis_names)
     # Replicas run different numbers of loop iterations, which the VMA check cannot express.
     return jax.shard_map(
         function,
@@ -90,10 +92,10 @@ def state_shardings(state: Any, memory: Any, model: LanguageModel, mesh: Mesh | 
     """Return the shardings of a state stacked over the replicas; None on one device."""
     if mesh is None or mesh.size == 1:
         return None
-    places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec("data")), state)
+    places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec(REPLICAS)), state)
 
     def place(leaf: Any) -> NamedSharding:
         spec = cache_spec(leaf.ndim - 1, memory, model, mesh)
-        return NamedSharding(mesh, PartitionSpec("data", *spec))
+        return NamedSharding(mesh, PartitionSpec(REPLICAS, *spec))
 
     return dataclasses.replace(places, cache=jax.tree.map(place, state.cache))

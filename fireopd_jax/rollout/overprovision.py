@@ -24,6 +24,7 @@ from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.meshes import over_data, replica_count
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.state import LENGTH, RUNNING, STOP, Requests, Shape
+from fireopd_jax.sharding.mesh import REPLICAS
 from fireopd_jax.types import Array, Prompts, Rollout, TokenStats, Writer, pytree
 
 ENDED, EMPTY, UNFINISHED = range(3)
@@ -97,7 +98,7 @@ def generate_overprovisioned(
         )
         return taken[0], Carried(*left)
 
-    whole, split = PartitionSpec(), PartitionSpec("data")
+    whole, split = PartitionSpec(), PartitionSpec(REPLICAS)
     draw = over_data(draw, mesh, (whole, split, split, whole, whole), split)
     layout = model.to_decode_layout(params, mesh)
     taken, left = draw(layout, prompts, carried, sampling, version)

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# Keys that change what is logged or kept of a run, not its result: a resumed run may change them.
+# Keys that change what is logged or kept of a run, or where it runs, not its result but for
+# rounding: a resumed run may change them.
 INCIDENTAL = frozenset(
     {
         "run.name",
@@ -25,6 +26,9 @@ INCIDENTAL = frozenset(
         "run.max_nonfinite",
         "run.report_to",
         "run.project",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
     }
 )
 OF_SERVED = re.compile(

@@ -18,6 +18,7 @@ from fireopd_jax.evaluation.evaluator import EvalResult
 from fireopd_jax.evaluation.responses import Graded
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.language_model import Params
+from fireopd_jax.models.placement import Placement
 from fireopd_jax.recipe.models import ModelConfig, TeacherConfig
 from fireopd_jax.recipe.schema import Config, load_config
 from fireopd_jax.runtime.compilation import compile_cache
@@ -33,7 +34,7 @@ from fireopd_jax.session.parameters import load_or_make, load_own
 from fireopd_jax.session.session import grade, make_generate
 from fireopd_jax.session.setup import set_up
 from fireopd_jax.session.specs import Model, ModelSpec, load_spec, slug
-from fireopd_jax.sharding.mesh import replicated, shard_rows
+from fireopd_jax.sharding.mesh import shard_rows
 from fireopd_jax.terminal.progress import progress
 from fireopd_jax.terminal.working import LONG_S, working
 from fireopd_jax.text.clock import stopped_kwargs
@@ -202,7 +203,7 @@ def held_out_responses(run: Path, name: str, overrides: Sequence[str]) -> tuple[
     if (recorded := recorded_rows(run)) is not None:
         check_rows(setup.rows, recorded, run)
     check_divisible({"eval.batch_size": config.eval_batch_size}, setup.mesh)
-    place = replicated(setup.mesh)
+    place = Placement(setup.mesh)
     slugs = [spec.slug for spec in setup.teachers]
     if found in slugs:
         index = slugs.index(found)

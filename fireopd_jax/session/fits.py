@@ -15,6 +15,7 @@ from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
 from fireopd_jax.recipe.schema import Config
 from fireopd_jax.rollout.engine import CacheLayout
 from fireopd_jax.rollout.kv_paged import Paged
+from fireopd_jax.rollout.meshes import replica_count
 from fireopd_jax.rollout.state import Shape
 
 CACHES = {"dense_gpu": "gpu", "paged_tpu": "tpu", "paged_gpu": "gpu"}
@@ -70,7 +71,7 @@ def check_pages(
     """Raise UserError for a cache of pages that cannot hold one prompt and response."""
     cache = config.rollout.cache
     if isinstance(cache, Paged):
-        rows = max(1, batch_size // mesh.shape["data"])
+        rows = max(1, batch_size // replica_count(mesh))
         shape = Shape.of(rows, prompt_tokens, max_tokens, config.rollout.slots, cache.align)
         cache.pages(shape.slots, shape.entries, shape.capacity)
 

@@ -17,33 +17,44 @@ from jax.tree_util import keystr
 from fireopd_jax.config import UserError
 from fireopd_jax.models.hf_load import load, resolve
 from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.models.placement import Placement
 from fireopd_jax.models.quantized import quantize_params
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.runs.checkpoints import restore_params
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.types import Array
 
+Place = Sharding | Placement
+"""One sharding of all arrays of a tree, or each parameter's own."""
 
-def placed(shapes: Any, place: Sharding) -> Any:
-    """Return abstract arrays with the shapes and dtypes of a tree, and this sharding."""
 
-    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+def shardings(tree: Any, place: Place) -> Any:
+    """Return the sharding of each array, or shape, of a tree."""
+    if isinstance(place, Placement):
+        return place.of(tree)
+    return jax.tree.map(lambda _: place, tree)
+
+
+def placed(shapes: Any, place: Place) -> Any:
+    """Return abstract arrays with the shapes and dtypes of a tree, and their shardings."""
+
+    def one(leaf: Any, own: Sharding) -> jax.ShapeDtypeStruct:
         # A weak type is part of a program's signature, too.
         weak = getattr(leaf, "weak_type", False)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place, weak_type=weak)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own, weak_type=weak)
 
-    return jax.tree.map(one, shapes)
+    return jax.tree.map(one, shapes, shardings(shapes, place))
 
 
-def abstract_params(model: LanguageModel, place: Sharding) -> Params:
-    """Return shapes, dtypes and sharding of a model's parameters; nothing is allocated."""
+def abstract_params(model: LanguageModel, place: Place) -> Params:
+    """Return shapes, dtypes and shardings of a model's parameters; nothing is allocated."""
     return placed(model.shapes(), place)
 
 
 @functools.lru_cache(maxsize=16)
-def random_init(model: LanguageModel, place: Sharding) -> Callable[[Array], Params]:
+def random_init(model: LanguageModel, place: Place) -> Callable[[Array], Params]:
     """Return the jitted function from a key to a model's random parameters."""
-    return jax.jit(model.init, out_shardings=place)
+    return jax.jit(model.init, out_shardings=shardings(model.shapes(), place))
 
 
 def random_key(spec: ModelSpec, seed: int) -> Array:
@@ -51,7 +62,7 @@ def random_key(spec: ModelSpec, seed: int) -> Array:
     return jax.random.key(seed_for(seed, f"init {spec.name}"), impl="threefry2x32")
 
 
-def load_or_make(spec: ModelSpec, place: Sharding, seed: int = 0) -> Params:
+def load_or_make(spec: ModelSpec, place: Place, seed: int = 0) -> Params:
     """Return a model's initial parameters: loaded from its `path`, or random.
 
     Kernels are quantised according to `spec.model.quantize`. Random parameters are a function of
@@ -62,11 +73,13 @@ def load_or_make(spec: ModelSpec, place: Sharding, seed: int = 0) -> Params:
         return random_init(model, place)(random_key(spec, seed))
     folder = resolve(spec.config.path)
     if not (folder / "model.json").is_file():
-        return load(folder, model.config, model.vocab_size, place, model.quantize)
+        stored = dataclasses.replace(model, quantize=None)
+        places = shardings(stored.shapes(), place)
+        return load(folder, model.config, model.vocab_size, places, model.quantize)
     return load_own(folder, spec, place)
 
 
-def load_own(folder: Path, spec: ModelSpec, place: Sharding) -> Params:
+def load_own(folder: Path, spec: ModelSpec, place: Place) -> Params:
     """Return parameters saved by a run, quantised according to the spec."""
     stored = dataclasses.replace(spec.model, quantize=spec.stored)
     params = restore_params(folder, abstract_params(stored, place))
@@ -88,8 +101,9 @@ def refuse_nonfinite(folder: Path, params: Params) -> None:
             )
 
 
-def quantized(spec: ModelSpec, params: Params, place: Sharding) -> Params:
+def quantized(spec: ModelSpec, params: Params, place: Place) -> Params:
     """Return the parameters with kernels quantised according to the spec."""
     if spec.model.quantize is None:
         return params
-    return jax.jit(quantize_params, out_shardings=place)(params)
+    places = shardings(jax.eval_shape(quantize_params, params), place)
+    return jax.jit(quantize_params, out_shardings=places)(params)

@@ -1,11 +1,13 @@
 """The device mesh, and what is sharded over its axes.
 
     data      replicas; each samples the rollouts of its own rows
+    fsdp      replicas, too, which share the parameters: each holds a part of every matrix
     tensor    devices of a replica; attention heads, MLPs and vocabulary are sharded over them
 
-These are the roles during rollouts. Scoring and training shard the rows over all devices, and
-replicate parameters and optimizer state. The axes are Auto: the compiler inserts the collectives,
-so statistics over the row axis are global by construction.
+In scoring and training all devices share the rows; parameters, gradients and optimizer state are
+sharded over `fsdp` (`sharding.rules`) and replicated over the other axes. A layer's matrices are
+gathered where they are used. The axes are Auto: the compiler inserts the collectives, so statistics
+over the row axis are global by construction.
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,9 @@ from fireopd_jax.config import UserError, config
 from fireopd_jax.types import Array
 
 Tree = TypeVar("Tree")
-AXES = ("data", "tensor")
+AXES = ("data", "fsdp", "tensor")
+REPLICAS = ("data", "fsdp")
+"""Axes over which the rows of a rollout are sharded."""
 
 
 @config
@@ -27,7 +31,11 @@ class MeshConfig:
     """Shape of the device mesh."""
 
     data: PositiveInt | None = None
-    """Number of replicas, each with its own rollout rows. null: all devices, divided by tensor."""
+    """Number of replicas, each with its own rollout rows and parameters. null: all devices, divided
+    by fsdp and tensor."""
+    fsdp: PositiveInt = 1
+    """Replicas that share the parameters, gradients and optimizer state in training: each holds a
+    part of every matrix. During rollouts each has a whole copy in the compute dtype."""
     tensor: PositiveInt = 1
     """Devices per replica; during rollouts the model and its KV cache are sharded over them."""
 
@@ -35,17 +43,21 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh of the configuration; raise `UserError` if the devices do not suffice."""
     devices = devices if devices is not None else jax.devices()
-    if config.data is None and len(devices) % config.tensor:
+    others = {"fsdp": config.fsdp, "tensor": config.tensor}
+    named = {f"mesh.{name}": size for name, size in others.items() if size > 1}
+    shared = config.fsdp * config.tensor
+    if config.data is None and len(devices) % shared:
+        keys = " x ".join(f"{key}={size}" for key, size in named.items())
         raise UserError(
-            f"mesh.tensor={config.tensor}: does not divide the {len(devices)} devices; set "
-            "mesh.data too, to leave some of them idle"
+            f"{keys}: does not divide the {len(devices)} devices; set mesh.data too, to leave some "
+            "of them idle"
         )
-    shape = config.data or len(devices) // config.tensor, config.tensor
-    size = shape[0] * shape[1]
+    shape = config.data or len(devices) // shared, config.fsdp, config.tensor
+    size = shape[0] * shared
     if size > len(devices):
-        keys = "mesh.data" if config.tensor == 1 else "mesh.data x mesh.tensor"
+        keys = " x ".join(["mesh.data", *named])
         raise UserError(f"{keys}: {size} devices asked for, {len(devices)} found")
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 2, devices=devices[:size])
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:size])
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:

@@ -19,6 +19,9 @@ Rules = Mapping[Axis, str]
 DECODE: Rules = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
 """During rollouts: whole heads, and parts of the MLP and of the vocabulary, on each device."""
 
+TRAIN: Rules = {"embed": "fsdp"}
+"""In scoring and training: every matrix has one axis of the hidden size."""
+
 
 def spec_of(
     axes: Sequence[Axis | None], parts: Sequence[int], rules: Rules, mesh: Mesh

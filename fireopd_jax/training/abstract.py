@@ -4,6 +4,7 @@ Setup, method -> inputs of its programs, without allocating anything
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from fireopd_jax.data.examples import example_prompts
 from fireopd_jax.data.pipeline import Encoded
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.models.placement import Placement
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.session.contexts import teacher_specs
 from fireopd_jax.session.parameters import abstract_params, placed
@@ -29,9 +31,14 @@ from fireopd_jax.types import Prompts, Rollout
 
 
 def nbytes(tree: Any) -> int:
-    """Return the bytes of all arrays, or shapes, of a tree; keys count as none."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf.dtype, "itemsize")]
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    """Return the bytes on each device of all arrays, or shapes, of a tree; keys count as none."""
+
+    def size(leaf: Any) -> int:
+        place = getattr(leaf, "sharding", None)
+        shape = leaf.shape if place is None else place.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf.dtype, "itemsize"))
 
 
 def abstract_prompts(mesh: Mesh, encoded: Encoded, rows: int, *, references: bool) -> Prompts:
@@ -40,9 +47,13 @@ def abstract_prompts(mesh: Mesh, encoded: Encoded, rows: int, *, references: boo
 
 
 def abstract_state(begin: Callable[[Params], TrainState], params: Params) -> TrainState:
-    """Return the shapes of the state that `begin` makes of `params`, replicated."""
-    place = jax.tree.leaves(params)[0].sharding
-    return placed(jax.eval_shape(begin, params), place)
+    """Return the shapes of the state that `begin` makes of `params`, sharded like these."""
+    return placed(jax.eval_shape(begin, params), Placement(mesh_of(params)))
+
+
+def mesh_of(params: Params) -> Mesh:
+    """Return the mesh that parameters, or their shapes, lie on."""
+    return jax.tree.leaves(params)[0].sharding.mesh
 
 
 def sampler_inputs(
@@ -83,7 +94,7 @@ class MethodShapes:
         cls, setup: Setup, method: MethodConfig, encoded: Encoded, sampler: Generate
     ) -> "MethodShapes":
         """Return the shapes of a method of a run; `sampler` is the student's."""
-        place = replicated(setup.mesh)
+        place = Placement(setup.mesh)
         specs = setup.teachers if method.teacher.resident else ()
         served = bool(setup.served) and method.teacher.resident and method.score.scores_teacher
         return cls(
@@ -120,7 +131,7 @@ class MethodShapes:
 
     def _of_step(self, programs: Programs) -> tuple[Params, list[Params], TrainState]:
         """Return the parameters of the student and of the teachers, and the state of a step."""
-        place, state = replicated(self.setup.mesh), self.state(programs)
+        place, state = Placement(self.setup.mesh), self.state(programs)
 
         def merged(trained: Params) -> Params:
             return placed(jax.eval_shape(programs.merged_params, self.adapted, trained), place)
@@ -135,7 +146,7 @@ class MethodShapes:
     def resident(self, programs: Programs) -> int:
         """Return the bytes of all parameters and states that are in memory in a step."""
         student, _, state = self._of_step(programs)
-        place = replicated(self.setup.mesh)
+        place = Placement(self.setup.mesh)
         held = self.adapted is not None or self.method.teacher.at_start or self.base is not None
         teachers = [abstract_params(each.model, place) for each in self.setup.teachers]
         parts = [
@@ -178,7 +189,7 @@ class MethodShapes:
         inputs = self.score(programs)
         _, teachers, state = self._of_step(programs)
         batch, _, stages, _ = jax.eval_shape(programs.score.jitted, *inputs)
-        place = replicated(self.setup.mesh)
+        place = Placement(self.setup.mesh)
         state = placed(
             jax.eval_shape(lambda old, new: dataclasses.replace(old, stages=new), state, stages),
             place,

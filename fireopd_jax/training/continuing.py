@@ -61,7 +61,9 @@ class Continuation:
             judged = _with_steps(old, new)
         known = frozenset(recorded_sources(self.folder / SOURCES))
         judged, wanted = (_without_paths(each, known, recorded) for each in (judged, new))
-        refused = by_keys(as_tree(judged), as_tree(wanted)).refused
+        refused = list(by_keys(as_tree(judged), as_tree(wanted)).refused)
+        if old.mesh != new.mesh and old.rollout.overprovision:
+            refused.append("mesh: rows in flight (rollout.overprovision) stay on as many devices")
         every = by_keys(as_tree(old), as_tree(new))
         return Changes(
             refused,

@@ -22,6 +22,7 @@ from fireopd_jax.data.pipeline import PromptLoader
 from fireopd_jax.method.batch import Assembled
 from fireopd_jax.metrics import Metrics, merge
 from fireopd_jax.models.language_model import Params
+from fireopd_jax.models.placement import Placement
 from fireopd_jax.rollout.mixing import given_rows, mix, without
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.runs.checkpoints import Checkpoints
@@ -34,7 +35,7 @@ from fireopd_jax.session.host import Policies
 from fireopd_jax.session.parameters import placed
 from fireopd_jax.session.refining import host_stages
 from fireopd_jax.session.session import Session
-from fireopd_jax.sharding.mesh import by_rows, replicate, replicated, shard_rows
+from fireopd_jax.sharding.mesh import by_rows, replicate, shard_rows
 from fireopd_jax.terminal.progress import progress
 from fireopd_jax.terminal.working import LONG_S, working
 from fireopd_jax.training.evaluations import StepEvaluations
@@ -191,7 +192,7 @@ class Distillation:
         shapes = jax.eval_shape(
             lambda params: self._with_rows(self.programs.init(params)), self.start.shapes
         )
-        like = placed(shapes, replicated(self.session.setup.mesh))
+        like = placed(shapes, Placement(self.session.setup.mesh))
         done, state, position = self.checkpoints.restore(like)
         if self.in_flight is not None:
             self.in_flight.rows = shard_rows(self.session.setup.mesh, state.in_flight)

@@ -36,12 +36,13 @@ def packed_gradients(
     *,
     groups: int = 1,
     whole_rows: bool = False,
+    constrain: Callable[[Params], Params] = lambda params: params,
 ) -> tuple[Params, Metrics]:
     """Return the gradient in float32, and the metrics, summed over the passes.
 
     A pass has about `tokens` tokens for each of the `groups` of rows, at least the longest row.
     `whole_rows`: the loss of a token depends on other tokens of its row, so that all response
-    tokens of a pass are in one block.
+    tokens of a pass are in one block. `constrain` shards gradients like their parameters.
     """
     rollout, counted = batch.rollout, batch.coefficient != 0
     prompts = rollout.prompts
@@ -71,20 +72,20 @@ def packed_gradients(
         start = (d_states, jnp.zeros(head.shape, jnp.float32), metrics)
         d_states, d_head, metrics = packs.over_blocks(at, block, start)
         (grads,) = pull((cotangents(d_states, at), d_head.astype(head.dtype)))
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads), metrics
+        return constrain(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)), metrics
 
     def add(j: Array, carry: tuple[Params, Metrics, Array]) -> tuple[Params, Metrics, Array]:
         sums, metrics, square = carry
         grads, metrics = gradient(j, metrics)
         square += sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(grads))
-        return jax.tree.map(jnp.add, sums, grads), metrics, square
+        return constrain(jax.tree.map(jnp.add, sums, grads)), metrics, square
 
     def some_metrics() -> Metrics:
         (hidden, head), at = states(0, params)
         return of_block(states_at(hidden, at), head, at)[1]
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-    start = (zeros, nothing(jax.eval_shape(some_metrics)), jnp.float32(0))
+    start = (constrain(zeros), nothing(jax.eval_shape(some_metrics)), jnp.float32(0))
     sums, metrics, square = jax.lax.fori_loop(0, packs.passes, add, start)
     # Its count is the number of passes.
     metrics["grad_square"] = Mean(square, packs.passes.astype(jnp.float32))

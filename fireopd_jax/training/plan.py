@@ -18,6 +18,7 @@ from fireopd_jax.data.pipeline import Encoded
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.decoder import parameter_count
 from fireopd_jax.models.language_model import LanguageModel
+from fireopd_jax.models.placement import Placement
 from fireopd_jax.recipe.optim import SftConfig
 from fireopd_jax.recipe.student_scores import with_student_scores
 from fireopd_jax.runtime import files
@@ -27,7 +28,6 @@ from fireopd_jax.session.contexts import encoded_for
 from fireopd_jax.session.parameters import abstract_params, random_init, random_key
 from fireopd_jax.session.session import Session
 from fireopd_jax.session.specs import ModelSpec
-from fireopd_jax.sharding.mesh import replicated
 from fireopd_jax.training.abstract import (
     MethodShapes,
     abstract_prompts,
@@ -186,7 +186,7 @@ class Plan:
 
     def _add_models(self) -> None:
         """Add random initialisation and supervised training of the models that need them."""
-        setup, place, held = self.setup, replicated(self.setup.mesh), 0
+        setup, place, held = self.setup, Placement(self.setup.mesh), 0
         for spec in (*setup.teachers, setup.student):
             made = is_kept(self.session, spec.slug if spec.name != "student" else "student_start")
             if not made and spec.config.path is None:
@@ -203,8 +203,8 @@ class Plan:
         """Add the supervised training of a model; `held` are the bytes of the models before it."""
         setup, encoded, name = self.setup, self.setup.encoded, f"sft of {spec.name}"
         model = dataclasses.replace(spec.model, quantize=None)
-        params = abstract_params(model, replicated(setup.mesh))
-        count = parameter_count(params)
+        params = abstract_params(model, Placement(setup.mesh))
+        count = parameter_count(params) // setup.mesh.shape["fsdp"]
         width = max(encoded.max_prompt_tokens, encoded.max_teacher_prompt_tokens)
         passed = self._pass(model, sft.batch_size, width + encoded.max_reference_tokens)
         # Parameters and two moments, in float32 at most.
@@ -257,7 +257,7 @@ class Plan:
 
         first = programs(Choice(), Choice())
         resident = shapes.resident(first)
-        count = parameter_count(shapes.state(first).params)
+        count = parameter_count(shapes.state(first).params) // setup.mesh.shape["fsdp"]
         self._resident |= {f"score of {name}": resident, f"update of {name}": resident}
         score = self._fit(
             f"score of {name}",
@@ -295,7 +295,7 @@ class Plan:
     def _add_samplers(self) -> None:
         """Add the samplers of the student, and of the teachers where they are graded."""
         setup, session = self.setup, self.session
-        config, place = setup.config, replicated(setup.mesh)
+        config, place = setup.config, Placement(setup.mesh)
         models = [setup.student]
         copied = config.student.sft is not None and config.student.sft.source == "teacher"
         if config.eval.problems or copied:

@@ -18,6 +18,7 @@ import numpy as np
 from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import Encoded, PromptLoader, eval_prompts
 from fireopd_jax.models.language_model import Params
+from fireopd_jax.models.placement import Placement
 from fireopd_jax.recipe.optim import Context, SftConfig
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.runs.checkpoints import restore_params, save_model
@@ -27,7 +28,6 @@ from fireopd_jax.session.parameters import abstract_params, load_or_make, quanti
 from fireopd_jax.session.session import Session, as_teacher
 from fireopd_jax.session.setup import Setup
 from fireopd_jax.session.specs import ModelSpec
-from fireopd_jax.sharding.mesh import replicated
 from fireopd_jax.terminal.progress import progress
 from fireopd_jax.terminal.working import LONG_S, working
 from fireopd_jax.text.chat import decode
@@ -62,7 +62,7 @@ def kept(session: Session, spec: ModelSpec, name: str, make: Make) -> Params:
     """Return the parameters of model `name` of this run: restored, or made and saved."""
     home = session.folder.path / "models" / name
     if is_kept(session, name):
-        place = replicated(session.setup.mesh)
+        place = Placement(session.setup.mesh)
         with working(f"reading {name} of this run", after=LONG_S):
             return restore_params(home, abstract_params(spec.model, place))
     home.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def kept(session: Session, spec: ModelSpec, name: str, make: Make) -> Params:
 
 def first_params(session: Session, spec: ModelSpec) -> Params:
     """Return a model's initial parameters: from its path, or random."""
-    place, seed = replicated(session.setup.mesh), session.setup.config.run.seed
+    place, seed = Placement(session.setup.mesh), session.setup.config.run.seed
     if spec.config.path is None:
         with working(f"making {spec.name}", after=LONG_S):
             return load_or_make(spec, place, seed)
@@ -119,7 +119,7 @@ class StudentStart:
     @property
     def shapes(self) -> Params:
         """Shapes, dtypes and sharding; nothing is allocated."""
-        return abstract_params(self.spec.model, replicated(self.session.setup.mesh))
+        return abstract_params(self.spec.model, Placement(self.session.setup.mesh))
 
     @property
     def finished(self) -> bool:
@@ -145,10 +145,11 @@ class StudentStart:
         """Return the parameters for donation: a copy if they are held."""
         params = self.read()
         if self.held:
-            place = replicated(self.session.setup.mesh)
-            return jax.jit(lambda tree: jax.tree.map(jax.numpy.copy, tree), out_shardings=place)(
-                params
+            place = Placement(self.session.setup.mesh)
+            copied = jax.jit(
+                lambda tree: jax.tree.map(jax.numpy.copy, tree), out_shardings=place.of(params)
             )
+            return copied(params)
         self._params = None
         return params
 
@@ -169,7 +170,7 @@ def _maker(
     teachers: Sequence[Params],
     ready: Ready,
 ) -> Make:
-    place = replicated(session.setup.mesh)
+    place = Placement(session.setup.mesh)
 
     def make(home: Path) -> Params:
         programs = ready(spec)

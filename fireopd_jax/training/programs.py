@@ -20,6 +20,7 @@ from fireopd_jax.method.scoring import Resident, ScoreInputs
 from fireopd_jax.method.stage import Keep
 from fireopd_jax.metrics import Metrics
 from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.models.placement import Placement
 from fireopd_jax.recipe.optim import OptimConfig
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.session.contexts import teacher_names, teacher_specs
@@ -113,7 +114,11 @@ def make_programs(
         lambda: _make_score(setup, method),
         *("score", stages, options, method.aggregate, method.texts),
     )
-    update = once(lambda: _make_update(setup, method, optim), "update", options, method.loss, optim)
+    update = once(
+        lambda: _make_update(setup, method, optim, init),
+        *("update", jax.eval_shape(lambda: method.init(config.rollout.batch_size))),
+        *(options, method.loss, optim),
+    )
     described = once(
         lambda: jax.jit(describe, out_shardings=replicated(setup.mesh)),
         *("describe", teacher_names(setup, method)),
@@ -129,17 +134,19 @@ def _updates(setup: Setup) -> int:
 def _make_init(
     setup: Setup, method: MethodConfig, optim: OptimConfig
 ) -> tuple[Callable[[Params], TrainState], Callable[[Params | None, Params], Params]]:
-    config, everywhere = setup.config, replicated(setup.mesh)
+    config, place = setup.config, Placement(setup.mesh)
     optimizer = make_optimizer(optim, _updates(setup))
     lora, rows = config.student.lora, config.rollout.batch_size
     averaged = method.teacher.moving is not None
+    shapes = setup.student.model.shapes()
     if lora is None:
 
         def begin(params: Params) -> TrainState:
             return init_state(params, optimizer, method.init(rows), averaged=averaged)
 
+        places = place.of(jax.eval_shape(begin, shapes))
         return (
-            jax.jit(begin, out_shardings=everywhere, donate_argnums=0),
+            jax.jit(begin, out_shardings=places, donate_argnums=0),
             lambda start, trained: trained,
         )
     key = jax.random.key(seed_for(config.run.seed, "lora"), impl="threefry2x32")
@@ -148,8 +155,9 @@ def _make_init(
         adapters = lora.init(key, params)
         return init_state(adapters, optimizer, method.init(rows), averaged=averaged)
 
-    init = jax.jit(begin_adapters, out_shardings=everywhere)
-    return init, jax.jit(lora.merge, out_shardings=everywhere)
+    places = place.of(jax.eval_shape(begin_adapters, shapes))
+    init = jax.jit(begin_adapters, out_shardings=places)
+    return init, jax.jit(lora.merge, out_shardings=place.of(shapes))
 
 
 def _make_score(setup: Setup, method: MethodConfig) -> ScoreProgram:
@@ -197,8 +205,10 @@ def base_policy(setup: Setup) -> LanguageModel:
     return setup.student.model if setup.base is None else setup.base.model
 
 
-def _make_update(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Update:
-    everywhere = replicated(setup.mesh)
+def _make_update(
+    setup: Setup, method: MethodConfig, optim: OptimConfig, init: Callable[[Params], TrainState]
+) -> Update:
+    state = Placement(setup.mesh).of(jax.eval_shape(init, setup.student.model.shapes()))
     teachers = [spec.scoring(setup.student) for spec in teacher_specs(setup, method)]
     update = make_update(
         setup.student.model,
@@ -214,4 +224,4 @@ def _make_update(setup: Setup, method: MethodConfig, optim: OptimConfig) -> Upda
         mesh=setup.mesh,
         decay=method.teacher.moving,
     )
-    return jax.jit(update, donate_argnums=0, out_shardings=(everywhere, everywhere))
+    return jax.jit(update, donate_argnums=0, out_shardings=(state, replicated(setup.mesh)))

@@ -22,6 +22,7 @@ from fireopd_jax.method.batch import coefficients
 from fireopd_jax.method.losses.supervised import NegativeLogLikelihood
 from fireopd_jax.metrics import Metrics, results
 from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.models.placement import Placement
 from fireopd_jax.recipe.optim import SftConfig
 from fireopd_jax.runs.checkpoints import Checkpoints
 from fireopd_jax.runs.trackers.reporting import Trackers
@@ -34,7 +35,7 @@ from fireopd_jax.terminal.working import LONG_S, working
 from fireopd_jax.training.guard import Guard
 from fireopd_jax.training.loop import StepLoop
 from fireopd_jax.training.optimizer import make_optimizer
-from fireopd_jax.training.state import init_state
+from fireopd_jax.training.state import TrainState, init_state
 from fireopd_jax.training.update import make_update, skip_reason
 from fireopd_jax.types import Batch, Prompts, Rollout, Scores, TokenStats, Writer
 
@@ -132,9 +133,9 @@ def supervise(
     if checkpoints.latest() is None:
         state = begin(start())
     else:
-        everywhere = replicated(mesh)
-        shapes = jax.eval_shape(begin, abstract_params(model, everywhere))
-        done, state, position = checkpoints.restore(placed(shapes, everywhere))
+        place = Placement(mesh)
+        shapes = jax.eval_shape(begin, abstract_params(model, place))
+        done, state, position = checkpoints.restore(placed(shapes, place))
         loader.set_state(position)
         log(f"{name}: resuming from step {done}")
     reporter = (trackers or Trackers.none()).reporter(f"sft_{name}")
@@ -170,7 +171,7 @@ def supervise(
 
 def sft_programs(model: LanguageModel, config: SftConfig, mesh: Mesh) -> SftPrograms:
     """Return the jitted programs of a model's supervised training."""
-    optimizer, everywhere = make_optimizer(config.optim, config.steps), replicated(mesh)
+    optimizer = make_optimizer(config.optim, config.steps)
     step = make_update(
         model,
         NegativeLogLikelihood(),
@@ -180,12 +181,15 @@ def sft_programs(model: LanguageModel, config: SftConfig, mesh: Mesh) -> SftProg
         remat=config.optim.remat or "none",
         mesh=mesh,
     )
-    begin = jax.jit(
-        lambda params: init_state(params, optimizer), donate_argnums=0, out_shardings=everywhere
-    )
+
+    def first(params: Params) -> TrainState:
+        return init_state(params, optimizer)
+
+    places = Placement(mesh).of(jax.eval_shape(first, model.shapes()))
+    begin = jax.jit(first, donate_argnums=0, out_shardings=places)
     update = jax.jit(
         lambda state, prompts: step(state, supervised_batch(prompts), jnp.float32(1)),
         donate_argnums=0,
-        out_shardings=(everywhere, everywhere),
+        out_shardings=(places, replicated(mesh)),
     )
     return SftPrograms(begin, update)

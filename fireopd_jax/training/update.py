@@ -26,6 +26,7 @@ from fireopd_jax.models.comparison import divergence_from
 from fireopd_jax.models.decoder import Remat
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.models.lora import LoraConfig
+from fireopd_jax.models.placement import Placement
 from fireopd_jax.ops.formulas import ForwardKL, ReverseKL
 from fireopd_jax.ops.head import HeadOptions, head_gather, head_stats
 from fireopd_jax.sharding.mesh import micro_batches
@@ -92,6 +93,7 @@ def gradients(
     `metrics["loss"].total` is the loss.
     """
     options = model.head_options(temperature, head, head_chunk, mesh)
+    constrain = (lambda tree: tree) if mesh is None else Placement(mesh).constrain
 
     def run(params: Params) -> tuple[Params, Any]:
         """Return the frozen parameters and the adapters, or the parameters and None."""
@@ -116,6 +118,7 @@ def gradients(
             micro_batch_tokens,
             groups=1 if mesh is None else mesh.size,
             whole_rows=loss.whole_rows,
+            constrain=constrain,
         )
 
     def loss_of(params: Params, part: Batch) -> tuple[Array, Metrics]:
@@ -132,7 +135,7 @@ def gradients(
         )
         return of_states(hidden, matrix, part)
 
-    return _padded_gradients(loss_of, params, batch, micro_batch_size)
+    return _padded_gradients(loss_of, params, batch, micro_batch_size, constrain)
 
 
 def _padded_gradients(
@@ -140,6 +143,7 @@ def _padded_gradients(
     params: Params,
     batch: Batch,
     micro_batch_size: int | None,
+    constrain: Callable[[Params], Params],
 ) -> tuple[Params, Metrics]:
     """Return the gradient in float32, and the metrics, summed over micro-batches of whole rows."""
     differentiate = jax.grad(loss_of, has_aux=True)
@@ -148,14 +152,16 @@ def _padded_gradients(
         grads, metrics = differentiate(params, part)
         wide = optax.tree.cast(grads, jnp.float32)
         metrics["grad_square"] = Mean(optax.tree.norm(wide, squared=True), jnp.float32(1))
-        return jax.tree.map(jnp.add, sums, wide), metrics
+        return constrain(jax.tree.map(jnp.add, sums, wide)), metrics
 
     rows = batch.coefficient.shape[0]
     if micro_batch_size in (None, rows):
         grads, metrics = differentiate(params, batch)
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads), metrics
+        return constrain(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)), metrics
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-    grads, metrics = jax.lax.scan(add, zeros, micro_batches(batch, rows // micro_batch_size))
+    grads, metrics = jax.lax.scan(
+        add, constrain(zeros), micro_batches(batch, rows // micro_batch_size)
+    )
     return grads, {name: metric.fold() for name, metric in metrics.items()}
 
 

@@ -20,10 +20,12 @@ from fireopd_jax.sharding.mesh import (
 @pytest.mark.parametrize(
     "settings, shape",
     [
-        ({}, (8, 1)),
-        ({"tensor": 2}, (4, 2)),
-        ({"data": 3}, (3, 1)),
-        ({"data": 2, "tensor": 3}, (2, 3)),
+        ({}, (8, 1, 1)),
+        ({"tensor": 2}, (4, 1, 2)),
+        ({"fsdp": 4}, (2, 4, 1)),
+        ({"fsdp": 2, "tensor": 2}, (2, 2, 2)),
+        ({"data": 3}, (3, 1, 1)),
+        ({"data": 2, "tensor": 3}, (2, 1, 3)),
     ],
 )
 def test_the_axes_have_the_sizes_asked_for(settings, shape):
@@ -35,6 +37,9 @@ def test_the_axes_have_the_sizes_asked_for(settings, shape):
     "settings, words",
     [
         ({"tensor": 3}, "mesh.tensor=3"),
+        ({"fsdp": 3}, "mesh.fsdp=3: does not divide the 8 devices"),
+        ({"fsdp": 3, "tensor": 2}, "mesh.fsdp=3 x mesh.tensor=2: does not divide"),
+        ({"data": 2, "fsdp": 8}, "mesh.data x mesh.fsdp: 16 devices"),
         ({"data": 9}, "mesh.data: 9 devices"),
         ({"data": 4, "tensor": 4}, "mesh.data x mesh.tensor: 16 devices"),
     ],
@@ -45,7 +50,7 @@ def test_devices_that_are_not_there_are_refused(settings, words):
 
 
 def test_rows_lie_over_all_axes_and_parameters_on_every_device():
-    mesh = make_mesh(MeshConfig(tensor=2))
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
     rows, params = shard_rows(mesh, np.zeros((16, 3))), replicate(mesh, np.zeros((16, 3)))
     assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 3)}
     assert {shard.data.shape for shard in params.addressable_shards} == {(16, 3)}
