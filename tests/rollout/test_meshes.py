@@ -104,7 +104,7 @@ def test_devices_of_a_replica_tell_one_another_sums_not_logits_nor_caches():
 
 
 def test_meshes_that_the_devices_cannot_form_are_refused():
-    assert dict(make_mesh(MeshConfig(tensor=2)).shape) == {"data": 4, "tensor": 2}
+    assert dict(make_mesh(MeshConfig(tensor=2)).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
     with pytest.raises(UserError, match=r"mesh\.tensor=3: does not divide the 8 devices"):
         make_mesh(MeshConfig(tensor=3))
     assert make_mesh(MeshConfig(data=2, tensor=3)).size == 6
