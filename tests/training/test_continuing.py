@@ -32,6 +32,17 @@ def test_fewer_steps_are_another_run(tmp_path):
     assert found.refused == ["run.steps was 4, is now 2"] and found.extended is None
 
 
+def test_a_run_goes_on_with_another_mesh_unless_rows_are_in_flight(tmp_path):
+    before, now = ["mesh.data=8"], ["mesh.data=2", "mesh.fsdp=4"]
+    found = changes(before, now, tmp_path)
+    assert not found.refused
+    assert found.allowed == ["mesh.data was 8, is now 2", "mesh.fsdp was 1, is now 4"]
+    flying = ["rollout.overprovision=0.5"]
+    found = changes([*before, *flying], [*now, *flying], tmp_path)
+    assert len(found.refused) == 1 and "rollout.overprovision" in found.refused[0]
+    assert not changes([*before, *flying], [*before, *flying], tmp_path).refused
+
+
 COSINE = ["optim.schedule=cosine", "optim.learning_rate=1e-3", "optim.final_fraction=0.1"]
 
 
