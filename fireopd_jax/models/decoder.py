@@ -102,7 +102,7 @@ class Decoder(nnx.Module):
     def embed(self, tokens: Int32[Array, "B S"], mesh: Mesh | None = None) -> Float[Array, "B S D"]:
         """Return the token embeddings, the input of the first layer; `mesh` shards the table."""
         c, table = self.config, {"embed_tokens": self.embed_tokens[...]}
-        if mesh is not None and mesh.shape["fsdp"] > 1:
+        if mesh is not None and Placement(mesh).shards:
             table = gathered(table, Placement(mesh).of(table))
         x = table["embed_tokens"].astype(c.dtype)[tokens]
         # As in Gemma, sqrt(width) is rounded to the compute dtype first.

@@ -34,6 +34,11 @@ class Placement:
 
     mesh: Mesh
 
+    @property
+    def shards(self) -> bool:
+        """Whether any parameter is divided over devices."""
+        return self.mesh.shape["fsdp"] > 1
+
     def of(self, tree: Any) -> Any:
         """Return the sharding of each array, or shape, of a tree.
 
@@ -44,9 +49,7 @@ class Placement:
 
     def constrain(self, tree: Any) -> Any:
         """Return the arrays of a traced tree, sharded."""
-        if self.mesh.shape["fsdp"] == 1:
-            return tree
-        return jax.lax.with_sharding_constraint(tree, self.of(tree))
+        return jax.lax.with_sharding_constraint(tree, self.of(tree)) if self.shards else tree
 
     def _of_leaf(self, path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         axes = _logical_axes(tuple(str(key.key) for key in path if hasattr(key, "key")))
@@ -67,7 +70,7 @@ def gathered(tree: Any, places: Any) -> Any:
 
 def layer_places(mesh: Mesh | None, stacked: Any) -> Any:
     """Return the shardings of one layer's parameters, from those of all; None if all are whole."""
-    if mesh is None or mesh.shape["fsdp"] == 1:
+    if mesh is None or not Placement(mesh).shards:
         return None
     places = Placement(mesh).of({"layers": stacked})["layers"]
     return jax.tree.map(lambda each: NamedSharding(mesh, PartitionSpec(*each.spec[1:])), places)
@@ -99,14 +102,6 @@ def _logical_axes(names: Path) -> tuple[Axis | None, ...] | None:
 def tensor_devices(mesh: Mesh | None) -> int:
     """Return the size of the `tensor` axis: the devices that share one model; 1 without a mesh."""
     return 1 if mesh is None else mesh.shape["tensor"]
-
-
-def over_tensor(ndim: int, axis: int, parts: int, devices: int) -> PartitionSpec:
-    """Return the spec that shards one axis, or no axis if `parts` is no multiple of `devices`."""
-    spec: list[str | None] = [None] * ndim
-    if devices > 1 and parts % devices == 0:
-        spec[axis] = "tensor"
-    return PartitionSpec(*spec)
 
 
 def shard_decode_layout(

@@ -14,9 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int32, Key
 
 from fireopd_jax.models.language_model import LanguageModel
-from fireopd_jax.models.placement import over_tensor, tensor_devices
+from fireopd_jax.models.placement import tensor_devices
 from fireopd_jax.rollout.sampling import Draw, Sampling, draw
 from fireopd_jax.sharding.mesh import REPLICAS
+from fireopd_jax.sharding.rules import DECODE, Axis, spec_of
 from fireopd_jax.types import Array
 
 
@@ -70,10 +71,11 @@ def draw_over(
 
 def cache_spec(ndim: int, memory: Any, model: LanguageModel, mesh: Mesh | None) -> PartitionSpec:
     """Return the spec of a cache array: key heads over `tensor`, if the axis divides them."""
-    if ndim < 4:  # Page tables are replicated.
+    if mesh is None or ndim < 4:  # Page tables are replicated.
         return PartitionSpec()
-    heads, devices = model.config.num_key_value_heads, tensor_devices(mesh)
-    return over_tensor(ndim, memory.heads_axis, heads, devices)
+    axes: list[Axis | None] = [None] * ndim
+    axes[memory.heads_axis] = "kv_heads"
+    return spec_of(axes, [model.config.num_key_value_heads] * ndim, DECODE, mesh)
 
 
 def split_cache(cache: Any, memory: Any, model: LanguageModel, mesh: Mesh | None) -> Any:

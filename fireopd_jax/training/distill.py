@@ -44,7 +44,7 @@ from fireopd_jax.training.loop import StepLoop
 from fireopd_jax.training.plan import MethodPlan
 from fireopd_jax.training.prepare import StudentStart
 from fireopd_jax.training.reports import Step, StepReports
-from fireopd_jax.training.state import TrainState
+from fireopd_jax.training.state import StateInFlight, TrainState
 from fireopd_jax.training.windows import Windows
 from fireopd_jax.types import Rollout
 
@@ -175,7 +175,7 @@ class Distillation:
         self.checkpoints.close()
         if skipped := int(state.skipped):
             self.session.log(f"{self.name}: {skipped} of {int(state.updates)} updates were skipped")
-        if self.in_flight is not None and (left := self.in_flight.unfinished()):
+        if self.in_flight is not None and (left := self.in_flight.count()):
             self.session.log(f"{self.name}: {left} responses in flight are not learned from")
         report.log_seconds()
         report.guard.end(int(state.updates), int(state.skipped))
@@ -195,8 +195,8 @@ class Distillation:
         like = placed(shapes, Placement(self.session.setup.mesh))
         done, state, position = self.checkpoints.restore(like)
         if self.in_flight is not None:
-            self.in_flight.rows = shard_rows(self.session.setup.mesh, state.in_flight)
-            state = dataclasses.replace(state, in_flight=None)
+            state, rows = state.taken_apart()
+            self.in_flight.rows = shard_rows(self.session.setup.mesh, rows)
         self.loader.set_state(position)
         self.session.log(f"{self.name}: resuming from step {done} of {run.steps}")
         return done, state
@@ -325,7 +325,7 @@ class Distillation:
         """Return the state as it is saved: with the rows in flight, if any."""
         if self.in_flight is None:
             return state
-        return dataclasses.replace(state, in_flight=self.in_flight.rows)
+        return StateInFlight.of(state, self.in_flight.rows)
 
     def _saves(self, done: int) -> bool:
         run = self.config.run

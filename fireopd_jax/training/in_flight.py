@@ -75,10 +75,10 @@ class InFlight:
         return dataclasses.replace(rollout, policy=None)
 
     def step_done(self) -> Metrics:
-        """Take the rows that the step has left; return metrics of its rollout."""
+        """Return metrics of the step's rollout; from now on the rows that it left are in flight."""
         self.rows, metrics = self._later
         return metrics
 
-    def unfinished(self) -> int:
+    def count(self) -> int:
         """Return the number of rows in flight."""
         return int((self.rows.rows.prompts.length > 0).sum())

@@ -1,5 +1,6 @@
 """The training state: parameters, optimizer state, counters and stage states."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -25,10 +26,33 @@ class TrainState:
     """Number of skipped updates."""
     stages: StageStates
     """States of the method's stages."""
-    in_flight: Any = None
-    """In a checkpoint, the rows that no step has learned from (`training.in_flight`), if any."""
     average: Params | None = None
     """Exponential moving average of `params`, where it is the teacher."""
+
+
+@pytree
+class StateInFlight(TrainState):
+    """The state as it is saved with `rollout.overprovision`.
+
+    A class of its own, because a checkpoint has the fields of its class, the empty ones too: those
+    of other runs stay as they were.
+    """
+
+    in_flight: Any = None
+    """The rows that no step has learned from (`training.in_flight`)."""
+
+    @staticmethod
+    def of(state: TrainState, rows: Any) -> "StateInFlight":
+        """Return the state with the rows in flight."""
+        return StateInFlight(**_fields(state), in_flight=rows)
+
+    def taken_apart(self) -> tuple[TrainState, Any]:
+        """Return the state that updates change, and the rows in flight."""
+        return TrainState(**_fields(self)), self.in_flight
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    return {each.name: getattr(state, each.name) for each in dataclasses.fields(TrainState)}
 
 
 def init_state(

@@ -270,3 +270,11 @@ def test_rows_in_flight_are_in_the_checkpoint(tmp_path, monkeypatch):
     log = (tmp_path / "whole" / "logs" / "run.log").read_text()
     assert "rollout.overprovision=0.5: some tokens are of the parameters of earlier steps" in log
     assert "responses in flight are not learned from" in log
+
+
+def test_a_checkpoint_has_no_fields_for_what_a_run_does_not_use(tmp_path):
+    run(tmp_path, RANDOM, "run.steps=2")
+    saved = json.loads((tmp_path / "checkpoints" / "2" / "state" / "_METADATA").read_text())
+    fields = {key.split("'")[1] for key in saved["tree_metadata"]}
+    # Those of every run so far; another one would make their checkpoints unreadable.
+    assert fields == {"params", "opt_state", "updates", "skipped", "stages", "average"}
