@@ -17,7 +17,7 @@ import pytest
 from fireopd_jax.text.tokenizer import byte_tokenizer
 
 MODELS = ("DIR", "A", "B", "OTHER", "Qwen/Qwen3-8B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-0.6B")
-RUNS = ("runs/x", "runs/math", "runs/code")
+RUNS = ("runs/quickstart_trd", "runs/x", "runs/math", "runs/code")
 ROWS = (
     "prompts", "problems", "gsm8k", "gsm8k_test", "math500", "aime", "p", "F", "math", "code",
 )  # fmt: skip
