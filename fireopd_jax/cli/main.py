@@ -10,6 +10,8 @@ import errno
 import os
 import re
 import sys
+import traceback
+from pathlib import Path
 
 # The order is that of the help.
 from fireopd_jax.cli import machine, models, serving, training  # noqa: F401
@@ -67,6 +69,8 @@ def _status() -> int | str | None:
     except Interrupted as error:
         return _line(error, 130)
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and not _has_folder():
+            return _line("the folder that this was started in is gone; cd to another one", 2)
         if (reason := of_machine(error)) is not None:
             return _line(reason, 2)
         logged = getattr(error, "logged_in", None)
@@ -82,11 +86,28 @@ def _status() -> int | str | None:
         flush_streams()
 
 
+def _has_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def of_machine(error: BaseException | None) -> str | None:
     """Return the line for an error of the user's disk, files or limits; None for any other."""
     while error is not None:
         if "Unable to initialize backend" in str(error):
             return f"{' '.join(str(error).split())}; fireopd env shows what there is"
+        if (place := _raised_in(error)) == "xla_bridge.py":  # asserts that there is a device
+            asked = os.environ.get("JAX_PLATFORMS")
+            return f"no device for JAX_PLATFORMS={asked}; fireopd env shows what there is"
+        if place == "config.py" and (given := [n for n in os.environ if n.startswith("JAX_")]):
+            return f"a setting of JAX in the environment ({', '.join(sorted(given))}): {error}"
+        if isinstance(error, ImportError) and re.search(r"\.(so|dylib|dll)\b", str(error)):
+            return f"a library cannot be loaded: {error}"
+        if isinstance(error, MemoryError):
+            return "this machine has no more memory for this process"
         if "No usable temporary directory" in str(error):
             return f"{error}: expected one that can be written to; TMPDIR names another"
         if isinstance(error, OSError) and (error.filename is not None or error.errno in OF_MACHINE):
@@ -95,6 +116,13 @@ def of_machine(error: BaseException | None) -> str | None:
             return f"{where}{error.strerror or error}"
         error = error.__cause__
     return None
+
+
+def _raised_in(error: BaseException) -> str:
+    """Return the name of the file of JAX's own that raised an error; "" for any other file."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    file = Path(frames[-1][0].f_code.co_filename) if frames else Path()
+    return file.name if file.parent.parts[-2:] == ("jax", "_src") else ""
 
 
 def _clipped(word: re.Match[str]) -> str:

@@ -192,6 +192,8 @@ def graded(one: Evaluated, options: EvalOptions, sets: Sequence[EvalSet]) -> Res
         return read_responses(one.file)
     if sets:
         return sampled(one, options, sets)
+    if any((Path(one.model) / name).is_file() for name in ("model.json", "config.json")):
+        raise UserError(f"{one.model}: a model has no problems of its own; give them: --set FILE")
     return {HELD_OUT: held_out_responses(Path(one.model), one.name, options.settings)[0]}
 
 

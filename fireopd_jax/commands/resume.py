@@ -69,6 +69,10 @@ def run_folder(run: str) -> Path:
         raise UserError(f"{run}: not the folder of a run, but in one: fireopd resume {above}")
     if not folder.exists() and (Path("runs") / folder / "config.yaml").is_file():
         raise UserError(f"{run}: no such folder (did you mean {'runs' / folder}?)")
+    if not folder.exists():
+        from fireopd_jax.runs.folder import no_run
+
+        raise no_run(folder)
     raise UserError(f"{run}: no run is there (no config.yaml); expected such as runs/latest")
 
 

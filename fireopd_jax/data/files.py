@@ -325,6 +325,8 @@ def missing(path: str) -> UserError:
         return UserError(
             f"data.path: {path!r} is a device, a pipe or a link to nothing; expected a file of rows"
         )
+    if "://" in path:
+        return UserError(f"data.path: {path!r} is an address; download it and give the file")
     return UserError(f"data.path: no file {path!r}{nearest(Path(path).name, beside(path))}")
 
 

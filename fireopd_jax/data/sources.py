@@ -164,7 +164,8 @@ def _tables(path: str, source: SourceConfig) -> Iterator[tuple[str, files.Rows]]
         raise files.missing(path)
     for each in found or [path]:
         if not files.readable(each):
-            known = [*files.beside(each), *task_names()]
+            there = Path(each).expanduser().is_file()
+            known = [] if there else [*files.beside(each), *task_names()]
             raise UserError(
                 f"data.path: {each!r} is of an unknown kind; expected {files.kinds()}, a folder, "
                 f"OWNER/NAME of the hub or builtin:TASK{nearest(Path(each).name, known)}"

@@ -42,13 +42,19 @@ def compare(gold: str, answer: str, whole: bool) -> bool:
     )
 
 
+def limited(which: int, most: int) -> None:
+    """Limit this process; the limit that the user's system has set is never raised."""
+    hard = resource.getrlimit(which)[1]
+    resource.setrlimit(which, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
 def answered(request: dict[str, Any]) -> bool | None:
     """Return the verdict, or None if it took too long or too much memory."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = request["limit_s"]
     # Where C code holds the interpreter, the signal does not come through; this limit does.
     seconds = int(used.ru_utime + used.ru_stime + limit + GRACE_S)
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+    limited(resource.RLIMIT_CPU, seconds)
     signal.setitimer(signal.ITIMER_PROF, limit)
     try:
         return compare(request["gold"], request["answer"], request["whole"])
@@ -64,7 +70,7 @@ def main() -> None:
     """Answer requests until standard input ends."""
     # math-verify warns that its time-outs are off.
     logging.disable(logging.CRITICAL)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.RLIM_INFINITY))
+    limited(resource.RLIMIT_AS, MEMORY_BYTES)
 
     def stop(number: int, frame: object) -> None:
         raise TooLongError

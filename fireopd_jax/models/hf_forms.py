@@ -106,19 +106,22 @@ class Reader:
         return UserError(f"{self.source}: {key}: {message}")
 
     def _form(self) -> Form:
-        supported = ", ".join(form.architecture for form in FORMS)
         named = self.listed("architectures", self.values.get("architectures") or [])
-        for form in FORMS:
-            if named == [form.architecture]:
-                if self.values.get("model_type", form.model_type) != form.model_type:
-                    break
-                return form
-            if not named and self.values.get("model_type") == form.model_type:
-                return form
-        shown = ", ".join(map(str, named)) or self.values.get("model_type", "none is named")
-        raise UserError(
-            f"{self.source}: architectures: {shown} is not supported; supported are {supported}"
-        )
+        kind = self.values.get("model_type")
+        if not named and kind is None:
+            raise self.error("model_type", "missing; expected a family, such as qwen3 or llama")
+        fitting = [form for form in FORMS if named in ([], [form.architecture])]
+        if not fitting:
+            supported = ", ".join(form.architecture for form in FORMS)
+            shown = ", ".join(map(str, named))
+            raise self.error(
+                "architectures", f"{shown} is not supported; supported are {supported}"
+            )
+        form = next((form for form in fitting if kind in (None, form.model_type)), None)
+        if form is None:
+            expected = ", ".join(form.model_type for form in fitting)
+            raise self.error("model_type", f"{_short(kind)} is not supported; expected {expected}")
+        return form
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a key, else the family's default, else `default`."""

@@ -9,6 +9,7 @@ the devices without a copy. Kernels are quantised tensor by tensor, before they 
 Nothing is unpickled, and no code in a folder is run.
 """
 
+import fnmatch
 import functools
 import itertools
 import re
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from fireopd_jax.config import UserError
+from fireopd_jax.config import UserError, nearest
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.hf_config import architecture
 from fireopd_jax.models.hf_files import Slices, Stored, allocate, copy_rows, quantize_into
@@ -44,20 +45,42 @@ Bounds = tuple[tuple[int, int], ...]
 """Start and end on each axis."""
 WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "*.model",
           "*.tiktoken")  # fmt: skip
+ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 UNWANTED = ("*/*", "consolidated*")
 
 
 def resolve(name: str) -> Path:
     """Return a local folder, or download weights, configs and tokenizer of `owner/name`.
 
-    Raises UserError if there is no such folder and the hub does not have it.
+    Raises UserError if there is no such folder and the hub does not have it, and for a folder with
+    a pipe or a device under the name of a file.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
+        _refuse_pipes(folder)
         return folder
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is None:
-        raise UserError(f"{name}: no such folder; expected a folder, or OWNER/NAME of the hub")
-    return _download(name)
+    if ON_HUB.fullmatch(name):
+        return _download(name)
+    address = re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)", name)
+    meant = f" (did you mean {address[1]!r}?)" if address else nearest(folder.name, _beside(folder))
+    kind = "a file" if folder.is_file() else "no such folder"
+    raise UserError(f"{name}: {kind}; expected a folder, or OWNER/NAME of the hub{meant}")
+
+
+def _refuse_pipes(folder: Path) -> None:
+    """Raise UserError for what would be waited for without end when it is read."""
+    for entry in sorted(folder.iterdir()):
+        wanted = any(fnmatch.fnmatch(entry.name, pattern) for pattern in WANTED)
+        if wanted and entry.exists() and not (entry.is_file() or entry.is_dir()):
+            raise UserError(f"{entry}: a pipe or a device; expected a file")
+
+
+def _beside(path: Path) -> list[str]:
+    """Return the names of the folders beside a path; none where they cannot be listed."""
+    try:
+        return sorted(each.name for each in path.parent.iterdir() if each.is_dir())
+    except OSError:
+        return []
 
 
 @functools.cache

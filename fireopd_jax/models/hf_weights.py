@@ -79,6 +79,8 @@ def _indexed(index: Path) -> dict[str, Stored]:
 
 def _no_weights(folder: Path) -> UserError:
     """Return the error for a folder without the weight files that are read."""
+    if (folder / SINGLE).is_symlink() or (folder / SINGLE).exists():
+        return UserError(f"{folder / SINGLE}: a folder or a link to nothing; expected a file")
     alone = sorted(path.name for path in folder.glob("*.safetensors"))
     if alone:
         return UserError(
@@ -87,6 +89,8 @@ def _no_weights(folder: Path) -> UserError:
         )
     other = sorted(path.name for kind in ("*.bin", "*.pt*") for path in folder.glob(kind))
     hint = f" (it has {other[0]}, a format that can run code when read)" if other else ""
+    if packed := sorted(path.name for path in folder.glob("*.gguf")):
+        hint = f" (it has {packed[0]}; give the folder that the GGUF was made of)"
     return UserError(
         f"{folder}: no {SINGLE} and no {INDEX}; only safetensors files are supported{hint}"
     )

@@ -7,6 +7,7 @@ Names of other libraries are answered from `aliases`, typing errors by the neare
 set in the user's own configuration.
 """
 
+import dataclasses
 import difflib
 import re
 import unicodedata
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 NO_SECTION = ("dataclass_type", "dict_type", "model_attributes_type", "model_type")
 """Types of pydantic's errors for a value in place of a section."""
+NAMED = (("teachers",), ("eval", "sets"))
+"""Sections of sections that users name."""
 SHOWN = 16
 """Unknown keys that are listed at most."""
 
@@ -52,6 +55,10 @@ def wrong_value(key: Key, value: Any, kind: str, expected: str) -> str:
 
     `kind` is pydantic's type of the error, `expected` its list of the allowed values, quoted.
     """
+    if kind == "unexpected_keyword_argument" and key[:2] == ("data", "mixture"):
+        from fireopd_jax.data.settings import Source  # with pydantic, which has raised this
+
+        return nearest(key[-1], [field.name for field in dataclasses.fields(Source)])
     known = re.findall(r"'([^']*)'", expected)
     text = str(value).strip().lower()
     if known:
@@ -63,7 +70,9 @@ def wrong_value(key: Key, value: Any, kind: str, expected: str) -> str:
             return f": {KINDS[text]}"
     elif isinstance(value, str | int | float) and kind in NO_SECTION:
         method = key[:1] == ("method",) and KINDS.get(text)
-        return f": {method or WHOLE[dotted(key)]}" if method or dotted(key) in WHOLE else ""
+        section = key[:-1] if key[:-1] in NAMED else key
+        meant = method or WHOLE.get(dotted(section))
+        return f": {meant}" if meant else ""
     elif kind.startswith(("int_", "float_")) and isinstance(value, str):
         bare = value.strip(" ,;\"'\u201c\u201d\u2018\u2019")
         bare = re.sub(r",(?=\d{3}(\D|$))", "", bare).replace(",", ".")

@@ -8,6 +8,7 @@ a mistyped key is reported at once.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from fireopd_jax.runtime.limits import TooLarge, read_yaml
 
 KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 COMMAND_LINE = "command line"
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 DEEPEST = 32
 """Parts of a key."""
 
@@ -65,16 +67,22 @@ def find_config(name: str) -> Path:
     if _is_file(name):
         return path
     inside = Path(*path.parts[1:]) if path.parts and path.parts[0] == "configs" else path
-    names = [inside] if inside.suffix else [inside.with_name(f"{inside.name}.yaml")]
-    for folder in SHIPPED:
+    given = not inside.name or inside.suffix
+    names = [inside] if given else [inside.with_name(f"{inside.name}.yaml")]
+    for folder in SHIPPED if inside.name else ():
         for below in ("", "method"):
             for file in names:
                 if (folder / below / file).is_file():
                     return folder / below / file
-    known = sorted(
-        {str(f.relative_to(folder)) for folder in SHIPPED for f in folder.rglob("*.yaml")}
-    )
-    raise UserError(f"{name}: no such configuration file{nearest(str(inside), known)}")
+    if path.exists() or path.is_symlink():
+        kind = "a folder" if path.is_dir() else "no plain file"
+        raise UserError(f"{name}: {kind}; expected a configuration, a .yaml file")
+    if name == "-":
+        raise UserError("-: a configuration is not read from standard input; expected a .yaml file")
+    known = {str(f.relative_to(folder)) for folder in SHIPPED for f in folder.rglob("*.yaml")}
+    beside = {str(path.parent / each) for each in _yaml_files(path.parent)}
+    meant = nearest(name, sorted(beside)) or nearest(str(inside), sorted(known))
+    raise UserError(f"{name}: no such configuration file{meant}")
 
 
 def read_file(path: Path) -> Layer:
@@ -83,8 +91,17 @@ def read_file(path: Path) -> Layer:
     Raises UserError for invalid YAML, and for a key that is set twice.
     """
     try:
-        node, tree = read_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        node, tree = read_yaml(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        kind = "UTF-16" if error.object[:2] in UTF_16 else "not UTF-8"
+        raise UserError(f"{path}:{line}: the text is {kind}; save it as UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        raise UserError(f"{where}: not valid YAML: {said}") from None
+    except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if node is None:
         return Layer({}, {}, {}, str(path))
@@ -244,6 +261,14 @@ def _open_brackets(value: str) -> bool:
     return value[:1] in ("{", "[") and value.count(value[0]) > value.count(
         {"{": "}", "[": "]"}[value[0]]
     )
+
+
+def _yaml_files(folder: Path) -> list[str]:
+    """Return the names of the configurations in a folder; none where it cannot be listed."""
+    try:
+        return [name for name in os.listdir(folder) if name.endswith((".yaml", ".yml"))]
+    except OSError:
+        return []
 
 
 def _is_file(name: str) -> bool:

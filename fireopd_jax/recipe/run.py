@@ -1,5 +1,6 @@
 """Configuration of a run: folder, length, checkpoints and reports."""
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -8,6 +9,9 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, field_
 from fireopd_jax.config import Section, config
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
+UNPRINTED = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and bytes of a path that are not UTF-8, which checkpoints cannot hold."""
 
 
 def _names(given: object) -> object:
@@ -67,8 +71,8 @@ class RunConfig(Section):
     @field_validator("name", "dir")
     @classmethod
     def _is_path(cls, value: str | None) -> str | None:
-        if value is not None and "\0" in value:
-            raise ValueError("expected a path, which has no NUL character")
+        if value is not None and UNPRINTED.search(value):
+            raise ValueError("expected a path of UTF-8, without control characters")
         return value
 
     def without_effect(self) -> Iterator[tuple[str, str]]:

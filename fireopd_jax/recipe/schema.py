@@ -117,9 +117,11 @@ def _read(arguments: Sequence[str]) -> tuple[Config, list[Layer], Origins]:
     tree = as_tree(Config())
     origins: Origins = {}
     for layer in layers:
-        tree = overlay(tree, layer.tree)
+        # A section whose lines are all comments is null: it changes nothing.
+        given = {k: v for k, v in layer.tree.items() if v is not None or tree.get(k) is None}
+        tree = overlay(tree, given)
         origins = origins | layer.origins
-    if not _in_epochs(layers):
+    if not _in_epochs(layers) and isinstance(tree["run"], Mapping):
         tree = overlay(tree, {"run": {"epochs": None}})
     if _adapts(tree) and not _sets_rate(layers):
         tree["optim"]["learning_rate"] = LORA_RATE

@@ -61,6 +61,8 @@ KINDS = {
     "ppo": "a distilled student has no reward; the nearest method is method/opd",
     "fire": "FiRe-OPD is a whole method: method/fire_opd",
     "fire_opd": "FiRe-OPD is a whole method: method/fire_opd",
+    "fire-opd": "FiRe-OPD is a whole method: method/fire_opd",
+    "fireopd": "FiRe-OPD is a whole method: method/fire_opd",
     "none": "the kind that does nothing is keep_all of method.filter, uniform of method.reweight",
 }
 """`kind` as people guess it -> what it is here."""

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -25,13 +26,15 @@ from typing import Any, Literal
 
 import yaml
 
-from fireopd_jax.config import UserError
+from fireopd_jax.config import UserError, nearest
 from fireopd_jax.recipe.run import RunConfig
 from fireopd_jax.runs.changes import Changes, by_keys
 from fireopd_jax.runtime.files import plain, write_atomically
 from fireopd_jax.runtime.limits import read_yaml
 from fireopd_jax.runtime.yaml_core import dump, load
 
+UNSAFE = re.compile(r"[\[\\\ud800-\udfff]")
+"""Orbax takes `[` and a backslash for a pattern, and paths must be UTF-8."""
 RunState = Literal["new", "resume", "complete"]
 Compare = Callable[[Mapping[str, Any], Mapping[str, Any]], Changes]
 """(configuration of the folder, configuration now) -> what has changed."""
@@ -151,6 +154,7 @@ def open_run(
     configuration.
     """
     resolved = _as_read_back(resolved)
+    _check_place(root / config.name if config.dir is None else Path(config.dir).expanduser())
     path = _numbered(root, config.name) if config.dir is None else _named(Path(config.dir))
     lock = _lock(path)
     try:
@@ -170,6 +174,17 @@ def open_run(
     return folder
 
 
+def no_run(run: Path) -> UserError:
+    """Return the error for a folder without a run's models, with the nearest one beside it."""
+    if not run.is_dir():
+        known = [path.name for path in run.parent.glob("*") if (path / "config.yaml").is_file()]
+        near = nearest(run.name, sorted(known))
+        return UserError(f"{run}: no such folder; expected that of a run{near}")
+    if any((run / name).is_file() for name in ("model.json", "config.json")):
+        return UserError(f"{run}: a model; expected the folder of a run")
+    return UserError(f"{run}: no finished model; expected the folder of a run that has trained")
+
+
 def state_of(
     config: RunConfig, resolved: Mapping[str, Any], compare: Compare = by_keys
 ) -> RunState:
@@ -178,9 +193,11 @@ def state_of(
     Raises UserError as `open_run` does, but for a folder that is in use or cannot be written.
     """
     if config.dir is None:
+        _check_place(Path("runs", config.name))
         _check_name(Path("runs"), config.name)
         return "new"
     path = Path(config.dir).expanduser()
+    _check_place(path)
     if not path.exists():
         return "new"
     try:
@@ -188,6 +205,15 @@ def state_of(
     except OSError as error:
         raise UserError(f"run.dir={path}: not a folder to write in ({error.strerror})") from error
     return _state(path, config, _as_read_back(resolved), compare)[0]
+
+
+def _check_place(path: Path) -> None:
+    """Raise UserError for a path that checkpoints could not be read back from."""
+    if found := UNSAFE.search(str(path.absolute())):
+        raise UserError(
+            f"{path}: checkpoints cannot be read back from a path with {found[0]!r}, and this is "
+            f"one: {str(path.absolute())!r}; choose another run.dir"
+        )
 
 
 def _check_name(root: Path, name: str) -> None:

@@ -21,6 +21,7 @@ from fireopd_jax.models.language_model import Params
 from fireopd_jax.models.placement import Placement
 from fireopd_jax.recipe.models import ModelConfig, TeacherConfig
 from fireopd_jax.recipe.schema import Config, load_config
+from fireopd_jax.runs.folder import no_run
 from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.session.fits import check_cache, check_divisible
 from fireopd_jax.session.identity import (
@@ -58,7 +59,7 @@ def find_model(run: Path, name: str) -> tuple[str, Path]:
     """
     folders = model_folders(run)
     if not folders:
-        raise UserError(f"{run}: no finished model; expected the folder of a run that has trained")
+        raise no_run(run)
     role, _, rest = name.partition("_")
     found = name if name in folders or not rest else slug(f"{role} {rest}")
     if found not in folders:
@@ -130,6 +131,8 @@ def run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
     """
     file = run / "config.yaml"
     if not file.is_file():
+        if not run.is_dir():
+            raise no_run(run)
         raise UserError(f"{run}: no config.yaml; expected the folder of a run")
     config = load_config([str(file), *overrides])
     recorded = recorded_rows(run)

@@ -145,7 +145,8 @@ def _files(folder: Path) -> Iterator[Path]:
         for part in ("params", "tokenizer"):
             yield from (path for path in (folder / part).rglob("*") if path.is_file())
     else:
-        yield from (path for path in folder.iterdir() if path.suffix in SUFFIXES)
+        entries = (path for path in folder.iterdir() if path.suffix in SUFFIXES)
+        yield from (path for path in entries if path.is_file())
 
 
 def _sha256(path: Path) -> str:

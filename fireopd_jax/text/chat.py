@@ -75,8 +75,8 @@ def prompt_ids(
     Without `add_generation_prompt` the ids have no such header. The argument `strftime_now` of a
     template, an ISO date, is what its clock shows; by default it shows the time.
 
-    Raises `UserError` if the template is missing, or rejects a conversation or ignores its tools:
-    it names `model` and the conversation by its entry of `origins`, such as "p.jsonl:3".
+    Raises `UserError` if the template is missing, rejects a conversation, or ignores its tools or
+    messages: it names `model` and the conversation by its entry of `origins`, such as "p.jsonl:3".
     """
     check_template(tokenizer, template_kwargs, model)
     if not conversations:
@@ -92,6 +92,7 @@ def prompt_ids(
     writer = Writer(tokenizer, template_kwargs, add_generation_prompt, model)
     texts = writer.written(chats)
     writer.check_tools(chats, texts)
+    writer.check_messages(chats, texts)
     if begun is not None:
         texts = [text + start for text, start in zip(texts, begun, strict=True)]
     for text, origin in zip(texts, chats.origins, strict=True):
@@ -167,6 +168,15 @@ class Writer:
                     f"{chats.origins[i]}: {self.name} ignores the {what} of this prompt; expected "
                     f"a template that writes them ({key_of(self.model)}), or rows without them"
                 )
+
+    def check_messages(self, chats: Chats, texts: Sequence[str]) -> None:
+        """Raise UserError for one text of all conversations, though their messages differ."""
+        said = {tuple(str(turn.get("content")).strip() for turn in turns) for turns in chats.turns}
+        if len(said) > 1 and len(set(texts)) == 1:
+            raise UserError(
+                f"{self.name} writes the same text for all {len(texts)} prompts, "
+                f"{texts[0][:SHOWN]!r}; expected one that writes messages ({key_of(self.model)})"
+            )
 
     def _render(self, turns: Sequence[Turns], tools: list | None) -> list[str]:
         template = chat_template(self.tokenizer, self.model, tools)

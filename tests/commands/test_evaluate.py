@@ -120,7 +120,7 @@ def test_several_sets_have_their_own_figures(folder, problems, tmp_path, monkeyp
         (["--samples", 2], "--samples 2: expected with --set FILE"),
         (["--step", 3], "--step 3: expected with --set FILE"),
         (["--chat-template", "plain"], "--chat-template plain: expected with --set FILE"),
-        ([], "no finished model"),
+        ([], "give them: --set FILE"),
         (["--set", "SET", "run.seed=3"], "run.seed=3: with --set only eval.samples"),
         (["--set", "SET", "data.path=x"], "data.path=x: with --set only"),
         (["--set", "SET", "eval.smaples=3"], "eval.smaples=3: with --set only"),

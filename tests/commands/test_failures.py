@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 import sys
 
 import pytest
@@ -38,6 +39,8 @@ def call(monkeypatch, error):
         (FileNotFoundError(errno.ENOENT, "No such file", "x", None, "y"), "x -> y: No such file"),
         (RuntimeError("Unable to initialize backend 'x'"), "backend 'x'; fireopd env"),
         (UserError("a" * 5000), "aaa...aaa"),
+        (ImportError("libx.so.1: failed to map segment"), "cannot be loaded: libx.so.1"),
+        (MemoryError(), "no more memory"),
         (OSError(errno.ENOENT, "No usable temporary directory found in ['a']"), "TMPDIR"),
     ],
 )  # fmt: skip
@@ -54,6 +57,29 @@ def test_an_error_of_the_disk_below_another_is_found():
     except RuntimeError as error:
         assert of_machine(error) == "summary.json: No space left on device"
     assert of_machine(ConnectionError("refused")) is None and of_machine(KeyError("a")) is None
+
+
+def test_a_setting_of_jax_in_the_environment_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "fireopd_jax", "env"]
+    for name, value, words in (
+        ("JAX_ENABLE_X64", "perhaps", "(JAX_ENABLE_X64): invalid truth value 'perhaps'"),
+        ("JAX_PLATFORMS", "cuda", "no device for JAX_PLATFORMS=cuda"),
+    ):
+        settings = {key: own for key, own in os.environ.items() if not key.startswith("JAX_")}
+        done = subprocess.run(
+            command, env=settings | {name: value}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert call(monkeypatch, FileNotFoundError(errno.ENOENT, "No such file or directory")) == 2
+    assert "was started in is gone" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
 
 
 def test_an_error_of_ours_in_a_run_is_in_its_log(tmp_path, monkeypatch, capsys):

@@ -135,6 +135,11 @@ def test_bad_files_are_named(tmp_path):
         read_rows(DataConfig(path=str(tmp_path / "tain.jsonl")))
     with pytest.raises(UserError, match="no file"):
         read_rows(DataConfig(path=str(tmp_path / "absent" / "train.jsonl")))
+    with pytest.raises(UserError, match="is an address; download it"):
+        read_rows(DataConfig(path="https://example.com/train.jsonl"))
+    (tmp_path / "a.zip").touch()
+    with pytest.raises(UserError, match=r"a\.zip' is of an unknown kind.*builtin:TASK$"):
+        read_rows(DataConfig(path=str(tmp_path / "a.zip")))
     with pytest.raises(UserError, match=r"expected \.jsonl, .*, OWNER/NAME .*builtin:TASK"):
         read_rows(DataConfig(path=str(tmp_path / "train.xlsx")))
     with pytest.raises(UserError, match="did you mean 'builtin:addition-2'"):

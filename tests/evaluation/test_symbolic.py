@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -106,6 +108,16 @@ def test_a_worker_that_dies_is_started_again():
     assert own.ask(gold="2x", answer="x+x", whole=False) is True
     own.close()
     own.close()
+
+
+def test_a_limit_of_the_system_is_not_raised():
+    code = (
+        "import resource as r; from fireopd_jax.evaluation.symbolic_worker import limited;"
+        "r.setrlimit(r.RLIMIT_AS, (2**33, 2**33)); limited(r.RLIMIT_AS, 2**34);"
+        "assert r.getrlimit(r.RLIMIT_AS) == (2**33, 2**33); limited(r.RLIMIT_AS, 2**32);"
+        "assert r.getrlimit(r.RLIMIT_AS)[0] == 2**32"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_worker_that_does_not_answer_is_killed(monkeypatch):

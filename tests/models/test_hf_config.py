@@ -193,7 +193,14 @@ def test_what_would_be_another_model_is_refused_by_name(family, more, message):
 )  # fmt: skip
 def test_other_architectures_are_answered_with_those_supported(named):
     message = refusal("qwen3", **named)
-    assert all(name in message for name in NAMES.values()) and "is not supported" in message
+    known = NAMES.values() if named["architectures"] else NAMES
+    assert all(name in message for name in known) and "is not supported" in message
+
+
+def test_a_family_that_is_not_that_of_the_architecture_is_named():
+    message = refusal("qwen3", model_type="gpt2")
+    assert message.endswith("model_type: 'gpt2' is not supported; expected qwen3")
+    assert "model_type: missing" in refusal("qwen3", model_type=None, architectures=None)
 
 
 EMBEDDED = {

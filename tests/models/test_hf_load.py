@@ -1,6 +1,7 @@
 """Loading safetensors folders: every tensor, any number of files, and clear errors."""
 
 import json
+import os
 import struct
 
 import jax
@@ -306,6 +307,15 @@ def test_folders_and_names(tmp_path, monkeypatch):
     assert resolve(str(tmp_path)) == tmp_path
     with pytest.raises(UserError, match=r"nowhere: no such folder; expected a folder, or OWNER"):
         resolve("nowhere")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match=r"no such folder; .* \(did you mean 'model'\?\)"):
+        resolve(str(tmp_path / "modle"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file: a file; expected a folder"):
+        resolve(str(tmp_path / "file"))
+    for address in ("https://huggingface.co/o/n", "http://www.huggingface.co/o/n/tree/main"):
+        with pytest.raises(UserError, match=r"did you mean 'o/n'\?"):
+            resolve(address)
     asked = []
 
     def snapshot(name, allow_patterns, ignore_patterns):
@@ -318,6 +328,23 @@ def test_folders_and_names(tmp_path, monkeypatch):
     assert len(asked) == 1 and asked[0][0] == "owner/name"
     assert "*.safetensors" in asked[0][1] and not any("bin" in p or "pt" in p for p in asked[0][1])
     hf_load._download.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_a_pipe_in_a_folder_is_never_read(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name}: a pipe or a device; expected a file"):
+        resolve(str(tmp_path))
+
+
+def test_weights_that_are_no_file_are_named(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "nowhere")
+    assert "model.safetensors: a folder or a link to nothing" in broken(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.gguf").touch()
+    assert broken(tmp_path).endswith(
+        "(it has model.gguf; give the folder that the GGUF was made of)"
+    )
 
 
 def test_a_hub_name_without_a_network_says_so():

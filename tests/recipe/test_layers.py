@@ -1,5 +1,6 @@
 """Layers, overrides and the one-line errors."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -197,12 +198,14 @@ def test_a_key_that_stands_twice(tmp_path):
 @pytest.mark.parametrize("text", ["run: {steps: 3", "run: !!python/object:os.system {}", "a: b: c"])
 def test_what_is_not_yaml(tmp_path, text):
     a = write(tmp_path, "a.yaml", text)
-    assert refusal([a]).startswith(f"{a}: not valid YAML")
+    assert refusal([a]).startswith(f"{a}:1: not valid YAML: ")
 
 
 def test_what_is_not_text_or_not_a_mapping(tmp_path):
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
-    assert "not valid YAML" in refusal([str(tmp_path / "a.yaml")])
+    assert "a.yaml:1: the text is UTF-16; save it as UTF-8" in refusal([str(tmp_path / "a.yaml")])
+    (tmp_path / "a.yaml").write_bytes(b"run:\n  name: caf\xe9\n")
+    assert "a.yaml:2: the text is not UTF-8" in refusal([str(tmp_path / "a.yaml")])
     assert "key: value" in refusal([write(tmp_path, "b.yaml", "- 1\n- 2\n")])
     assert "c.yaml:1: expected a name" in refusal([write(tmp_path, "c.yaml", "5: x\n")])
 
@@ -210,6 +213,27 @@ def test_what_is_not_text_or_not_a_mapping(tmp_path):
 def test_a_file_that_is_not_there():
     assert "did you mean 'quickstart.yaml'?" in refusal(["quickstrat.yaml"])
     assert "no such configuration file" in refusal(["nothing/like/it.yaml"])
+
+
+def test_the_nearest_file_may_be_the_user_s_own(tmp_path):
+    write(tmp_path, "mine.yaml", "")
+    assert f"did you mean '{tmp_path}/mine.yaml'?" in refusal([str(tmp_path / "mien.yaml")])
+
+
+def test_what_is_no_plain_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    os.mkfifo("pipe.yaml")
+    for name in ("configs", ".", ".."):
+        assert refusal([name]) == f"{name}: a folder; expected a configuration, a .yaml file"
+    assert refusal(["pipe.yaml"]).startswith("pipe.yaml: no plain file; expected")
+    assert refusal(["-"]).startswith("-: a configuration is not read from standard input")
+
+
+def test_a_section_of_comments_changes_nothing_and_one_value_is_no_section(tmp_path):
+    a = write(tmp_path, "a.yaml", "run:\n  # steps: 3\ndata:\n")
+    assert load_config([a, TEACHER]) == load_config([TEACHER])
+    assert "run: input should be a dictionary" in refusal(["run=3", TEACHER])
 
 
 def test_shipped_files_are_found_by_name_from_anywhere(tmp_path, monkeypatch):

@@ -397,8 +397,8 @@ def test_files_hold_no_path_of_a_machine():
             r"data\.mixture\.0\.weight: expected a nu",
         ),
         ("rollout.temperature=1e300", r"rollout\.temperature: .* less than or equal to 1000000"),
-        ('run.name="a\\0b"', r"run\.name: expected a path, which has no NUL"),
-        ('run.dir="a\\0b"', r"run\.dir: expected a path, which has no NUL"),
+        ('run.name="a\\0b"', r"run\.name: expected a path of UTF-8, without control"),
+        ('run.dir="a\\0b"', r"run\.dir: expected a path of UTF-8, without control"),
     ],
 )
 def test_a_value_that_no_machine_takes_is_refused_by_its_key(override, words):

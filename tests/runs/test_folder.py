@@ -9,7 +9,7 @@ import pytest
 
 from fireopd_jax.config import UserError
 from fireopd_jax.recipe.run import RunConfig
-from fireopd_jax.runs.folder import environment, open_run
+from fireopd_jax.runs.folder import environment, open_run, state_of
 from fireopd_jax.runtime.files import plain
 
 RESOLVED = {
@@ -62,6 +62,17 @@ def test_names_are_numbered_and_latest_follows(tmp_path):
 def test_a_name_is_a_plain_name(tmp_path, name):
     with pytest.raises(UserError, match=r"run\.name"):
         open_run(RunConfig(name=name), RESOLVED, root=tmp_path)
+
+
+@pytest.mark.parametrize("part", ["a [1]", "a\\b", "a\udcff"])
+def test_a_path_that_checkpoints_could_not_be_read_back_from_is_refused(tmp_path, part):
+    for dry in (False, True):
+        with pytest.raises(UserError, match="cannot be read back from a path with"):
+            config = RunConfig(dir=str(tmp_path / part.replace("\udcff", "[")))
+            state_of(config, RESOLVED) if dry else open_run(config, RESOLVED)
+    with pytest.raises(UserError, match="cannot be read back from a path with"):
+        open_run(RunConfig(name="a"), RESOLVED, root=tmp_path / part)
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_empty_folder_is_fine_and_an_interrupted_run_resumes(tmp_path):

@@ -93,7 +93,7 @@ def test_mistakes_are_named(run, tmp_path):
         export_run(run, tmp_path / "out", step=2, model="studnet")
     with pytest.raises(UserError, match="no checkpoint of step 2; there is none"):
         export_run(tmp_path / "nowhere", tmp_path / "out", step=2)
-    with pytest.raises(UserError, match="no finished model"):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         export_run(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")

@@ -152,6 +152,15 @@ def test_a_template_that_ignores_tools_is_refused_by_name():
     prompt_ids(without(chat_template="{{ messages | tojson }}"), called, {})
 
 
+def test_a_template_that_ignores_messages_is_refused():
+    tokenizer = without(chat_template="hello")
+    chats = [[{"role": "user", "content": text}] for text in "ab"]
+    with pytest.raises(UserError, match=r"student writes the same text for all 2 prompts, 'hello'"):
+        prompt_ids(tokenizer, chats, {}, model="student")
+    assert len(prompt_ids(tokenizer, chats[:1], {})) == 1
+    assert len(prompt_ids(tokenizer, [chats[0], chats[0]], {})) == 2
+
+
 ENDLESS = (
     "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}"
 )
