@@ -15,7 +15,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-TARGET = Path(__file__).parent / "data" / "h200.textproto"
+from fireopd_jax.runtime.topologies import TARGETS
+
+TARGET = TARGETS / "h200.textproto"
 MODULES = {
     "jax_plugins.xla_cuda13": "jax-cuda13-plugin and jax-cuda13-pjrt",
     "nvidia.cu13.bin": "nvidia-cuda-nvcc and nvidia-nvvm",

@@ -21,7 +21,6 @@ import numpy as np
 
 from fireopd_jax.bench.floor import (
     Floor,
-    Work,
     decode_floor,
     known_peak,
     measured_peak,
@@ -59,6 +58,7 @@ from fireopd_jax.bench.workload import (
 from fireopd_jax.config import UserError, nearest
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.language_model import Params
+from fireopd_jax.models.work import Work
 from fireopd_jax.rollout.state import Shape
 from fireopd_jax.runtime.compilation import release_after_compilations
 from fireopd_jax.session.setup import Setup

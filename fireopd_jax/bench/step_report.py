@@ -11,10 +11,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fireopd_jax.bench.floor import Floor, Work
+from fireopd_jax.bench.floor import Floor
 from fireopd_jax.bench.head import MIB, Case
 from fireopd_jax.bench.step_stages import METHOD, STAGES, TrainingStep
 from fireopd_jax.bench.workload import Workload
+from fireopd_jax.models.work import Work
 
 Row = dict[str, Any]
 

@@ -1,5 +1,6 @@
 """Commands about a run: train, sft, data, keys."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -71,6 +72,29 @@ def sft(settings: Layers = None, dry_run: DryRun = False, full: Full = False) ->
     from fireopd_jax.commands.train import launch
 
     launch("sft", settings or [], dry_run, full)
+
+
+@app.command(epilog=KEYS, context_settings=ANY)
+def plan(
+    settings: Layers = None,
+    topology: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND:SHAPE",
+            help="Devices, such as v5p:4x4x4, v6e:8, h100:8 or cpu:8; by default those of this "
+            "machine. Others need no such device, but the extra `aot`.",
+        ),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the findings here, too.")] = None,
+) -> None:
+    """Compile a run's programs for given devices, and say what they take and whether they fit.
+
+    Weights and rows need not be here where the configuration states architectures. Exit status 1
+    if a program does not fit.
+    """
+    from fireopd_jax.commands.plan import plan as planned
+
+    raise typer.Exit(planned(settings or [], topology, json))
 
 
 @app.command(epilog=KEYS)

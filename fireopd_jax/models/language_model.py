@@ -26,6 +26,7 @@ from fireopd_jax.ops.dispatch import PLAIN
 from fireopd_jax.ops.few_rows import few_rows_product
 from fireopd_jax.ops.head import HeadOptions
 from fireopd_jax.ops.logits import HeadSharding
+from fireopd_jax.runtime.target import platform
 from fireopd_jax.sharding.mesh import AXES
 from fireopd_jax.types import Array
 
@@ -93,7 +94,7 @@ class LanguageModel:
         """
         dtype = jnp.dtype(self.config.dtype)
         alone = mesh is None or tensor_devices(mesh) == 1
-        transposed = alone and jax.default_backend() == "cpu"
+        transposed = alone and platform() == "cpu"
 
         def cast(x: Any) -> Any:
             # Quantised kernels keep their scales, norms their weights.

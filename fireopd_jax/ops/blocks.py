@@ -2,7 +2,7 @@
 
 import dataclasses
 
-import jax
+from fireopd_jax.runtime.target import platform
 
 CPU_CHUNK_ELEMENTS = 2**21
 """Largest chunk on a CPU, in elements: 8 MiB of float32, small enough for caches and allocators."""
@@ -29,7 +29,7 @@ def default_chunk(tokens: int, width: int, larger: bool = False) -> int:
     `CHUNK_ELEMENTS`. `larger` doubles the limit where each chunk has a fixed cost: reading and
     writing d hidden in the backward pass, selecting in a top-K.
     """
-    limit = CPU_CHUNK_ELEMENTS if jax.default_backend() == "cpu" else CHUNK_ELEMENTS
+    limit = CPU_CHUNK_ELEMENTS if platform() == "cpu" else CHUNK_ELEMENTS
     chunk, limit = 8192, limit * (2 if larger else 1)
     while chunk > 1024 and chunk * max(tokens, width) > limit:
         chunk //= 2

@@ -13,7 +13,6 @@ because the kernel was not run on several. It was timed at N = 4096, D = 4096, V
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -21,6 +20,7 @@ from jax.typing import DTypeLike
 from fireopd_jax.ops import chunked, pallas_gpu, pallas_gpu_rows, pallas_tpu
 from fireopd_jax.ops.logits import HeadSettings
 from fireopd_jax.ops.partials import Forward, HeadPartials
+from fireopd_jax.runtime.target import devices, platform
 from fireopd_jax.types import Array
 
 FEWEST_TOKENS = 256
@@ -81,9 +81,9 @@ def default_kernels(
 
 def has_one_hopper_gpu() -> bool:
     """Return whether this process has exactly one GPU, of compute capability 9.0 (WGMMA)."""
-    if jax.default_backend() != "gpu" or len(jax.devices()) > 1:
+    if platform() != "gpu" or len(devices()) > 1:
         return False
-    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+    return getattr(devices()[0], "compute_capability", None) == "9.0"
 
 
 def _shape(settings: HeadSettings, hidden: Array, head: Array, support: int) -> tuple:

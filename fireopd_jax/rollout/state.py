@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float32, Int32
 
 from fireopd_jax.rollout.requests import OF_TOKENS
 from fireopd_jax.rollout.sampling import Sampling
+from fireopd_jax.runtime.target import platform
 from fireopd_jax.types import pytree
 
 RUNNING, STOP, LENGTH, NOT_FINITE = range(4)
@@ -49,7 +50,7 @@ class Shape:
         cls, rows: int, width: int, room: int, slots: int | None = None, align: int = 8
     ) -> "Shape":
         """Return sizes for `rows` requests, prompts of `width` and responses of `room` tokens."""
-        slots = max(1, min(slots or SLOTS.get(jax.default_backend(), 256), rows))
+        slots = max(1, min(slots or SLOTS.get(platform(), 256), rows))
         piece = -(-min(width, PIECE) // align) * align
         return cls(
             slots=slots,

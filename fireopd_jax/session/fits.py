@@ -17,6 +17,7 @@ from fireopd_jax.rollout.engine import CacheLayout
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.meshes import replica_count
 from fireopd_jax.rollout.state import Shape
+from fireopd_jax.runtime.target import platform
 
 CACHES = {"dense_gpu": "gpu", "paged_tpu": "tpu", "paged_gpu": "gpu"}
 """Platform of each cache kind with a kernel."""
@@ -48,7 +49,7 @@ def check_training_batches(
 def check_cache(config: Config, mesh: Mesh, drawing: Mapping[str, DecoderConfig]) -> None:
     """Raise UserError for a cache of another platform, of other models, or below one response."""
     rollout = config.rollout
-    here = jax.default_backend()
+    here = platform()
     if CACHES.get(rollout.cache.kind, here) != here:
         raise UserError(
             f"rollout.cache.kind={rollout.cache.kind} runs on "
@@ -88,7 +89,7 @@ def check_model(cache: CacheLayout, model: DecoderConfig, name: str) -> None:
 
 def check_kernel(name: str | None) -> None:
     """Raise UserError for a head implementation of another platform."""
-    here = jax.default_backend()
+    here = platform()
     if name is None or PLATFORMS.get(name, here) == here:
         return
     able = [each for each in IMPLEMENTATIONS if PLATFORMS.get(each, here) == here]

@@ -8,6 +8,7 @@ Nothing here compiles, trains or writes files.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -101,14 +102,17 @@ class Setup:
         )
 
 
-def set_up(config: Config, moment: str | None = None) -> Setup:
+def set_up(
+    config: Config, moment: str | None = None, devices: Sequence[Any] | None = None
+) -> Setup:
     """Return the setup of a run: read the data, describe the models, check them.
 
-    `moment` is what the clocks of chat templates show, by default the time. Raises UserError for
-    data or models that do not fit the configuration.
+    `moment` is what the clocks of chat templates show, by default the time; `devices` are those of
+    the mesh, by default those of this process. Raises UserError for data or models that do not fit
+    the configuration.
     """
     check_kind(config.data.grader)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     student = make_spec("student", config.student).stopped_at(moment)
     used = used_teachers(config)
     teachers = tuple(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
-import jax
 from transformers import PreTrainedTokenizerBase
 
 from fireopd_jax.config import UserError, dotted
@@ -22,6 +21,7 @@ from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.models.quantized import Quantize
 from fireopd_jax.recipe.models import ModelConfig
 from fireopd_jax.runtime.limits import read_json
+from fireopd_jax.runtime.target import platform
 from fireopd_jax.text.chat import stop_ids
 from fireopd_jax.text.chat_templates import with_template
 from fireopd_jax.text.checks import TokenizerFacts, valid_rows
@@ -202,7 +202,7 @@ def _typed(
     architecture: DecoderConfig, config: ModelConfig, param_dtype: Literal["float32", "bfloat16"]
 ) -> DecoderConfig:
     # XLA on a CPU emulates bfloat16: slower than float32, and less exact.
-    dtype = "float32" if jax.default_backend() == "cpu" else architecture.dtype
+    dtype = "float32" if platform() == "cpu" else architecture.dtype
     return dataclasses.replace(
         architecture,
         dtype=config.dtype or dtype,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pydantic import PositiveInt
 
@@ -57,7 +58,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if size > len(devices):
         keys = " x ".join(["mesh.data", *named])
         raise UserError(f"{keys}: {size} devices asked for, {len(devices)} found")
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:size])
+    kinds, devices = (AxisType.Auto,) * len(AXES), devices[:size]
+    try:
+        return jax.make_mesh(shape, AXES, kinds, devices=devices)
+    except NotImplementedError:  # such as fsdp=8 on 4 x 4 x 4 chips: no product of whole axes
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=kinds)
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:

@@ -8,7 +8,7 @@ A later call with arguments of these shapes finds the program in JAX's own cache
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -53,8 +53,10 @@ class Need:
 class Ahead:
     """Programs that are being compiled, by name."""
 
-    def __init__(self, threads: int | None = None):
+    def __init__(self, threads: int | None = None, look: Callable[[Any], Need] = Need.of):
+        """Compile in `threads`; `look` returns what is to be known of a compiled program."""
         threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
+        self._look = look
         self._pool = ThreadPoolExecutor(threads, "compile")
         self._futures: dict[str, Future[Need]] = {}
         self._known: dict[Any, Future[Need]] = {}
@@ -67,7 +69,7 @@ class Ahead:
         key = program, str(jax.tree.structure(inputs)), _avals(inputs)
         if key not in self._known:
             lowered = program.lower(*inputs)
-            self._known[key] = self._pool.submit(lambda: Need.of(lowered.compile()))
+            self._known[key] = self._pool.submit(lambda: self._look(lowered.compile()))
         self._futures[name] = self._known[key]
 
     def names(self) -> list[str]:

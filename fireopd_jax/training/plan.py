@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from fireopd_jax.config import UserError
 from fireopd_jax.data.pipeline import Encoded
 from fireopd_jax.method.config import MethodConfig
@@ -24,9 +22,11 @@ from fireopd_jax.recipe.student_scores import with_student_scores
 from fireopd_jax.runtime import files
 from fireopd_jax.runtime.files import write_atomically
 from fireopd_jax.runtime.memory import Memory, device_memory
+from fireopd_jax.runtime.target import platform
 from fireopd_jax.session.contexts import encoded_for
 from fireopd_jax.session.parameters import abstract_params, random_init, random_key
-from fireopd_jax.session.session import Session
+from fireopd_jax.session.session import Generate, Session
+from fireopd_jax.session.setup import Setup
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.training.abstract import (
     MethodShapes,
@@ -72,14 +72,32 @@ class MethodPlan:
 class Plan:
     """The programs of a run, compiled in the background, and the choices that they depend on."""
 
-    def __init__(self, session: Session, methods: Mapping[str, MethodConfig]):
-        """Begin to compile what `methods`, by name, and the models before them need."""
-        self.session, self.setup = session, session.setup
-        self.memory: Memory = device_memory(list(self.setup.mesh.devices.flat))
-        self.ahead = Ahead()
-        self.choices = recorded(session.folder.path / RECORD)
+    def __init__(
+        self,
+        setup: Setup,
+        methods: Mapping[str, MethodConfig],
+        *,
+        sampler: Callable[..., Generate],
+        log: Callable[[str], object],
+        memory: Memory | None = None,
+        kept: Callable[[str], bool] = lambda name: False,
+        choices: Mapping[str, Choice] | None = None,
+        ahead: Ahead | None = None,
+    ):
+        """Begin to compile what `methods`, by name, and the models before them need.
+
+        `sampler` returns that of a model, for responses of so many tokens. `memory` is that of a
+        device, by default as found; `kept` says which models need not be made any more; `choices`
+        are those that stay as they are.
+        """
+        self.setup, self._sampler, self._log, self._kept = setup, sampler, log, kept
+        self.memory = memory or device_memory(list(setup.mesh.devices.flat))
+        self.ahead = ahead or Ahead()
+        self.choices = dict(choices or {})
         self.sft: dict[str, SftPrograms] = {}
         self.methods: dict[str, MethodPlan] = {}
+        self.updates: dict[str, tuple[Pass, Build]] = {}
+        """Of each method: the pass of its update, and its program for a choice."""
         self._made: dict[str, Any] = {}
         self._notable: list[tuple[str, str, Choice, float | int]] = []
         """Choices to log: name, key, choice, estimated bytes."""
@@ -93,23 +111,41 @@ class Plan:
         except BaseException:
             self.close()
             raise
-        choices = {name: dataclasses.asdict(choice) for name, choice in self.choices.items()}
-        write_atomically(session.folder.path / RECORD, json.dumps(choices, indent=2) + "\n")
+
+    @classmethod
+    def of_run(cls, session: Session, methods: Mapping[str, MethodConfig]) -> "Plan":
+        """Return the plan of a run, with the choices that it was begun with, and record them."""
+        file = session.folder.path / RECORD
+        plan = cls(
+            session.setup,
+            methods,
+            sampler=session.sampler,
+            log=session.log,
+            kept=lambda name: is_kept(session, name),
+            choices=recorded(file),
+        )
+        choices = {name: dataclasses.asdict(choice) for name, choice in plan.choices.items()}
+        write_atomically(file, json.dumps(choices, indent=2) + "\n")
+        return plan
 
     def check(self) -> None:
         """Wait for the programs; log their memory, or raise UserError for one that does not fit."""
         for notable in self._notable:
             self._say(*notable)
         peaks: dict[str, int] = {}
-        for name, need in self.ahead.needs().items():
-            peak, kind = self._peak(name, need), name.partition(" ")[0]
+        for name, peak in self.peaks().items():
+            kind = name.partition(" ")[0]
             if peak > self.memory.total:
                 raise too_large(name, peak, self.memory.total)
             peaks[kind] = max(peaks.get(kind, 0), peak)
         shown = [f"{kind} {gib(peaks[kind])}" for kind in SHOWN if kind in peaks]
         if shown:
             total = gib(self.memory.free)
-            self.session.log(f"memory: {', '.join(shown)} GiB of {total} GiB on each device")
+            self._log(f"memory: {', '.join(shown)} GiB of {total} GiB on each device")
+
+    def peaks(self) -> dict[str, int]:
+        """Wait for the programs; return the bytes of a device that are in use while each runs."""
+        return {name: self.resident(name, need) for name, need in self.ahead.needs().items()}
 
     def ready(self, spec: ModelSpec) -> SftPrograms | None:
         """Wait for the programs that make a model; return those of its supervised training."""
@@ -124,7 +160,8 @@ class Plan:
         """Compile nothing more."""
         self.ahead.close()
 
-    def _peak(self, name: str, need: Need) -> int:
+    def resident(self, name: str, need: Need) -> int:
+        """Return the bytes in use while program `name`, or another with its inputs, runs."""
         return max(self._resident.get(name, 0), need.arguments) + need.beyond
 
     def _fit(
@@ -164,9 +201,9 @@ class Plan:
     def _say(self, name: str, key: str, choice: Choice, estimate: float | int) -> None:
         """Log a choice that is not the fastest one; waits for its program."""
         need = self.ahead.need(name)
-        size = self._resident[name] + estimate if need is None else self._peak(name, need)
+        size = self._resident[name] + estimate if need is None else self.resident(name, need)
         remat = f", remat={choice.remat}" if choice.remat != "none" else ""
-        self.session.log(
+        self._log(
             f"{key}.{choice}{remat}: the "
             f"{name.partition(' of ')[0]} needs {gib(size)} of {gib(self.memory.free)} GiB"
         )
@@ -175,20 +212,19 @@ class Plan:
         """Log that a pass is longer than it was set to be, where one row is."""
         tokens = choice.micro_batch_tokens
         if tokens is not None and tokens < of.tokens:
-            self.session.log(
+            self._log(
                 f"{key}.micro_batch_tokens={tokens}: below the longest row, {of.tokens} tokens; a "
                 f"pass has {of.per_device(choice)}"
             )
 
     def _pass(self, model: LanguageModel, rows: int, tokens: int) -> Pass:
-        platform = jax.default_backend()
-        return Pass(model.config, rows, tokens, self.setup.mesh.size, platform)
+        return Pass(model.config, rows, tokens, self.setup.mesh.size, platform())
 
     def _add_models(self) -> None:
         """Add random initialisation and supervised training of the models that need them."""
         setup, place, held = self.setup, Placement(self.setup.mesh), 0
         for spec in (*setup.teachers, setup.student):
-            made = is_kept(self.session, spec.slug if spec.name != "student" else "student_start")
+            made = self._kept(spec.slug if spec.name != "student" else "student_start")
             if not made and spec.config.path is None:
                 exact = dataclasses.replace(spec.model, quantize=None)
                 model = spec.model if spec.config.sft is None else exact
@@ -233,14 +269,14 @@ class Plan:
 
     def _add_method(self, name: str, method: MethodConfig) -> None:
         """Add the programs of a method; the choices of the first are those of its controls."""
-        if is_kept(self.session, name):
+        if self._kept(name):
             return
         setup, config = self.setup, self.setup.config
         dtype = setup.student.model.config.dtype
         method, reason = with_student_scores(config, method, dtype)
         why = f" ({reason})" if reason else ""
-        self.session.log(f"{name}: method.score.student={method.score.student}{why}")
-        sampler = self.session.sampler(setup.student)
+        self._log(f"{name}: method.score.student={method.score.student}{why}")
+        sampler = self._sampler(setup.student)
         shapes = MethodShapes.of(setup, method, encoded_for(setup, method), sampler)
         rows, optim, width = config.rollout.batch_size, config.optim, shapes.width
         scored = [self._pass(model, rows, width) for model in shapes.models]
@@ -274,6 +310,7 @@ class Plan:
             found = programs(score, choice)
             return (found.update, shapes.update(found)) if shapes.known else None
 
+        self.updates[name] = trained, build_update
         update = self._fit(
             f"update of {name}",
             "optim",
@@ -294,7 +331,7 @@ class Plan:
 
     def _add_samplers(self) -> None:
         """Add the samplers of the student, and of the teachers where they are graded."""
-        setup, session = self.setup, self.session
+        setup = self.setup
         config, place = setup.config, Placement(setup.mesh)
         models = [setup.student]
         copied = config.student.sft is not None and config.student.sft.source == "teacher"
@@ -316,7 +353,7 @@ class Plan:
                     for each in setup.sets
                 ]
             for index, (rows, encoded, max_tokens) in enumerate(batches):
-                program = session.sampler(spec, max_tokens)
+                program = self._sampler(spec, max_tokens)
                 inputs = sampler_inputs(setup, spec, params[spec.name], encoded, rows, max_tokens)
                 self._resident[f"{name} {index}"] = self._resident[name]
                 self.ahead.add(f"{name} {index}", program, *inputs)

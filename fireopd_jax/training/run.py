@@ -231,7 +231,7 @@ def _same(params: Params) -> Params:
 
 
 def _sft(session: Session) -> Summary:
-    with closing(Plan(session, {})) as plan:
+    with closing(Plan.of_run(session, {})) as plan:
         _, start, summary = _prepare(session, plan)
     print_results(session.folder.path, session.setup.config, summary)
     return summary | {"params_sha256": params_sha256(start.read())}
@@ -242,7 +242,7 @@ def _train(session: Session) -> Summary:
     every = dict(zip(("student", *config.run.compare), methods(config), strict=True))
     trained = {name: method for name, method in every.items() if not is_kept(session, name)}
     check_served(session, list(trained.values()))
-    with closing(Plan(session, trained)) as plan:
+    with closing(Plan.of_run(session, trained)) as plan:
         teachers, start, summary = _prepare(session, plan)
     base = read_base(session)
 

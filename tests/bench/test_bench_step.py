@@ -12,11 +12,11 @@ import pytest
 from fireopd_jax import cli
 from fireopd_jax.bench import step as bench
 from fireopd_jax.bench import trl
-from fireopd_jax.bench.floor import Work
 from fireopd_jax.bench.step_stages import STAGES
 from fireopd_jax.bench.workload import equal
 from fireopd_jax.config import UserError
 from fireopd_jax.models.language_model import LanguageModel
+from fireopd_jax.models.work import Work
 
 SIZES = {
     "vocab_size": 512,

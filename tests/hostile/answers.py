@@ -1,6 +1,6 @@
 """What every answer must be: an exit status, one line with the right words, in time and memory.
 
-answers.json has the words; FIREOPD_WRITE_DOCS=1, with one worker, writes them anew.
+answers/GROUP.json has the words; FIREOPD_WRITE_DOCS=1 writes them anew.
 """
 
 import json
@@ -13,7 +13,7 @@ import pytest
 from tests.hostile.case import Case
 from tests.hostile.world import MIB, Answer, answer_to, build
 
-FILE = Path(__file__).with_name("answers.json")
+FOLDER = Path(__file__).with_name("answers")
 WRITES = os.environ.get("FIREOPD_WRITE_DOCS") == "1"
 OURS = ("Traceback (most recent call last)", "please report")
 BEGINS = ("fireopd: ", "Error: ")
@@ -27,13 +27,10 @@ def world(tmp_path_factory):
     return build(tmp_path_factory.mktemp("hostile") / "world")
 
 
-def known() -> dict[str, str]:
-    """Return the first words of the refusals, by group and title."""
-    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
-
-
-def key_of(group: str, case: Case) -> str:
-    return f"{group}: {case.title}"
+def known(group: str) -> dict[str, str]:
+    """Return the first words of the refusals, by title."""
+    file = FOLDER / f"{group}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def check(group: str, case: Case, world: Path, folder: Path) -> None:
@@ -46,19 +43,22 @@ def check(group: str, case: Case, world: Path, folder: Path) -> None:
     assert not any(each in answer.text for each in OURS), told
     assert answer.mib < MIB, told
     if case.status == 2:
-        lines = refusals(answer, folder / "here")
-        assert len(lines) == 1, told
-        key = key_of(group, case)
+        refused = refusal(answer, folder / "here")
         if WRITES:
-            words = dict(sorted((known() | {key: lines[0]}).items()))
-            FILE.write_text(json.dumps(words, indent=1) + "\n", encoding="utf-8")
-        assert lines[0] == known().get(key), told
+            words = dict(sorted((known(group) | {case.title: refused}).items()))
+            text = json.dumps(words, indent=1, ensure_ascii=False) + "\n"
+            (FOLDER / f"{group}.json").write_text(text, encoding="utf-8")
+        assert refused == known(group).get(case.title), told
 
 
-def refusals(answer: Answer, folder: Path) -> list[str]:
-    """Return the beginnings of the lines that are errors, without what differs by chance."""
-    lines = [line for line in answer.text.splitlines() if line.startswith(BEGINS)]
-    return [_settled(line.partition(": ")[2], folder) for line in lines]
+def refusal(answer: Answer, folder: Path) -> str:
+    """Return the beginning of the line that is the error, the last, without what differs by chance.
+
+    The lines before it say what the command has begun to do.
+    """
+    line = next(line for line in reversed(answer.text.splitlines()) if line.strip())
+    assert line.startswith(BEGINS), answer.text[-2000:]
+    return _settled(line.partition(": ")[2], folder)
 
 
 def _settled(line: str, folder: Path) -> str:

@@ -69,7 +69,7 @@ CASES = (
          row(messages=[{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]) * 2, "image"),
     read("no message", row(messages=[]) * 2, "messages"),
     read("a message that is a text", row(messages=["hi"]) * 2, "bad.jsonl:1"),
-    read("only a system message", "".join(row(messages=[{"role": "system", "content": str(i)}]) for i in range(8)), "", 0),
+    read("only a system message", "".join(row(messages=[{"role": "system", "content": str(i)}], answer="2") for i in range(8)), "", 0),
     read("no column of prompts", row(text="a", answer="b") * 2, "data.prompt_column"),
     read("a prompt that a later row lacks", GOOD + row(answer="b"), "bad.jsonl:2"),
     read("an answer that a later row lacks", good(8) + row(prompt="b"), "", 0),

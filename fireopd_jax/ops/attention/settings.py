@@ -2,7 +2,7 @@
 
 import dataclasses
 
-import jax
+from fireopd_jax.runtime.target import platform
 
 CPU_BLOCK = 256
 """Queries and keys per block on a CPU: scores of one key head stay in the second-level cache."""
@@ -42,7 +42,7 @@ def default_blocks(length: int, blocks: AttentionBlocks) -> tuple[int, int]:
     A default is reduced until the last block is nearly full: 1,100 tokens are 5 blocks of 224, not
     4 of 256 and one of 76.
     """
-    largest = CPU_BLOCK if jax.default_backend() == "cpu" else BLOCK
+    largest = CPU_BLOCK if platform() == "cpu" else BLOCK
 
     def fitted(block: int | None) -> int:
         if block is not None:
