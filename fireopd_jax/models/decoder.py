@@ -22,7 +22,7 @@ from fireopd_jax.models.architecture import AttentionKind, DecoderConfig
 from fireopd_jax.models.layers import MLP, Attention, AttentionFn, norm
 from fireopd_jax.models.lora import Adapters, add
 from fireopd_jax.models.moe import MoE
-from fireopd_jax.models.placement import Placement, gathered, layer_places
+from fireopd_jax.models.placement import Placement, of_own_rows, on_own_rows, sharing
 from fireopd_jax.models.quantized import is_quantized
 from fireopd_jax.models.rope import rotary
 from fireopd_jax.ops.attention import attention
@@ -47,7 +47,8 @@ class Places:
     segments: Int32[Array, "B S"]
     positions: Int32[Array, "B S"]
     attention: str | None
-    mesh: Mesh | None
+    local: bool
+    """Whether the rows are those of one device (in a `shard_map`)."""
 
 
 class Layer(nnx.Module):
@@ -101,10 +102,11 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int32[Array, "B S"], mesh: Mesh | None = None) -> Float[Array, "B S D"]:
         """Return the token embeddings, the input of the first layer; `mesh` shards the table."""
-        c, table = self.config, {"embed_tokens": self.embed_tokens[...]}
-        if mesh is not None and Placement(mesh).shards:
-            table = gathered(table, Placement(mesh).of(table))
-        x = table["embed_tokens"].astype(c.dtype)[tokens]
+        c, table = self.config, self.embed_tokens[...]
+        if (on := sharing(mesh, tokens.shape[0])) is not None:
+            x = of_own_rows(table, tokens, on, c.dtype)
+        else:
+            x = table.astype(c.dtype)[tokens]
         # As in Gemma, sqrt(width) is rounded to the compute dtype first.
         return x * jnp.asarray(c.hidden_size**0.5, c.dtype) if c.scale_embeddings else x
 
@@ -133,23 +135,28 @@ class Decoder(nnx.Module):
         x = self.embed(tokens, mesh)
         graph, stacked = nnx.split(self.layers)
         stacked = nnx.to_pure_dict(stacked)
-        whole = layer_places(mesh, stacked)
         low_rank = {} if adapters is None else adapters["layers"]
         kinds = list(dict.fromkeys(self.config.kinds))
-        places = Places(segments, positions, attention, mesh)
+        on = sharing(mesh, tokens.shape[0])
 
         windows = [kind.window for kind in kinds]
         ropes = [self.rope(kind, positions) for kind in kinds]
         # A kernel's masks may depend on a static window; different ones are traced.
         static = windows[0] if len(set(windows)) == 1 else None
 
-        def run(x, layer, low_rank, rope, window=None):
-            layer = layer if whole is None else gathered(layer, whole)
+        def apply(x, layer, low_rank, rope, segments, positions, window):
             layer = add(layer, low_rank) if low_rank else layer
-            attention = uncached(places, static if window is None else window)
-            return nnx.merge(graph, layer)(x, rope, attention)[0]
+            places = Places(segments, positions, attention, on is not None)
+            attend = uncached(places, static if window is None else window)
+            return nnx.merge(graph, layer)(x, rope, attend)[0]
 
-        run = with_remat(run, remat, sharded=whole is not None)
+        if on is not None:
+            apply = on_own_rows(apply, on, stacked)
+
+        def run(x, layer, low_rank, rope, window=None):
+            return apply(x, layer, low_rank, rope, segments, positions, window)
+
+        run = with_remat(run, remat, sharded=on is not None and Placement(on).shards)
         if len(kinds) == 1:
 
             def body(x, layer):
@@ -204,7 +211,7 @@ def uncached(places: Places, window: int | Array | None) -> AttentionFn:
             window=window,
             scale=scale,
             implementation=places.attention,
-            mesh=places.mesh,
+            local=places.local,
         )
         return jnp.asarray(out), None
 
@@ -233,7 +240,7 @@ def with_remat(
 
 def not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """Return whether a value may be saved: neither a gathered matrix nor its cast."""
-    return primitive.name not in ("sharding_constraint", "convert_element_type")
+    return primitive.name not in ("all_gather", "convert_element_type")
 
 
 def parameter_count(params: dict[str, Any]) -> int:

@@ -28,6 +28,7 @@ from fireopd_jax.ops.head import HeadOptions
 from fireopd_jax.ops.logits import HeadSharding
 from fireopd_jax.runtime.target import platform
 from fireopd_jax.sharding.mesh import AXES
+from fireopd_jax.sharding.rules import TRAIN
 from fireopd_jax.types import Array
 
 Params = dict[str, Any]
@@ -153,7 +154,7 @@ class LanguageModel:
         """
         sharding = None
         if mesh is not None and mesh.size > 1 and implementation != PLAIN:
-            sharding = HeadSharding(mesh, AXES)
+            sharding = HeadSharding(mesh, AXES, width=TRAIN["embed"])
         return {
             "logit_scale": 1.0 / temperature,
             "softcap": self.config.final_logit_softcapping,

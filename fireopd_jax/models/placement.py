@@ -12,7 +12,7 @@ fewer key heads than devices.
 """
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,39 +58,63 @@ class Placement:
         return NamedSharding(self.mesh, spec_of(axes, leaf.shape, TRAIN, self.mesh))
 
 
-def gathered(tree: Any, places: Any) -> Any:
-    """Return parameters whole on every device; their gradients are sharded as `places` says."""
-
-    def one(leaf: Any, place: NamedSharding) -> Any:
-        floating = jnp.issubdtype(leaf.dtype, jnp.inexact)
-        return (_gather if floating else _whole)(leaf, place)
-
-    return jax.tree.map(one, tree, places)
+def sharing(mesh: Mesh | None, rows: int) -> Mesh | None:
+    """Return the mesh if it has several devices that share the rows evenly; else None."""
+    return mesh if mesh is not None and mesh.size > 1 and rows % mesh.size == 0 else None
 
 
-def layer_places(mesh: Mesh | None, stacked: Any) -> Any:
-    """Return the shardings of one layer's parameters, from those of all; None if all are whole."""
-    if mesh is None or not Placement(mesh).shards:
-        return None
+def on_own_rows(layer: Callable[..., Array], mesh: Mesh, stacked: Any) -> Callable[..., Array]:
+    """Return a decoder layer that each device applies to its own rows.
+
+    `layer` takes states, a layer's parameters, its adapters, and what there is of each row: RoPE
+    tables, segments, positions; last a window, the same for all. A matrix is gathered over `fsdp`
+    before it is used; its gradient is summed and divided by one reduce-scatter.
+    """
+    rows, whole, specs = PartitionSpec(mesh.axis_names), PartitionSpec(), _of_layer(mesh, stacked)
+
+    def own(x: Array, part: Any, *others: Any) -> Array:
+        return layer(x, _gathered(part, specs), *others)
+
+    return jax.shard_map(
+        own,
+        mesh=mesh,
+        in_specs=(rows, specs, whole, rows, rows, rows, whole),
+        out_specs=rows,
+        check_vma=False,
+    )
+
+
+def of_own_rows(table: Array, tokens: Array, mesh: Mesh, dtype: str) -> Array:
+    """Return the rows of the embedding for the tokens of each device."""
+    rows, spec = (
+        PartitionSpec(mesh.axis_names),
+        spec_of(("vocab", "embed"), table.shape, TRAIN, mesh),
+    )
+
+    def own(part: Array, ids: Array) -> Array:
+        return _gathered(part.astype(dtype), spec)[ids]
+
+    return jax.shard_map(own, mesh=mesh, in_specs=(spec, rows), out_specs=rows, check_vma=False)(
+        table, tokens
+    )
+
+
+def _of_layer(mesh: Mesh, stacked: Any) -> Any:
+    """Return the specs of one layer's parameters, from the shapes of all layers'."""
     places = Placement(mesh).of({"layers": stacked})["layers"]
-    return jax.tree.map(lambda each: NamedSharding(mesh, PartitionSpec(*each.spec[1:])), places)
+    return jax.tree.map(lambda each: PartitionSpec(*each.spec[1:]), places)
 
 
-def _whole(leaf: Array, place: NamedSharding) -> Array:
-    return jax.lax.with_sharding_constraint(leaf, NamedSharding(place.mesh, PartitionSpec()))
+def _gathered(tree: Any, specs: Any) -> Any:
+    """Return parameters, of which this device has a part, whole."""
 
+    def one(leaf: Array, spec: PartitionSpec) -> Array:
+        for axis, name in enumerate(spec):
+            if name is not None:
+                leaf = jax.lax.all_gather(leaf, name, axis=axis, tiled=True)
+        return leaf
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(leaf: Array, place: NamedSharding) -> Array:
-    return _whole(leaf, place)
-
-
-def _scatter(place: NamedSharding, _: None, grad: Array) -> tuple[Array]:
-    # Summed over the devices first, or the sharding would spread to what the gradient is made of.
-    return (jax.lax.with_sharding_constraint(_whole(grad, place), place),)
-
-
-_gather.defvjp(lambda leaf, place: (_whole(leaf, place), None), _scatter)
+    return jax.tree.map(one, tree, specs)
 
 
 def _logical_axes(names: Path) -> tuple[Axis | None, ...] | None:

@@ -177,7 +177,8 @@ _chunked.defvjp(_values, _gradients)
 
 def _on_shards(run, operands: Operands, rest: tuple, pair: PairSettings):
     """Run `run` on each device's tokens and columns."""
-    sharding = pair.student.sharding
+    sharding, settings = pair.student.sharding, pair.student
+    width = fused.width_axis(operands[1], settings)
 
     def local(hidden, head, teacher_hidden, teacher_head, scale, *rest):
         no_ids = jnp.zeros((0,), jnp.int32)
@@ -186,13 +187,17 @@ def _on_shards(run, operands: Operands, rest: tuple, pair: PairSettings):
         own = PairSettings(pair.divergence, local_settings, teacher)
         axis = sharding.vocabulary if sharding else None
         operands = (hidden, head, teacher_hidden, teacher_head, scale)
-        return run(operands, limit, own, axis, *rest, tokens=sharding.tokens if sharding else ())
+        found = run(operands, limit, own, axis, *rest, tokens=sharding.tokens if sharding else ())
+        if run is _backward:
+            return found[0], fused.sum_of_devices(found[1], width, settings)
+        return found
 
     if sharding is None:
         return local(*operands, *rest)
-    by_token, by_column = fused.partition_specs(pair.student)
-    inputs = (by_token, by_column, by_token, by_column, P(), *(by_token for _ in rest))
-    outputs = (by_token, by_column) if run is _backward else by_token
+    by_token = fused.by_token(settings)
+    of_head = fused.head_spec(settings)
+    inputs = (by_token, of_head, by_token, of_head, P(), *(by_token for _ in rest))
+    outputs = (by_token, fused.head_spec(settings, width)) if run is _backward else by_token
     sharded = jax.shard_map(
         local, mesh=sharding.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
     )
@@ -228,7 +233,7 @@ def _forward(
 def _backward(
     operands: Operands, limit, pair: PairSettings, axis: str | None, saved, cotangent, *, tokens
 ) -> tuple[Array, Array]:
-    """Return d hidden and d head, summed over the shards, in float32 or the dtype of the head."""
+    """Return d hidden, summed over the shards of the columns, and d head of the own tokens."""
     hidden, head, *_ = operands
     normaliser, slopes, share = saved
     used = (cotangent != 0)[:, None]
@@ -256,7 +261,7 @@ def _backward(
     d_hidden, d_head = chunked.scan_chunks(step, start, settings, settings.chunk)
     if axis:
         d_hidden = lax.psum(d_hidden, axis)
-    return d_hidden, lax.psum(d_head, tuple(tokens)) if tokens else d_head
+    return d_hidden, d_head
 
 
 def _chunk_logits(operands: Operands, first, width: int, limit, pair: PairSettings):

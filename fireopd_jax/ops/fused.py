@@ -100,7 +100,7 @@ def _gradients(forward, settings, residuals, cotangents):
     (hidden, head, ids, support_ids, scale), saved = residuals
     *to_values, to_support = cotangents
     to_support = jnp.where(exists(support_ids, settings.vocabulary), to_support, 0.0)
-    sharding = settings.sharding
+    sharding, axis = settings.sharding, width_axis(head, settings)
 
     def local(hidden, head, ids, support_ids, scale, saved, cotangents):
         ids, support_ids, limit, local_settings = local_inputs(head, ids, support_ids, settings)
@@ -111,18 +111,15 @@ def _gradients(forward, settings, residuals, cotangents):
         )
         if sharding and sharding.vocabulary:
             d_hidden = lax.psum(d_hidden, sharding.vocabulary)
-        if sharding and sharding.tokens:
-            d_head = lax.psum(d_head, sharding.tokens)
-        return d_hidden, d_head
+        return d_hidden, sum_of_devices(d_head, axis, settings)
 
     if sharding:
-        by_token, by_column = partition_specs(settings)
-        inputs = (by_token, by_column, by_token, by_token, P(), by_token, by_token)
+        tokens = by_token(settings)
         local = jax.shard_map(
             local,
             mesh=sharding.mesh,
-            in_specs=inputs,
-            out_specs=(by_token, by_column),
+            in_specs=(tokens, head_spec(settings), tokens, tokens, P(), tokens, tokens),
+            out_specs=(tokens, head_spec(settings, axis)),
             check_vma=False,
         )
     d_hidden, d_head = local(hidden, head, ids, support_ids, scale, saved, (*to_values, to_support))
@@ -154,23 +151,48 @@ def _run_forward(
         partials = merge_over(axis, partials, settings.k)
         return with_weight(partials, weight_inputs, settings.vocabulary)
 
-    by_token, by_column = partition_specs(settings)
-    weight_specs = (by_token, P()) if weight_inputs else P()
+    tokens = by_token(settings)
+    weight_specs = (tokens, P()) if weight_inputs else P()
     sharded = jax.shard_map(
         local,
         mesh=sharding.mesh,
-        in_specs=(by_token, by_column, by_token, by_token, P(), weight_specs),
-        out_specs=by_token,
+        in_specs=(tokens, head_spec(settings), tokens, tokens, P(), weight_specs),
+        out_specs=tokens,
         check_vma=False,
     )
     return sharded(*inputs, weight_inputs)
 
 
-def partition_specs(settings: HeadSettings) -> tuple[P, P]:
-    """Return the partition specs of arrays with a token axis in front, and of the head."""
+def by_token(settings: HeadSettings) -> P:
+    """Return the partition spec of arrays with a token axis in front."""
+    assert settings.sharding is not None
+    return P(settings.sharding.tokens)
+
+
+def width_axis(head: Array, settings: HeadSettings) -> str | None:
+    """Return the mesh axis over which the width of a head's gradient lies; None if it does not."""
+    sharding, width = settings.sharding, head.shape[int(not settings.transposed)]
+    if sharding is None or sharding.width is None:
+        return None
+    parts = sharding.mesh.shape[sharding.width]
+    return sharding.width if parts > 1 and width % parts == 0 else None
+
+
+def head_spec(settings: HeadSettings, width: str | None = None) -> P:
+    """Return the partition spec of a head, or of its gradient, whose width lies on an axis."""
     assert settings.sharding is not None
     columns = settings.sharding.vocabulary
-    return P(settings.sharding.tokens), P(None, columns) if settings.transposed else P(columns)
+    return P(width, columns) if settings.transposed else P(columns, width)
+
+
+def sum_of_devices(d_head: Array, axis: str | None, settings: HeadSettings) -> Array:
+    """Return the gradient of a device's part of the head, summed over the shards of the tokens."""
+    others = settings.sharding.tokens if settings.sharding else ()
+    if axis is not None:
+        at = int(not settings.transposed)
+        d_head = lax.psum_scatter(d_head, axis, scatter_dimension=at, tiled=True)
+        others = tuple(name for name in others if name != axis)
+    return lax.psum(d_head, others) if others else d_head
 
 
 def local_inputs(head: Array, ids: Array, support_ids: Array, settings: HeadSettings):

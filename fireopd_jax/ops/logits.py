@@ -24,6 +24,9 @@ class HeadSharding:
     """Axes that shard the tokens."""
     vocabulary: str | None = None
     """Axis that shards the columns of the head."""
+    width: str | None = None
+    """One of `tokens`: the axis over which the width of the head's gradient lies, if it divides it:
+    the sum over the tokens is a reduce-scatter."""
 
     @property
     def token_shards(self) -> int:

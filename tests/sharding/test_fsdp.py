@@ -121,15 +121,26 @@ def compiled_update(mesh):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_an_update_gathers_each_matrix_of_a_layer_once_a_pass_and_nothing_else_of_size(mesh):
-    found = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", compiled_update(mesh))
-    shapes = Counter(tuple(map(int, each.split(","))) for each in found)
+    text = compiled_update(mesh)
+
+    def shapes_of(kind):
+        found = re.findall(rf"= \w+\[([\d,]*)\]\S* {kind}\(", text)
+        shapes = Counter(tuple(map(int, each.split(","))) for each in found)
+        return {shape: count for shape, count in shapes.items() if np.prod(shape) > 128}
+
+    gathered, scattered = shapes_of("all-gather"), shapes_of("reduce-scatter")
     if mesh == "data":
-        assert not shapes
+        assert not gathered and not scattered
         return
+    # Forward and backward; of the hidden size, 64, each device holds a part.
     kernels = {(128, 64): 1, (16, 64): 1, (64, 128): 2, (64, 16): 1, (64, 8): 2}
-    once_each = {(1, *shape): 2 * count for shape, count in kernels.items()}
     tables = {(32, 64): 2}  # embedding and head
-    assert {shape: n for shape, n in shapes.items() if np.prod(shape) > 256} == once_each | tables
+    assert gathered == {shape: 2 * count for shape, count in kernels.items()} | tables
+    parts = MESHES[mesh]["fsdp"]
+    cut = Counter()
+    for shape, count in (kernels | tables).items():
+        cut[tuple(n // parts if n == 64 else n for n in shape)] += count
+    assert scattered == {shape: count for shape, count in cut.items() if np.prod(shape) > 128}
 
 
 @pytest.mark.slow

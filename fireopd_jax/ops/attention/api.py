@@ -29,6 +29,7 @@ def attention(
     blocks: AttentionBlocks | None = None,
     interpret: bool = False,
     mesh: Mesh | None = None,
+    local: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Return softmax(scale q k^T) v over the earlier tokens of each token's segment.
 
@@ -47,7 +48,8 @@ def attention(
     do the shape raises ValueError; a kernel that is not named gives way to `chunked`. `splash` and
     `triton` need static windows that count indices (`triton`: none at all). `interpret` runs a
     kernel on a CPU, for tests. `mesh` holds the devices that the rows are sharded over; they must
-    divide the rows, or the compiler shards as it can.
+    divide the rows, or the compiler shards as it can. `local`: the rows are those of one device, as
+    in a `shard_map`.
 
     References: arXiv 2205.14135 (FlashAttention), 2305.13245 (grouped-query attention).
     """
@@ -70,6 +72,7 @@ def attention(
         implementation=implementation,
         blocks=blocks or AttentionBlocks(),
         interpret=interpret,
+        local=local,
     )
     kernel = KERNELS.get(implementation or "")
     if kernel and (reason := kernel.unsupported_reason(*shape_of(settings, q, k, layout))):
