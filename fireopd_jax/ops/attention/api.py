@@ -1,11 +1,6 @@
-"""Causal self-attention among the tokens of packed rows: arguments, checks, sharding by rows."""
+"""Causal self-attention among the tokens of packed rows: arguments and checks."""
 
-import dataclasses
-import functools
-
-import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int32
 
 from fireopd_jax.config import nearest
@@ -28,7 +23,6 @@ def attention(
     implementation: str | None = None,
     blocks: AttentionBlocks | None = None,
     interpret: bool = False,
-    mesh: Mesh | None = None,
     local: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Return softmax(scale q k^T) v over the earlier tokens of each token's segment.
@@ -47,9 +41,8 @@ def attention(
     `implementation` None: chosen by platform and shape, see `dispatch`. A named kernel that cannot
     do the shape raises ValueError; a kernel that is not named gives way to `chunked`. `splash` and
     `triton` need static windows that count indices (`triton`: none at all). `interpret` runs a
-    kernel on a CPU, for tests. `mesh` holds the devices that the rows are sharded over; they must
-    divide the rows, or the compiler shards as it can. `local`: the rows are those of one device, as
-    in a `shard_map`.
+    kernel on a CPU, for tests. `local`: the rows are those of one device, as in a
+    `shard_map`; other rows of several devices have no kernel, and the compiler shards as it can.
 
     References: arXiv 2205.14135 (FlashAttention), 2305.13245 (grouped-query attention).
     """
@@ -77,25 +70,7 @@ def attention(
     kernel = KERNELS.get(implementation or "")
     if kernel and (reason := kernel.unsupported_reason(*shape_of(settings, q, k, layout))):
         raise ValueError(f"attention {implementation!r}: {reason}")
-    if mesh is None or mesh.size == 1 or q.shape[0] % mesh.size:
-        return guarded(run, settings, q, k, v, layout)
-    return _by_rows(mesh, settings, q, k, v, layout)
-
-
-def _by_rows(
-    mesh: Mesh, settings: AttentionSettings, q: Array, k: Array, v: Array, layout: Layout
-) -> Array:
-    """Return attention where each device has its own rows, and its own bounds of the loops."""
-    rows = PartitionSpec(mesh.axis_names)
-    of_layout = jax.tree.map(lambda leaf: rows if leaf.ndim else PartitionSpec(), layout)
-    local = dataclasses.replace(settings, local=True)
-    return jax.shard_map(
-        functools.partial(guarded, run, local),
-        mesh=mesh,
-        in_specs=(rows, rows, rows, of_layout),
-        out_specs=rows,
-        check_vma=False,
-    )(q, k, v, layout)
+    return guarded(run, settings, q, k, v, layout)
 
 
 def _check_shapes(q: Array, k: Array, v: Array, segments: Array, positions: Array | None) -> None:

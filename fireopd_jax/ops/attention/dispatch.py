@@ -92,7 +92,7 @@ def default_kernels(
 ) -> dict[str, Any]:
     """Return the kernel module of each platform that has one worth using for the operands."""
     reason = splash.unsupported_reason(*shape_of(settings, q, k, layout))
-    # The compiler cannot partition a kernel: several devices need the rows of each (`mesh`).
+    # The compiler cannot partition a kernel: each of several devices needs its own rows.
     alone = settings.local or jax.device_count() == 1
     return {} if reason or not alone else {"tpu": splash}
 

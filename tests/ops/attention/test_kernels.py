@@ -93,5 +93,5 @@ def test_a_tpu_gets_its_kernel_forward_and_backward(platform, options, kernel, m
     assert text.count("tpu_custom_call") == (3 if kernel else 0)
 
 
-def test_several_devices_without_a_mesh_have_no_kernel():
+def test_rows_of_several_devices_have_no_kernel():
     assert "tpu_custom_call" not in lowered("tpu")
