@@ -22,7 +22,7 @@ HEAD = """\
 def cell(text):
     """Return a text as code of a table's cell; "" for none."""
     text = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text.replace("|", "\\|"))
-    fence = "``" if "`" in text else "`"
+    fence, text = ("``", f" {text} ") if "`" in text else ("`", text)
     return f"{fence}{text}{fence}" if text else ""
 
 
