@@ -51,7 +51,8 @@ def outlined(config: Config) -> tuple[Config, list[str]]:
     base = None if config.base is None else stand_in("base", config.base)
     data = config.data
     if absent or not _has_rows(data):
-        notes.append(f"data: rows of {ROWS} stand for {data.path}; of them only lengths count")
+        if not _has_rows(data):
+            notes.append("data: its rows are not here; of them only the lengths set here count")
         data = _stand_in_rows(data, list(config.teachers))
     # Rows of a hub's data sets are not looked for.
     own = dataclasses.replace(config.eval, sets={})

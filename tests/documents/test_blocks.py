@@ -16,7 +16,7 @@ from fireopd_jax.recipe.layers import read_file
 from fireopd_jax.recipe.schema import load_sections
 
 COMMAND = typer.main.get_command(app)
-CONFIGURED = ("train", "sft", "resume")
+CONFIGURED = ("train", "sft", "resume", "plan")
 
 
 def test_every_block_says_its_language():

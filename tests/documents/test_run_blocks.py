@@ -18,6 +18,7 @@ LONG = {
     "fireopd verify": "tests/verify",
     "fireopd bench toy": "tests/bench",
     "fireopd bench": "tests/bench",
+    "fireopd plan": "tests/training/test_forecast.py",
 }
 """Lines that take minutes at any size, and the tests that run them."""
 FILES = {file: list(own) for file, own in groupby(blocks("bash", "python"), lambda b: b.file)}
