@@ -8,6 +8,7 @@ A later call with arguments of these shapes finds the program in JAX's own cache
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from fireopd_jax.runtime.memory import GIB
 
 MOST_THREADS = 8
 EXHAUSTED = "RESOURCE_EXHAUSTED"
+SIZE = re.compile(r"\b([\d.]+)([KMGT])\b")
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 KEYS = {
     "rollout": "rollout.slots, rollout.batch_size, rollout.max_tokens or data.max_prompt_tokens",
     "score": "method.score.micro_batch_tokens, rollout.batch_size, rollout.max_tokens or "
@@ -49,6 +52,17 @@ class Need:
         beyond = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         return cls(found.argument_size_in_bytes, beyond)
 
+    @classmethod
+    def of_refused(cls, error: Exception) -> "Need":
+        """Return the need of a program that XLA has not compiled, because no device has room.
+
+        It is the largest size in the message: "Used 20.1G of 15.8G hbm". Raises any other error.
+        """
+        sizes = [float(size) * UNITS[unit] for size, unit in SIZE.findall(str(error))]
+        if EXHAUSTED not in str(error) or not sizes:
+            raise error
+        return cls(0, int(max(sizes)))
+
 
 class Ahead:
     """Programs that are being compiled, by name."""
@@ -69,8 +83,14 @@ class Ahead:
         key = program, str(jax.tree.structure(inputs)), _avals(inputs)
         if key not in self._known:
             lowered = program.lower(*inputs)
-            self._known[key] = self._pool.submit(lambda: self._look(lowered.compile()))
+            self._known[key] = self._pool.submit(self._compiled, lowered)
         self._futures[name] = self._known[key]
+
+    def _compiled(self, lowered: Any) -> Need:
+        try:
+            return self._look(lowered.compile())
+        except jax.errors.JaxRuntimeError as error:
+            return Need.of_refused(error)
 
     def names(self) -> list[str]:
         """Return the names of the programs."""
