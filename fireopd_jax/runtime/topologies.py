@@ -163,6 +163,7 @@ def _gpus(name: str, kind: str, shape: Sequence[int]) -> Sequence[Any]:
             f"--topology {name}: compiling for CUDA needs its plugin, on Python 3.12 or newer: "
             f"{EXTRA}"
         )
+    jax.config.update("jax_platforms", "cpu")  # no search for a GPU
     target = TARGETS / f"{kind}.textproto"
     count = math.prod(shape)
     described = topologies.get_topology_desc(

@@ -134,9 +134,9 @@ def test_the_command_writes_what_it_prints(tmp_path):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("topology", ["v5p:2x2x2", "v6e:8", "v5e:4"])
-def test_a_tpu_is_planned_without_one(topology):
-    pytest.importorskip("libtpu")
+@pytest.mark.parametrize("topology", ["v5p:2x2x2", "v6e:8", "v5e:4", "h100:4"])
+def test_devices_are_planned_without_them(topology):
+    pytest.importorskip("jax_plugins.xla_cuda13" if topology.startswith("h") else "libtpu")
     config = load_config([*ABSENT, "mesh.fsdp=4"])
     found = find_topology(topology)
     made = forecast(config, found)

@@ -105,7 +105,7 @@ def test_a_run_that_learns_nothing_fails_and_its_card_says_so(straight, tmp_path
 @pytest.mark.parametrize(
     ("run", "words"),
     [
-        ("nowhere", "no run is there"),
+        ("nowhere", "nowhere: no such folder"),
         ("x.yaml", "fireopd train x.yaml begins a run"),
         ("one/checkpoints", "fireopd resume one"),
         ("two", r"did you mean runs/two\?"),
