@@ -190,7 +190,10 @@ def sum_of_devices(d_head: Array, axis: str | None, settings: HeadSettings) -> A
     others = settings.sharding.tokens if settings.sharding else ()
     if axis is not None:
         at = int(not settings.transposed)
-        d_head = lax.psum_scatter(d_head, axis, scatter_dimension=at, tiled=True)
+        # Without the barrier libtpu's compiler fails where a loop adds up such sums.
+        d_head = lax.optimization_barrier(
+            lax.psum_scatter(d_head, axis, scatter_dimension=at, tiled=True)
+        )
         others = tuple(name for name in others if name != axis)
     return lax.psum(d_head, others) if others else d_head
 
