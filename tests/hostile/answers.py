@@ -52,12 +52,13 @@ def check(group: str, case: Case, world: Path, folder: Path) -> None:
 
 
 def refusal(answer: Answer, folder: Path) -> str:
-    """Return the beginning of the line that is the error, the last, without what differs by chance.
+    """Return the beginning of the error, the last line of its form, without what differs by chance.
 
-    The lines before it say what the command has begun to do.
+    The lines before it say what the command has begun to do, those after it list its parts.
     """
-    line = next(line for line in reversed(answer.text.splitlines()) if line.strip())
-    assert line.startswith(BEGINS), answer.text[-2000:]
+    lines = [line for line in answer.text.splitlines() if line.startswith(BEGINS)]
+    assert lines, answer.text[-2000:]
+    line = lines[-1]
     return _settled(line.partition(": ")[2], folder)
 
 
