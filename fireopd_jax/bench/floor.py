@@ -24,6 +24,7 @@ from fireopd_jax.models.layers import TransposedKernel
 from fireopd_jax.models.work import Work
 from fireopd_jax.ops.few_rows import few_rows_product
 from fireopd_jax.ops.precision import precision_of
+from fireopd_jax.runtime.topologies import chip_of
 from fireopd_jax.types import Array
 
 PASS_TOKENS = 2048
@@ -32,15 +33,6 @@ DECODE_STEPS = 16
 """Decoding steps that are timed; the time of more is proportional."""
 SQUARE = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
 """Width of the square matrices whose product measures the speed of the device."""
-PEAKS = {
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-}
-"""Published FLOPs per second of dense bfloat16 products, by the beginning of the device's kind."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +52,8 @@ def measured_peak(dtype: str) -> tuple[Case, int]:
 
 def known_peak(dtype: str) -> float | None:
     """Return the published FLOPs per second of this device, None where they are not known."""
-    kind = jax.devices()[0].device_kind
-    found = [peak for name, peak in PEAKS.items() if kind.startswith(name)]
-    return found[0] if found and dtype == "bfloat16" else None
+    chip = chip_of(jax.devices()[0].device_kind)
+    return chip.flops if chip is not None and dtype == "bfloat16" else None
 
 
 def pass_floor(model: LanguageModel, params: Params, work: Work, *, backward: bool) -> Floor:

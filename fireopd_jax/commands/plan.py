@@ -7,11 +7,11 @@ Exit status 0 if it fits, 1 if it does not.
 
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fireopd_jax.commands.journal import say as tell
 from fireopd_jax.recipe.keys import check_layers
 from fireopd_jax.recipe.layers import read_layers
 from fireopd_jax.terminal.record import say
@@ -33,9 +33,9 @@ def plan(settings: Sequence[str], topology: str | None, file: Path | None) -> in
 
     loaded = load(settings)
     for note in loaded.notes:
-        _tell(note)
+        tell(note)
     with working("compiling the programs", after=2.0):
-        made = forecast(loaded.config, found, _tell)
+        made = forecast(loaded.config, found, tell)
     _print(made)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -52,10 +52,6 @@ def as_json(made: Any) -> dict[str, Any]:
         "largest": made.largest,
         "assumed": list(ASSUMED),
     }
-
-
-def _tell(line: str) -> None:
-    print(f"fireopd: {line}", file=sys.stderr)
 
 
 def _print(made: Any) -> None:

@@ -19,12 +19,12 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from fireopd_jax.config import UserError, nearest
+from fireopd_jax.runtime.limits import UTF_16
 
 Rows = Iterator[tuple[int, Any]]
 COMPRESSED = (".gz", ".bz2", ".zst")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 LONGEST_ROW = 2**26
 """Bytes of a row, beyond which it is no row of text."""
 MOST_ROWS = 100_000_000

@@ -86,17 +86,14 @@ def on_own_rows(layer: Callable[..., Array], mesh: Mesh, stacked: Any) -> Callab
 
 def of_own_rows(table: Array, tokens: Array, mesh: Mesh, dtype: str) -> Array:
     """Return the rows of the embedding for the tokens of each device."""
-    rows, spec = (
-        PartitionSpec(mesh.axis_names),
-        spec_of(("vocab", "embed"), table.shape, TRAIN, mesh),
-    )
+    rows = PartitionSpec(mesh.axis_names)
+    spec = spec_of(("vocab", "embed"), table.shape, TRAIN, mesh)
 
     def own(part: Array, ids: Array) -> Array:
         return _gathered(part.astype(dtype), spec)[ids]
 
-    return jax.shard_map(own, mesh=mesh, in_specs=(spec, rows), out_specs=rows, check_vma=False)(
-        table, tokens
-    )
+    run = jax.shard_map(own, mesh=mesh, in_specs=(spec, rows), out_specs=rows, check_vma=False)
+    return run(table, tokens)
 
 
 def _of_layer(mesh: Mesh, stacked: Any) -> Any:

@@ -18,11 +18,10 @@ import yaml
 
 from fireopd_jax.config import Key, Origins, Tree, UserError, dotted, nearest
 from fireopd_jax.recipe.forms import refuse_other_forms
-from fireopd_jax.runtime.limits import TooLarge, read_yaml
+from fireopd_jax.runtime.limits import UTF_16, TooLarge, read_yaml
 
 KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 COMMAND_LINE = "command line"
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 DEEPEST = 32
 """Parts of a key."""
 

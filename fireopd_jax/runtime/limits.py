@@ -27,6 +27,8 @@ MOST_NODES = 200_000
 """Values of a configuration, those of an alias counted wherever it stands."""
 LARGEST_TEXT = 2**24
 """Bytes of a text that is read whole, such as a chat template."""
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+"""How a text of UTF-16 begins."""
 LARGEST_JSON = 2**28
 """Bytes of a JSON file that describes a model."""
 

@@ -52,12 +52,13 @@ CHIPS = {
     "v5p": Chip("tpu", 95, 459e12, 2765e9, axes=3),
     "v6e": Chip("tpu", 32, 918e12, 1640e9, axes=2),
     # NVIDIA's data sheets: SXM, without sparsity; the memory that CUDA leaves
+    "a100": Chip("gpu", 79, 312e12, 2039e9),
     "h100": Chip("gpu", 79, 989e12, 3350e9),
     "h200": Chip("gpu", 140, 989e12, 4800e9),
 }
 KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p",
-         "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU v4": "v4", "NVIDIA H100": "h100",
-         "NVIDIA H200": "h200"}  # fmt: skip
+         "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU v4": "v4", "NVIDIA A100": "a100",
+         "NVIDIA H100": "h100", "NVIDIA H200": "h200"}  # fmt: skip
 """`device_kind` of JAX, or its beginning -> name."""
 
 
@@ -101,12 +102,16 @@ def find_topology(name: str | None) -> Topology:
     return Topology(name, found, int(chip.gib * GIB), chip)
 
 
+def chip_of(kind: str) -> Chip | None:
+    """Return the chip of a `device_kind` of JAX; None where it is not known."""
+    return next((CHIPS[name] for start, name in KINDS.items() if kind.startswith(start)), None)
+
+
 def _here() -> Topology:
     devices = jax.devices()
     kind = devices[0].device_kind
-    known = next((name for start, name in KINDS.items() if kind.startswith(start)), None)
     memory = device_memory(devices).total
-    return Topology(f"{kind}:{len(devices)}", devices, memory, CHIPS.get(known or ""))
+    return Topology(f"{kind}:{len(devices)}", devices, memory, chip_of(kind))
 
 
 def _virtual_cpus(name: str, count: int) -> Topology:

@@ -3,11 +3,13 @@
 Config -> Config with stand-ins, and a note on each
 
 A model that is not here stands as the configuration states its architecture, with random parameters
-and a tokenizer of bytes; rows that are not here as built-in ones. Lengths, batches and meshes stay.
+and the tokenizer of one that is here, else one of bytes; rows that are not here as built-in ones.
+Lengths, batches and meshes stay.
 """
 
 import dataclasses
 from pathlib import Path
+from typing import Any, TypeVar
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -16,11 +18,13 @@ from fireopd_jax.config import UserError
 from fireopd_jax.data.files import matching
 from fireopd_jax.data.settings import DataConfig, Source
 from fireopd_jax.models.architecture import DecoderConfig
+from fireopd_jax.models.hf_load import resolve
 from fireopd_jax.recipe.models import ModelConfig
 from fireopd_jax.recipe.schema import Config
 from fireopd_jax.runtime.target import platform
 
 ROWS = "builtin:addition-2"
+Model = TypeVar("Model", bound=ModelConfig)
 
 
 def outlined(config: Config) -> tuple[Config, list[str]]:
@@ -34,17 +38,18 @@ def outlined(config: Config) -> tuple[Config, list[str]]:
         models["base"] = config.base
     absent = {name for name, model in models.items() if not is_here(model)}
 
-    def stand_in(name: str, model: ModelConfig) -> ModelConfig:
-        if not absent:
+    there = [m for name, m in models.items() if name not in absent and m.path is not None]
+
+    def stand_in(name: str, model: Model) -> Model:
+        if name not in absent:
             return model
-        if model.path is not None and model.architecture == DecoderConfig():
+        if model.architecture == DecoderConfig():
             raise UserError(
                 f"{name}.path={model.path}: not on this machine, and {name}.architecture does not "
                 "state its shape; give one of them"
             )
-        if name in absent:
-            notes.append(f"{name}: {model.path} is not here; planned from {name}.architecture")
-        return _random(model)
+        notes.append(f"{name}: {model.path} is not here; planned from {name}.architecture")
+        return _random(model, there[0] if there else None)
 
     student = stand_in("student", config.student)
     teachers = {n: stand_in(f"teachers.{n}", t) for n, t in config.teachers.items()}
@@ -72,10 +77,15 @@ def is_here(model: ModelConfig) -> bool:
         return False
 
 
-def _random(model: ModelConfig) -> ModelConfig:
-    """Return a model with random parameters, of the dtypes that it would have from its path."""
-    if model.path is None:
-        return model
+def _random(model: Model, speaker: ModelConfig | None) -> Model:
+    """Return a model with random parameters, of the dtypes that it would have from its path.
+
+    It has the tokenizer and the template of `speaker`, else of bytes.
+    """
+    spoken: dict[str, Any] = {"chat_template": None, "chat_template_kwargs": {}}
+    if speaker is not None and speaker.path is not None:
+        spoken = {name: getattr(speaker, name) for name in spoken}
+        spoken["tokenizer"] = str(resolve(speaker.path))
     dtype = model.dtype or ("float32" if platform() == "cpu" else "bfloat16")
     frozen = "float32" if model.trained else model.dtype or "bfloat16"
     architecture = dataclasses.replace(
@@ -83,7 +93,7 @@ def _random(model: ModelConfig) -> ModelConfig:
     )
     return dataclasses.replace(
         model, path=None, architecture=architecture, dtype=None, param_dtype=None,
-        chat_template=None, chat_template_kwargs={}, ignore_config_keys=(),
+        ignore_config_keys=(), **spoken,
     )  # fmt: skip
 
 

@@ -91,11 +91,7 @@ class Session:
 
     def sampler(self, spec: ModelSpec, max_tokens: int | None = None) -> Generate:
         """Return the jitted sampler of a model, the same one for equal models."""
-        width = max_tokens or self.setup.config.rollout.max_tokens
-        key = f"{spec.model!r} {width}"
-        if key not in self.generators:
-            self.generators[key] = make_generate(self.setup, spec, width)
-        return self.generators[key]
+        return sampler_of(self.setup, self.generators, spec, max_tokens)
 
     def evaluate(
         self,
@@ -266,6 +262,17 @@ def generate_by_route(
     if found is None:
         raise ValueError("no model to sample from")
     return found
+
+
+def sampler_of(
+    setup: Setup, made: dict[str, Generate], spec: ModelSpec, max_tokens: int | None = None
+) -> Generate:
+    """Return the jitted sampler of a model, taken from `made`, or made and added to it."""
+    width = max_tokens or setup.config.rollout.max_tokens
+    key = f"{spec.model!r} {width}"
+    if key not in made:
+        made[key] = make_generate(setup, spec, width)
+    return made[key]
 
 
 def make_generate(setup: Setup, spec: ModelSpec, max_tokens: int | None = None) -> Generate:

@@ -7,6 +7,7 @@ rests on.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,14 +28,14 @@ from fireopd_jax.runtime.target import made_for
 from fireopd_jax.runtime.topologies import Chip, Topology
 from fireopd_jax.session.outline import outlined
 from fireopd_jax.session.parameters import abstract_params
-from fireopd_jax.session.session import make_generate
+from fireopd_jax.session.session import sampler_of
 from fireopd_jax.session.setup import Setup, set_up
 from fireopd_jax.session.specs import ModelSpec, slug
 from fireopd_jax.training.abstract import nbytes
 from fireopd_jax.training.ahead import Ahead, Need
 from fireopd_jax.training.collectives import Traffic, traffic
 from fireopd_jax.training.fitting import Choice
-from fireopd_jax.training.plan import USED, Plan
+from fireopd_jax.training.plan import Plan
 
 PRODUCTS, READS = 0.4, 0.6
 """Shares of a chip's peak that matrix products, and reads of memory, are assumed to reach."""
@@ -132,7 +133,7 @@ def forecast(
             plan = Plan(
                 setup,
                 every,
-                sampler=_samplers(setup),
+                sampler=functools.partial(sampler_of, setup, {}),
                 log=log,
                 memory=Memory(topology.bytes, topology.bytes),
                 kept=_loaded(given).__contains__,
@@ -181,7 +182,7 @@ def largest_update(plan: Plan, log: Callable[[str], object]) -> int | None:
         log(f"{name}: compiled")
         return plan.resident(f"update of {STUDENT}", need)
 
-    room = plan.memory.total * USED
+    room = plan.memory.total
     first, whole = shaped(chosen.micro_batch_tokens), -(-of.rows // of.devices) * of.tokens
     if (low := peak(first)) > room or of.per_device(first) >= whole:
         return of.per_device(first) if low <= room else 0
@@ -240,18 +241,6 @@ def _loaded(config: Config) -> set[str]:
     models: dict[str, ModelConfig] = {f"teacher {n}": t for n, t in config.teachers.items()}
     models["student_start"] = config.student
     return {slug(n) for n, model in models.items() if model.path is not None and model.sft is None}
-
-
-def _samplers(setup: Setup) -> Callable[..., Any]:
-    made: dict[str, Any] = {}
-
-    def sampler(spec: ModelSpec, max_tokens: int | None = None) -> Any:
-        key = f"{spec.model!r} {max_tokens}"
-        if key not in made:
-            made[key] = make_generate(setup, spec, max_tokens)
-        return made[key]
-
-    return sampler
 
 
 def _model(spec: ModelSpec, setup: Setup) -> Model:

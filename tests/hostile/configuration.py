@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Hostile configurations: files, keys, values."""
 
 from tests.hostile.case import Case, configured, typed
@@ -31,16 +30,26 @@ CASES = (
     configured("a date as a value", "run: {steps: 2026-01-01}\n", "run.steps"),
     configured("keys of verl", "actor_rollout_ref: {rollout: {n: 8}}\n", "actor_rollout_ref"),
     configured("keys of TRL", "learning_rate: 1e-6\nnum_train_epochs: 3\n", "optim.learning_rate"),
-    Case("a folder as a file", "fireopd train configs", prepare=lambda f: (f / "configs").mkdir(),
-         says="configs"),
+    Case(
+        "a folder as a file",
+        "fireopd train configs",
+        prepare=lambda f: (f / "configs").mkdir(),
+        says="configs",
+    ),
     Case("a pipe as a file", "mkfifo pipe.yaml; fireopd train pipe.yaml", "pipe.yaml"),
     Case("a device as a file", "fireopd train /dev/zero", "/dev/zero"),
-    Case("a loop of links as a file", "ln -s a.yaml b.yaml; ln -s b.yaml a.yaml; fireopd train a.yaml",
-         "a.yaml"),
+    Case(
+        "a loop of links as a file",
+        "ln -s a.yaml b.yaml; ln -s b.yaml a.yaml; fireopd train a.yaml",
+        "a.yaml",
+    ),
     Case("a file that is not there", "fireopd train smal.yaml", "small.yaml"),
     Case("no extension", "fireopd train small", "small"),
-    Case("a file of 300 MB", "head -c 300000000 /dev/zero | tr '\\0' a > big.yaml; fireopd train big.yaml",
-         "big.yaml"),
+    Case(
+        "a file of 300 MB",
+        "head -c 300000000 /dev/zero | tr '\\0' a > big.yaml; fireopd train big.yaml",
+        "big.yaml",
+    ),
     Case("standard input as a file", "fireopd train - < small.yaml", "-"),
     Case("nothing at all", "fireopd train", ""),
     typed("a key that does not exist", "rollout.temprature=1", "rollout.temperature"),
@@ -80,7 +89,11 @@ CASES = (
     typed("a tracker that does not exist", "run.report_to=wandbb", "wandb"),
     typed("adapters of rank 0", "'student.lora={rank: 0}'", "rank"),
     typed("adapters of rank 10^6", "'student.lora={rank: 1000000}'", "rank"),
-    typed("an unknown target of adapters", "'student.lora={rank: 2, target_modules: [q]}'", "student.lora.targets"),
+    typed(
+        "an unknown target of adapters",
+        "'student.lora={rank: 2, target_modules: [q]}'",
+        "student.lora.targets",
+    ),
     typed("a path in a run's name", "run.name=../../x", "run.name"),
     typed("a run's name of 300 letters", f"run.name={'a' * 300}", "File name too long"),
     typed("an escape sequence in a run's name", "'run.name=\"a\\e[2Jb\"'", "run.name"),
@@ -92,17 +105,24 @@ CASES = (
     typed("the root as a run's folder", "run.dir=/", "/"),
     typed("a model as a run's folder", "run.dir=DIR", "DIR"),
     typed("/proc as a run's folder", "run.dir=/proc/x", "/proc/x"),
-    typed("another configuration for a finished run", "run.dir=runs/done optim.learning_rate=1",
-          "optim.learning_rate"),
+    typed(
+        "another configuration for a finished run",
+        "run.dir=runs/done optim.learning_rate=1",
+        "optim.learning_rate",
+    ),
     typed("a seed of 2^80", "run.seed=1208925819614629174706176", "run.seed"),
     typed("a negative seed", "run.seed=-1 --dry-run", "", 0),
     typed("warm-up longer than the run", "optim.warmup_steps=1000 --dry-run", "warmup"),
     typed("keeping no checkpoint", "run.keep=0", "run.keep"),
-    typed("both steps and epochs", "run.epochs=1 run.steps=7 --dry-run", "run.", ),
+    typed(
+        "both steps and epochs",
+        "run.epochs=1 run.steps=7 --dry-run",
+        "run.",
+    ),
     typed("epochs of 10^12", "run.epochs=1e12 --dry-run", "750000000000 steps", 0),
     typed("a dtype of torch", "student.dtype=torch.bfloat16", "bfloat16"),
     typed("an eval set that is not there", "'eval.sets={a: nowhere.jsonl}'", "eval.sets.NAME.path"),
     typed("a grader that does not exist", "data.grader=mathh", "math"),
     typed("a grader in no module", "data.grader=nowhere.grade", "nowhere"),
     typed("a key with a NUL escape", "'run.name=\"a\\0b\"'", "run.name"),
-)  # fmt: skip
+)

@@ -12,6 +12,7 @@ import pytest
 from fireopd_jax.commands.plan import as_json, size
 from fireopd_jax.config import UserError
 from fireopd_jax.models.architecture import DecoderConfig
+from fireopd_jax.models.hf_export import export_model
 from fireopd_jax.models.placement import Placement
 from fireopd_jax.recipe.schema import load_config
 from fireopd_jax.runtime.topologies import CHIPS, Topology, find_topology
@@ -21,6 +22,8 @@ from fireopd_jax.session.setup import set_up
 from fireopd_jax.training.abstract import nbytes
 from fireopd_jax.training.fitting import Choice
 from fireopd_jax.training.forecast import forecast, step_seconds
+from tests.cases import random_params, tiny_model
+from tests.commands.calling import TOKENIZER
 
 SHAPE = (
     "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, "
@@ -54,6 +57,19 @@ def test_a_model_without_a_stated_shape_is_refused_by_its_key():
     settings = ["student.path=owner/student", "teacher.path=owner/teacher"]
     with pytest.raises(UserError, match=r"student\.path=owner/student: not on this machine, and"):
         outlined(load_config(settings))
+
+
+def test_a_model_that_is_here_lends_its_tokenizer(tmp_path):
+    model = tiny_model(len(TOKENIZER))
+    export_model(
+        tmp_path / "hf", random_params(model), model.config, TOKENIZER, stop=(257,), card="# a\n"
+    )
+    here = [f"student.path={tmp_path}/hf", "student.architecture={}"]
+    config, notes = outlined(load_config([*ABSENT[2:], *here]))
+    assert config.student.path == f"{tmp_path}/hf"
+    assert config.teachers["math"].tokenizer == f"{tmp_path}/hf"
+    assert set_up(config).student.model.vocab_size == len(TOKENIZER)
+    assert not any(note.startswith("student") for note in notes)
 
 
 def test_the_bytes_are_those_of_the_arrays(planned):
