@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := $(if $(filter-out python3,$(PYTHON)),.venv-$(notdir $(PYTHON)),.venv)
 BIN := $(VENV)/bin
-# A file's tests run in one worker: its fixtures, most of them whole runs, are made once.
-WORKERS := -n 2 --dist loadfile
+# A file's tests run in one worker: its fixtures, most of them whole runs, are made once. A worker that
+# dies ends the session and is named; xdist may wait for ever for tests of the one that replaces it.
+WORKERS := -n 2 --dist loadfile --max-worker-restart 0
 PIP := $(BIN)/python -m pip install -q
 
 # A stamp is touched after its install has ended, so an interrupted one leaves none.

@@ -14,6 +14,7 @@ from fireopd_jax.method.scoring import Resident, ScoreInputs
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.ops import pallas_gpu_tile
+from fireopd_jax.ops.attention import attend, visible_keys
 from fireopd_jax.ops.dispatch import has_one_hopper_gpu
 from fireopd_jax.ops.head import head_stats
 from fireopd_jax.rollout.loop import Loop
@@ -224,7 +225,8 @@ def through_cache(model, params, rows, prompt, memory, piece=8):
         hidden, cache = decoder.extend(layers, new, position[:, None], attention, cache)
         return hidden, memory.with_slot_cache(state, cache)
 
-    state = memory.allocate_prompts(memory.init(model.config, len(rows), len(rows), capacity), held)
+    shape = Shape(len(rows), len(rows), piece, capacity, prompt=capacity)
+    state = memory.allocate_prompts(memory.init(model.config, shape), held)
     parts = [[] for _ in rows]
     for start in range(0, int(prompt.max()), piece):
         hidden, state = prefill(decode_params, state, jnp.int32(start))
@@ -237,6 +239,16 @@ def through_cache(model, params, rows, prompt, memory, piece=8):
             if prompt[i] + t < total[i]:
                 parts[i].append(hidden[i])
     return [np.concatenate([np.asarray(p, np.float32) for p in part]) for part in parts]
+
+
+def plain_kernel(q, pool, lengths, tables, *_, sm_scale, sliding_window, **blocks):
+    """Do what JAX's ragged paged attention does for one query a row, in plain JAX."""
+    pages = pool[tables]
+    rows, count, page, heads, width = pages.shape
+    lines = pages.reshape(rows, count * page, heads // 2, 2, width).transpose(3, 0, 2, 1, 4)
+    distance = lengths[:, None] - 1 - jnp.arange(count * page)[None]
+    mask = visible_keys(distance, sliding_window)[:, None]
+    return attend(q[:, None], *lines, mask, sm_scale)[:, 0]
 
 
 def qwen_loop(memory, dtype="bfloat16"):
@@ -257,7 +269,7 @@ def qwen_loop(memory, dtype="bfloat16"):
     def start(key):
         params = model.to_decode_layout(model.init(key))
         requests = empty_requests(64, 256, 768, Sampling.of((), 768, 0))
-        cache = memory.init(config, shape.slots, shape.entries, shape.capacity)
+        cache = memory.init(config, shape)
         return params, initial_state(requests, shape.slots, shape.entries, cache)
 
     # The decode layout of the target, an accelerator: on a CPU, kernels would be transposed.

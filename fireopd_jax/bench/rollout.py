@@ -35,20 +35,24 @@ from fireopd_jax.bench.head import write_whole
 from fireopd_jax.bench.workload import MODELS, Contestant, Workload, measure, workloads
 from fireopd_jax.config import UserError, nearest
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.rollout.engine import DENSE, CacheLayout
+from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_dense_gpu import DenseGPU
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.kv_paged_gpu import PagedGPU
+from fireopd_jax.rollout.kv_paged_tpu import PagedTPU
+from fireopd_jax.rollout.layouts import AUTO, CacheLayout
 from fireopd_jax.rollout.statistics import Statistics
 from fireopd_jax.session.fits import CACHES as NEEDS
 from fireopd_jax.session.fits import check_model
 
 PAGE = 64
 CACHES: dict[str, CacheLayout] = {
-    "dense": DENSE,
+    "auto": AUTO,
+    "dense": Dense(),
     "dense_gpu": DenseGPU(),
     "paged": Paged(page_size=PAGE),
     "paged_gpu": PagedGPU(page_size=PAGE),
+    "paged_tpu": PagedTPU(),
 }
 
 Row = dict[str, Any]

@@ -17,8 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Int32
 
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.rollout.kv_dense import Dense
-from fireopd_jax.rollout.kv_paged import Paged
+from fireopd_jax.rollout.layouts import AUTO, CacheLayout, layout_of
 from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.meshes import over_data, replica_count, split_cache
 from fireopd_jax.rollout.sampling import Sampling
@@ -34,9 +33,6 @@ from fireopd_jax.rollout.state import (
 from fireopd_jax.sharding.mesh import REPLICAS
 from fireopd_jax.types import Prompts, Rollout, TokenStats, Writer
 
-CacheLayout = Dense | Paged
-"""Layouts of the KV cache."""
-DENSE = Dense()
 UNBOUNDED = 2**30
 """More decoding steps than any rollout has."""
 
@@ -50,7 +46,7 @@ def generate(
     *,
     max_tokens: int,
     slots: int | None = None,
-    memory: CacheLayout = DENSE,
+    memory: CacheLayout = AUTO,
     mesh: Mesh | None = None,
 ) -> Rollout:
     """Return one sampled response to each prompt.
@@ -61,6 +57,7 @@ def generate(
     decodes at most `slots` rows at a time; consecutive rows with the same prompt share its prefill.
     """
     rows, width = prompts.tokens.shape
+    memory = layout_of(memory, model.config, mesh)
     shape = Shape.of(rows // replica_count(mesh), width, max_tokens, slots, memory.align)
     loop = Loop(model, memory, shape.piece, mesh)
 
@@ -87,7 +84,7 @@ def complete(
     `params` are in the decode layout. Rows of length 0 are empty; a row with tokens is continued.
     """
     rows = requests.length.shape[0]
-    cache = loop.memory.init(loop.model.config, shape.slots, shape.entries, shape.capacity)
+    cache = loop.memory.init(loop.model.config, shape)
     cache = split_cache(cache, loop.memory, loop.model, loop.mesh)
     state = initial_state(requests, shape.slots, shape.entries, cache)
     waiting = (requests.length > 0) & (requests.finish == RUNNING)

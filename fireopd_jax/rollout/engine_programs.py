@@ -81,7 +81,8 @@ class EnginePrograms:
 
         def make(capacity: int, seed: Array) -> EngineState:
             requests = blank_requests(rows, width, room, seed)
-            cache = memory.init(model.config, shape.slots, shape.entries, capacity)
+            there = dataclasses.replace(shape, capacity=capacity, prompt=capacity)
+            cache = memory.init(model.config, there)
             state = initial_state(requests, shape.slots, shape.entries, cache)
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (replicas, *x.shape)), state)
 

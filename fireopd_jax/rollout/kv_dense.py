@@ -9,7 +9,6 @@ Each layer has its own buffers, updated in place. A prompt is computed once, in 
 to every slot with a response to it.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -20,8 +19,9 @@ from jaxtyping import Bool, Int32
 
 from fireopd_jax.config import config
 from fireopd_jax.models.decoder import Cache, CachedAttention, DecoderConfig
-from fireopd_jax.ops.attention import attend
+from fireopd_jax.ops.attention import attend_step, attend_to_past
 from fireopd_jax.rollout.kv_codec import KVType, Leaves, decode, encode, widths
+from fireopd_jax.rollout.state import Shape
 from fireopd_jax.types import pytree
 
 
@@ -50,13 +50,13 @@ class Dense:
     runs_out = False
     """Whether a slot may lack room for its next token."""
 
-    def init(self, c: DecoderConfig, slots: int, entries: int, capacity: int) -> DenseState:
+    def init(self, c: DecoderConfig, shape: Shape) -> DenseState:
         """Return an empty cache; no two arrays share a buffer, so it can be donated."""
 
-        def layers(rows: int) -> Cache:
-            return tuple(self._empty(c, rows, capacity) for _ in range(c.num_hidden_layers))
+        def layers(rows: int, positions: int) -> Cache:
+            return tuple(self._empty(c, rows, positions) for _ in range(c.num_hidden_layers))
 
-        return DenseState(layers(slots), layers(entries))
+        return DenseState(layers(shape.slots, shape.capacity), layers(shape.entries, shape.prompt))
 
     def grow(self, state: DenseState, capacity: int) -> DenseState:
         """Return the cache with `capacity` positions in every slot and entry."""
@@ -68,9 +68,9 @@ class Dense:
 
         return DenseState(self._by_axis(wider, state.slots), self._by_axis(wider, state.entries))
 
-    def slot_capacity(self, state: DenseState) -> int:
-        """Return the number of positions of a slot."""
-        return jax.tree.leaves(state)[0].shape[self.axes[0]]
+    def positions(self, rows: Cache) -> int:
+        """Return the number of positions of each slot, or of each entry."""
+        return jax.tree.leaves(rows)[0].shape[self.axes[0]]
 
     # -- prompts
 
@@ -105,10 +105,17 @@ class Dense:
                 return jax.lax.dynamic_update_slice_in_dim(old, leaf, start, axis)
 
             kept = self._by_axis(put, (kept,), (new,))[0]
-            capacity = self.slot_capacity(state)
-            pair = functools.partial(self._decode, dtype=dtype)
-            out = attend_piece(q, pair(new), lambda: pair(kept), start, capacity, window, scale)
-            return out, kept
+            length = q.shape[1]
+
+            def past(j: Array) -> tuple[Array, Array]:
+                def block(x: Array, axis: int) -> Array:
+                    return jax.lax.dynamic_slice_in_dim(x, j * length, length, axis)
+
+                return self._decode(self._by_axis(block, (kept,))[0], dtype)
+
+            several = past if self.positions(state.entries) > length else None
+            own = self._decode(new, dtype)
+            return attend_to_past(q, own, several, start, window, scale), kept
 
         return attention
 
@@ -168,8 +175,9 @@ class Dense:
     ) -> CachedAttention:
         """Return attention of one decoding step; `decoding` slots also write keys and values."""
         rows = jnp.arange(position.shape[0])
-        capacity = self.slot_capacity(state)
+        capacity = self.positions(state.slots)
         column = jnp.where(decoding, position, capacity)
+        last = jnp.where(decoding, position, 0)
 
         def attention(kept, window, q, k, v, scale):
             def put(old: Array, axis: int, leaf: Array) -> Array:
@@ -177,7 +185,7 @@ class Dense:
                 return old.at[at].set(leaf.squeeze(axis), mode="drop", unique_indices=True)
 
             kept = self._by_axis(put, (kept,), (self._encode(k, v),))[0]
-            return self._attend(kept, position, q, window, scale, dtype), kept
+            return self._attend(kept, last, q, window, scale, dtype), kept
 
         return attention
 
@@ -213,9 +221,15 @@ class Dense:
         dtype: jnp.dtype,
     ) -> Array:
         """Return attention of each row's token at `position` to all positions up to it."""
-        keys, values = self._decode(kept, dtype)
-        distance = position[:, None] - jnp.arange(keys.shape[2])[None]
-        return jnp.asarray(attend(q, keys, values, visible_keys(distance, window)[:, None], scale))
+
+        def columns(start: Array | int, size: int) -> tuple[Array, Array]:
+            def block(x: Array, axis: int) -> Array:
+                return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+            return self._decode(self._by_axis(block, (kept,))[0], dtype)
+
+        length, heads = self.positions((kept,)), kept[0][0].shape[self.heads_axis]
+        return jnp.asarray(attend_step(q, columns, heads, length, position, window, scale))
 
     def _by_axis(self, function: Callable[..., Array], layers: Cache, *others: Any) -> Cache:
         """Apply function(array, its axis of positions, *arrays of others) to each array."""
@@ -226,41 +240,6 @@ class Dense:
             )
             for layer, *more in zip(layers, *others, strict=True)
         )
-
-
-def visible_keys(distance: Int32[Array, "*B S"], window: int | None) -> Bool[Array, "*B S"]:
-    """Return which keys a query attends to, given how many positions they are before it."""
-    past = distance >= 0
-    return past if window is None else past & (distance < window)
-
-
-def attend_piece(
-    q: Array,
-    new: tuple[Array, Array],
-    kept: Callable[[], tuple[Array, Array]],
-    start: Array,
-    capacity: int,
-    window: int | None,
-    scale: float,
-) -> Array:
-    """Return attention of one prefill step; the first step needs only its own keys and values."""
-    rows, length = q.shape[:2]
-    at = jnp.arange(length)
-
-    def attend_to(keys: Array, values: Array, distance: Array) -> Array:
-        mask = jnp.broadcast_to(visible_keys(distance, window)[None], (rows, *distance.shape))
-        return jnp.asarray(attend(q, keys, values, mask, scale))
-
-    def first() -> Array:
-        return attend_to(*new, at[:, None] - at[None])
-
-    def later() -> Array:
-        return attend_to(*kept(), start + at[:, None] - jnp.arange(capacity)[None])
-
-    if capacity == length:
-        return first()
-    # The branches return only the result: XLA copies a cache that passes through a branch.
-    return jax.lax.cond(start == 0, first, later)
 
 
 def put_columns(buffer: Array, rows: Array, start: Array, values: Array, axis: int) -> Array:

@@ -20,9 +20,9 @@ from pydantic import Field, PositiveInt
 
 from fireopd_jax.config import UserError, config
 from fireopd_jax.models.decoder import Cache, CachedAttention, DecoderConfig
-from fireopd_jax.ops.attention import attend
+from fireopd_jax.ops.attention import attend_step, attend_to_past
 from fireopd_jax.rollout.kv_codec import KVType, decode, encode, widths
-from fireopd_jax.rollout.kv_dense import attend_piece, visible_keys
+from fireopd_jax.rollout.state import Shape
 from fireopd_jax.types import pytree
 
 
@@ -62,9 +62,11 @@ class Paged:
         """The tokens of a prefill step are a multiple of this."""
         return self.page_size
 
-    def pages(self, slots: int, entries: int, capacity: int) -> int:
+    def pages(self, shape: Shape) -> int:
         """Return the number of pages; raise UserError if one prompt and response may not fit."""
-        count = -(-(self.tokens or (slots + entries) * capacity) // self.page_size)
+        capacity = shape.capacity
+        most = shape.slots * capacity + shape.entries * shape.prompt
+        count = -(-(self.tokens or most) // self.page_size)
         least = capacity // self.page_size + 2
         if count < least:
             raise UserError(
@@ -73,13 +75,13 @@ class Paged:
             )
         return count
 
-    def init(self, c: DecoderConfig, slots: int, entries: int, capacity: int) -> PagedState:
+    def init(self, c: DecoderConfig, shape: Shape) -> PagedState:
         """Return an empty cache; no two arrays share a buffer, so it can be donated."""
-        count, width = self.pages(slots, entries, capacity), capacity // self.page_size
+        count, width = self.pages(shape), shape.capacity // self.page_size
         return PagedState(
             pool=tuple(self._empty(c, count) for _ in range(c.num_hidden_layers)),
-            tables=jnp.full((slots, width), count, jnp.int32),
-            entry_tables=jnp.full((entries, width), count, jnp.int32),
+            tables=jnp.full((shape.slots, width), count, jnp.int32),
+            entry_tables=jnp.full((shape.entries, width), count, jnp.int32),
             free=jnp.arange(count, dtype=jnp.int32),
             top=jnp.int32(count),
             dropped=jnp.zeros((), bool),
@@ -95,10 +97,6 @@ class Paged:
         return dataclasses.replace(
             state, tables=wider(state.tables), entry_tables=wider(state.entry_tables)
         )
-
-    def slot_capacity(self, state: PagedState) -> int:
-        """Return the largest number of positions of a slot."""
-        return state.tables.shape[1] * self.page_size
 
     # -- prompts
 
@@ -132,17 +130,20 @@ class Paged:
 
         Queries are at positions `start` to `start + N - 1` of every entry.
         """
-        tables, page = state.entry_tables, self.page_size
 
         def attention(kept, window, q, k, v, scale):
-            at = jax.lax.dynamic_slice_in_dim(tables, start // page, q.shape[1] // page, axis=1)
-            new, kept = self._write_pages(kept, at, k, v, dtype)
+            pages = q.shape[1] // self.page_size
 
-            def stored() -> tuple[Array, Array]:
-                return self._rows(kept, tables, dtype)
+            def block(j: Array) -> Array:
+                return jax.lax.dynamic_slice_in_dim(state.entry_tables, j * pages, pages, axis=1)
 
-            capacity = self.slot_capacity(state)
-            return attend_piece(q, new, stored, start, capacity, window, scale), kept
+            def past(j: Array) -> tuple[Array, Array]:
+                keys, values = self._rows(kept, block(j), dtype)
+                return keys[..., : q.shape[3]], values[..., : q.shape[3]]
+
+            own, kept = self._write_pages(kept, block(start // q.shape[1]), k, v, dtype)
+            several = past if state.entry_tables.shape[1] > pages else None
+            return attend_to_past(q, own, several, start, window, scale), kept
 
         return attention
 
@@ -221,10 +222,11 @@ class Paged:
         at = jnp.minimum(position // page, state.tables.shape[1] - 1)
         target = jnp.take_along_axis(state.tables, at[:, None], axis=1)[:, 0]
         target = jnp.where(decoding, target, none)
+        last = jnp.where(decoding, position, 0)
 
         def attention(kept, window, q, k, v, scale):
             kept = self._write_tokens(kept, target, position % page, k, v)
-            return self._attend(kept, state.tables, position, q, window, scale, dtype), kept
+            return self._attend(kept, state.tables, last, q, window, scale, dtype), kept
 
         return attention
 
@@ -316,9 +318,14 @@ class Paged:
         dtype: jnp.dtype,
     ) -> Array:
         """Return attention of each row's token at `position` to all positions up to it."""
-        keys, values = self._rows(kept, tables, dtype)
-        distance = position[:, None] - jnp.arange(keys.shape[2])[None]
-        return jnp.asarray(attend(q, keys, values, visible_keys(distance, window)[:, None], scale))
+        page = self.page_size
+
+        def columns(start: Array | int, size: int) -> tuple[Array, Array]:
+            own = jax.lax.dynamic_slice_in_dim(tables, start // page, size // page, axis=1)
+            return self._rows(kept, own, dtype)
+
+        length, heads = tables.shape[1] * page, jax.tree.leaves(kept)[0].shape[self.heads_axis]
+        return jnp.asarray(attend_step(q, columns, heads, length, position, window, scale, page))
 
     # -- counting
 

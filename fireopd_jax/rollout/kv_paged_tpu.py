@@ -1,24 +1,30 @@
 """A paged KV cache in the layout of JAX's ragged paged attention for TPUs, for decoding steps.
 
-    a layer's pool: [N, page, 2 K, H], keys and values of a head interleaved
+    a layer's pool: [N, page, 2 K, L], keys and values of a head interleaved
 
-Prefill works as in every paged cache; the kernel runs only the steps of one token for each slot.
+A head's H numbers are filled up with zeros to L lanes. Tokens are written where the pool is
+contiguous, so XLA updates it in place. Prefill works as in every paged cache; the kernel runs only
+the steps of one token for each slot, on each device of a `tensor` axis for its own heads.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Int32
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Int32, Shaped
 
-from fireopd_jax.config import UserError, config
+from fireopd_jax.config import config
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.ops.precision import precisely
 from fireopd_jax.rollout.kv_codec import finite
 from fireopd_jax.rollout.kv_paged import Paged
 
+TENSOR = "tensor"
 LANES = 128
-"""The kernel supports head widths that are multiples of this."""
+"""The kernel's heads, and the tiles of a TPU's memory, have multiples of this many columns."""
 BLOCK, QUERIES = 256, 32
 """Keys and queries in one block of the kernel."""
 
@@ -34,13 +40,8 @@ class PagedTPU(Paged):
     heads_axis = 2
 
     def _empty(self, c: DecoderConfig, count: int) -> Any:
-        """Return a layer's empty pool; raise UserError for an unsupported model."""
-        if c.head_dim % LANES:
-            raise UserError(
-                f"rollout.cache.kind=paged_tpu needs a head width that is a multiple of {LANES}, "
-                f"this model has {c.head_dim}; expected paged or dense"
-            )
-        shape = (count, self.page_size, 2 * c.num_key_value_heads, c.head_dim)
+        """Return a layer's empty pool."""
+        shape = (count, self.page_size, 2 * c.num_key_value_heads, lanes(c.head_dim))
         return jnp.zeros(shape, c.dtype)
 
     def _write_pages(
@@ -48,18 +49,18 @@ class PagedTPU(Paged):
     ) -> tuple[tuple[Array, Array], Any]:
         """Write full pages; return keys and values as later reads give them, and the pool."""
         k, v = finite(k), finite(v)
-        both = _interleaved(k, v)
+        both = filled(_interleaved(k, v))
         rows, _, heads, width = both.shape
         pages = both.reshape(rows, at.shape[1], self.page_size, heads, width)
         return (k, v), kept.at[at].set(pages, mode="drop")
 
     def _write_tokens(self, kept: Any, page: Array, at: Array, k: Array, v: Array) -> Any:
         """Return the pool with one token of each row written to its page."""
-        both = _interleaved(finite(k), finite(v))
+        both = filled(_interleaved(finite(k), finite(v)))
         return kept.at[page, at].set(both[:, 0], mode="drop")
 
     def _rows(self, kept: Any, tables: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-        """Return keys and values of the rows, [B, K, S, H]."""
+        """Return keys and values of the rows, [B, K, S, L]."""
         pages = kept[jnp.minimum(tables, kept.shape[0] - 1)]
         rows, count, page, heads, width = pages.shape
         lines = pages.reshape(rows, count * page, heads // 2, 2, width).transpose(3, 0, 2, 1, 4)
@@ -79,10 +80,11 @@ class PagedTPU(Paged):
         # Imported on use, because it imports all of Pallas.
         from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
-        rows = q.shape[0]
-        with precisely(dtype):
-            out = kernel.ragged_paged_attention(
-                q[:, 0],
+        rows, width = q.shape[0], q.shape[3]
+
+        def run(q: Array, kept: Array, position: Array, tables: Array) -> Array:
+            return kernel.ragged_paged_attention(
+                q,
                 kept,
                 position + 1,
                 jnp.minimum(tables, kept.shape[0] - 1),
@@ -94,7 +96,36 @@ class PagedTPU(Paged):
                 num_kv_pages_per_block=min(tables.shape[1], max(1, BLOCK // self.page_size)),
                 num_queries_per_block=min(rows, QUERIES),
             )
-        return out[:, None]
+
+        with precisely(dtype):
+            out = on_own_heads(run)(filled(q[:, 0]), kept, position, tables)
+        return out[:, None, :, :width]
+
+
+def lanes(width: int) -> int:
+    """Return the columns that a head of a width takes."""
+    return -(-width // LANES) * LANES
+
+
+def filled(x: Shaped[Array, "*S H"]) -> Shaped[Array, "*S L"]:
+    """Return heads with zeros up to whole lanes, which change no product."""
+    more = lanes(x.shape[-1]) - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x
+
+
+def on_own_heads(run: Callable[..., Array]) -> Callable[..., Array]:
+    """Return `run(q, pool, position, tables)` on each device of a replica, for its own heads."""
+    # Other axes of the mesh are manual here (`meshes.over_data`); a mesh of one device is none.
+    if jax.sharding.get_abstract_mesh().shape.get(TENSOR, 1) == 1:
+        return run
+    whole, queries, keys = P(), P(None, TENSOR), P(None, None, TENSOR)
+    return jax.shard_map(
+        run,
+        in_specs=(queries, keys, whole, whole),
+        out_specs=queries,
+        axis_names={TENSOR},
+        check_vma=False,
+    )
 
 
 def _interleaved(k: Array, v: Array) -> Array:

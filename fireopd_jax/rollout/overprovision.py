@@ -19,7 +19,8 @@ from jaxtyping import Bool, Int32
 
 from fireopd_jax.metrics import Max, Mean, Metrics
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.rollout.engine import DENSE, CacheLayout, as_rollout, complete, table
+from fireopd_jax.rollout.engine import as_rollout, complete, table
+from fireopd_jax.rollout.layouts import AUTO, CacheLayout, layout_of
 from fireopd_jax.rollout.loop import Loop
 from fireopd_jax.rollout.meshes import over_data, replica_count
 from fireopd_jax.rollout.sampling import Sampling
@@ -69,7 +70,7 @@ def generate_overprovisioned(
     *,
     max_tokens: int,
     slots: int | None = None,
-    memory: CacheLayout = DENSE,
+    memory: CacheLayout = AUTO,
     mesh: Mesh | None = None,
     group_size: int = 1,
 ) -> tuple[Rollout, Carried, Metrics]:
@@ -78,9 +79,11 @@ def generate_overprovisioned(
     Arguments are those of `engine.generate`; `sampling` is the same for all rows. Rows with the
     same `sample_id // group_size` are a group of the result.
     """
-    replicas = replica_count(mesh)
+    memory, replicas = layout_of(memory, model.config, mesh), replica_count(mesh)
     rows, extra = (len(x) // replicas for x in (prompts.length, carried.ended))
-    shape = Shape.of(rows + extra, prompts.tokens.shape[1], max_tokens, slots, memory.align)
+    shape = Shape.of(
+        rows + extra, prompts.tokens.shape[1], max_tokens, slots, memory.align, continued=True
+    )
     loop = Loop(model, memory, shape.piece, mesh)
 
     def draw(

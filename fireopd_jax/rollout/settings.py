@@ -10,6 +10,7 @@ from fireopd_jax.rollout.kv_dense_gpu import DenseGPU
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.kv_paged_gpu import PagedGPU
 from fireopd_jax.rollout.kv_paged_tpu import PagedTPU
+from fireopd_jax.rollout.layouts import AUTO, Auto
 
 
 @config
@@ -45,6 +46,6 @@ class RolloutConfig:
     """Slots per replica: responses decoded at the same time; does not change responses. By default
     32 on a CPU, 256 on other devices."""
     cache: Annotated[
-        Dense | DenseGPU | Paged | PagedTPU | PagedGPU, Field(discriminator="kind")
-    ] = Dense()
-    """Layout of the KV cache."""
+        Auto | Dense | DenseGPU | Paged | PagedTPU | PagedGPU, Field(discriminator="kind")
+    ] = AUTO
+    """Layout of the KV cache; `auto` is `paged_tpu` on a TPU and `dense` elsewhere."""

@@ -44,19 +44,33 @@ class Shape:
     """Tokens of each prompt in one prefill step."""
     capacity: int
     """Positions of a slot, a multiple of `piece`."""
+    prompt: int
+    """Positions of an entry, a multiple of `piece`."""
 
     @classmethod
     def of(
-        cls, rows: int, width: int, room: int, slots: int | None = None, align: int = 8
+        cls,
+        rows: int,
+        width: int,
+        room: int,
+        slots: int | None = None,
+        align: int = 8,
+        *,
+        continued: bool = False,
     ) -> "Shape":
-        """Return sizes for `rows` requests, prompts of `width` and responses of `room` tokens."""
+        """Return sizes for `rows` requests, prompts of `width` and responses of `room` tokens.
+
+        `continued`: whether a request may begin with tokens of its response, which are prefilled.
+        """
         slots = max(1, min(slots or SLOTS.get(platform(), 256), rows))
         piece = -(-min(width, PIECE) // align) * align
+        capacity = -(-(width + room) // piece) * piece
         return cls(
             slots=slots,
             entries=min(rows, max(4, slots // 4)),
             piece=piece,
-            capacity=-(-(width + room) // piece) * piece,
+            capacity=capacity,
+            prompt=capacity if continued else -(-width // piece) * piece,
         )
 
 

@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 
 from fireopd_jax.config import UserError
 from fireopd_jax.models.language_model import LanguageModel, Params
-from fireopd_jax.rollout.engine import DENSE, CacheLayout
 from fireopd_jax.rollout.engine_programs import EnginePrograms, blank_requests, capacities
+from fireopd_jax.rollout.layouts import AUTO, CacheLayout, layout_of
 from fireopd_jax.rollout.meshes import replica_count
 from fireopd_jax.rollout.requests import (
     OF_TOKENS,
@@ -59,7 +59,7 @@ class Engine:
         slots: int | None = None,
         rows: int | None = None,
         context: int | None = None,
-        memory: CacheLayout = DENSE,
+        memory: CacheLayout = AUTO,
         chunk_steps: int = 64,
         text: Callable[[Sequence[int]], str] | None = None,
         mesh: Mesh | None = None,
@@ -73,8 +73,11 @@ class Engine:
         self.model, self.text = model, text
         self.width, self.room, self.chunk_steps = width, room, chunk_steps
         self.context = width + room if context is None else context
+        memory = layout_of(memory, model.config, mesh)
         limit = rows if rows is not None else 2**30
-        self.shape = Shape.of(limit, width, self.context - width, slots, memory.align)
+        self.shape = Shape.of(
+            limit, width, self.context - width, slots, memory.align, continued=True
+        )
         self.rows = rows if rows is not None else 4 * self.shape.slots
         self.replicas = replica_count(mesh)
         self.block = min(BLOCK, self.rows)

@@ -13,8 +13,8 @@ from fireopd_jax.config import UserError
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.ops.dispatch import IMPLEMENTATIONS, PLATFORMS
 from fireopd_jax.recipe.schema import Config
-from fireopd_jax.rollout.engine import CacheLayout
 from fireopd_jax.rollout.kv_paged import Paged
+from fireopd_jax.rollout.layouts import CacheLayout
 from fireopd_jax.rollout.meshes import replica_count
 from fireopd_jax.rollout.state import Shape
 from fireopd_jax.runtime.target import platform
@@ -56,14 +56,28 @@ def check_cache(config: Config, mesh: Mesh, drawing: Mapping[str, DecoderConfig]
             f"{CACHES[rollout.cache.kind].upper()} only, this machine has {here.upper()}; "
             "expected dense or paged"
         )
-    if rollout.cache.kind in CACHES and mesh.shape["tensor"] > 1:
-        raise UserError(
-            f"rollout.cache.kind={rollout.cache.kind}: its kernel does not support "
-            f"mesh.tensor={mesh.shape['tensor']}; expected mesh.tensor=1, dense or paged"
-        )
+    check_heads(rollout.cache.kind, mesh.shape["tensor"], drawing)
     for name, model in drawing.items():
         check_model(rollout.cache, model, name)
     check_pages(config, mesh, rollout.batch_size, config.data.max_prompt_tokens, rollout.max_tokens)
+
+
+def check_heads(kind: str, tensor: int, drawing: Mapping[str, DecoderConfig]) -> None:
+    """Raise UserError for a kernel that the devices of a replica cannot share."""
+    if tensor == 1 or kind not in CACHES:
+        return
+    if kind != "paged_tpu":
+        raise UserError(
+            f"rollout.cache.kind={kind}: its kernel does not support mesh.tensor={tensor}; "
+            "expected mesh.tensor=1, dense or paged"
+        )
+    for name, model in drawing.items():
+        heads = model.num_key_value_heads
+        if heads % tensor:
+            raise UserError(
+                f"{name}: rollout.cache.kind={kind}: mesh.tensor={tensor} does not divide its "
+                f"{heads} key heads; expected a tensor axis that does, dense or paged"
+            )
 
 
 def check_pages(
@@ -74,7 +88,7 @@ def check_pages(
     if isinstance(cache, Paged):
         rows = max(1, batch_size // replica_count(mesh))
         shape = Shape.of(rows, prompt_tokens, max_tokens, config.rollout.slots, cache.align)
-        cache.pages(shape.slots, shape.entries, shape.capacity)
+        cache.pages(shape)
 
 
 def check_model(cache: CacheLayout, model: DecoderConfig, name: str) -> None:
@@ -82,7 +96,7 @@ def check_model(cache: CacheLayout, model: DecoderConfig, name: str) -> None:
     # The number of pages is checked elsewhere.
     enough = dataclasses.replace(cache, tokens=None) if isinstance(cache, Paged) else cache
     try:
-        jax.eval_shape(lambda: enough.init(model, 2, 2, cache.align))
+        jax.eval_shape(lambda: enough.init(model, Shape.of(2, cache.align, cache.align)))
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
 

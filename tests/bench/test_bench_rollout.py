@@ -123,7 +123,7 @@ def test_memory_floor_counts_weights_per_step_and_attended_positions():
         ({"name": "qwen3-0.6"}, r"--model qwen3-0.6: expected small, .*did you mean"),
         (
             {"cache": "page"},
-            "--cache page: expected dense, dense_gpu, paged, paged_gpu",
+            "--cache page: expected auto, dense, dense_gpu, paged, paged_gpu, paged_tpu",
         ),
         ({"cache": "paged_gpu"}, "--cache paged_gpu runs on GPU only, this machine has CPU"),
         ({"cache": "dense_gpu"}, "--cache dense_gpu runs on GPU only, this machine has CPU"),

@@ -12,6 +12,7 @@ from fireopd_jax.models.language_model import LanguageModel
 from fireopd_jax.ops.attention import attend
 from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
+from fireopd_jax.rollout.state import Shape
 from tests.cases import random_params, response_stats, through_cache, tiny_model
 
 MODEL = tiny_model(
@@ -134,7 +135,7 @@ def test_bfloat16_stays_close_to_float32():
     half = LanguageModel(dataclasses.replace(MODEL.config, dtype="bfloat16"), MODEL.vocab_size)
     hidden = jax.jit(lambda p: half.bind(p)(tokens, positions, visible.astype(np.int32)))(PARAMS)
     assert hidden.dtype == jnp.bfloat16 and half.bind(PARAMS).head.dtype == jnp.bfloat16
-    cache = Dense().init(half.config, 1, 1, 8)
+    cache = Dense().init(half.config, Shape(1, 1, 8, 8, 8))
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
     exact = np.asarray(whole(PARAMS, tokens, positions, visible))
     gap = np.abs(np.asarray(hidden, np.float32) - exact)[visible]

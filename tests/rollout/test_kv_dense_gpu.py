@@ -14,6 +14,7 @@ from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_dense_gpu import DenseGPU
 from fireopd_jax.rollout.requests import Knobs, Request
 from fireopd_jax.rollout.sampling import Sampling
+from fireopd_jax.rollout.state import Shape
 from fireopd_jax.rollout.streaming import Engine
 from tests import aot_gpu
 from tests.cases import make_prompts, qwen_loop, random_params, through_cache, tiny_model
@@ -63,15 +64,15 @@ def test_an_engine_draws_the_same_also_when_the_cache_grows(monkeypatch):
 
 def test_what_cudnn_cannot_do_is_refused():
     with pytest.raises(UserError, match=r"supports bfloat16 .* this model has float32 and 16"):
-        DenseGPU().init(MODEL.config, 2, 1, 32)
+        DenseGPU().init(MODEL.config, Shape(2, 1, 8, 32, 32))
     wide = tiny_model(dtype="bfloat16", head_dim=256)
     with pytest.raises(UserError, match=r"up to 128, this model has bfloat16 and 256"):
-        DenseGPU().init(wide.config, 2, 1, 32)
+        DenseGPU().init(wide.config, Shape(2, 1, 8, 32, 32))
     sliding = tiny_model(
         dtype="bfloat16", head_dim=16, layer_types=("sliding_attention",), sliding_window=5
     )
     with pytest.raises(UserError, match=r"does not support sliding windows"):
-        DenseGPU().init(sliding.config, 2, 1, 32)
+        DenseGPU().init(sliding.config, Shape(2, 1, 8, 32, 32))
 
 
 @pytest.fixture

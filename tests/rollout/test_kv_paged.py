@@ -9,6 +9,7 @@ import pytest
 
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.requests import Knobs, Request
+from fireopd_jax.rollout.state import Shape
 from fireopd_jax.rollout.streaming import Engine
 from tests.cases import random_params, tiny_model
 
@@ -93,7 +94,7 @@ def test_pages_are_conserved_and_groups_share_them():
 
 def test_a_slot_that_waits_for_a_page_is_the_youngest():
     memory = Paged(page_size=PAGE, tokens=12 * PAGE)
-    state = memory.init(MODEL.config, 3, 2, 48)
+    state = memory.init(MODEL.config, Shape(3, 2, 8, 48, 48))
     state = dataclasses.replace(state, top=jnp.int32(1))
     active, position = jnp.ones(3, bool), jnp.zeros(3, jnp.int32)
     ready = memory.ready(state, position, active, jnp.array([5, 3, 4], jnp.int32))
@@ -106,7 +107,7 @@ def test_a_slot_that_waits_for_a_page_is_the_youngest():
 def test_what_nobody_holds_is_freed_and_nothing_else():
     memory = Paged(page_size=PAGE, tokens=12 * PAGE)
     state = memory.allocate_prompts(
-        memory.init(MODEL.config, 3, 2, 48), jnp.array([20, 9], jnp.int32)
+        memory.init(MODEL.config, Shape(3, 2, 8, 48, 48)), jnp.array([20, 9], jnp.int32)
     )
     assert int(state.top) == 12 - 3 - 2
     state = memory.insert(

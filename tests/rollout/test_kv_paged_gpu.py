@@ -6,6 +6,7 @@ import pytest
 from fireopd_jax.config import UserError
 from fireopd_jax.rollout.kv_paged import Paged
 from fireopd_jax.rollout.kv_paged_gpu import PagedGPU, library
+from fireopd_jax.rollout.state import Shape
 from tests import aot_gpu
 from tests.cases import qwen_loop, random_params, through_cache, tiny_model
 
@@ -32,10 +33,10 @@ def test_the_kernel_sees_what_plain_pages_hold(monkeypatch):
 
 def test_what_the_kernel_cannot_do_is_refused():
     with pytest.raises(UserError, match=r"powers of 2 from 16 on, here they are 8 and 16"):
-        PagedGPU().init(tiny_model().config, 2, 1, 32)
+        PagedGPU().init(tiny_model().config, Shape(2, 1, 8, 32, 32))
     sliding = tiny_model(head_dim=16, layer_types=("sliding_attention",), sliding_window=5)
     with pytest.raises(UserError, match=r"does not support sliding windows"):
-        PagedGPU().init(sliding.config, 2, 1, 32)
+        PagedGPU().init(sliding.config, Shape(2, 1, 8, 32, 32))
 
 
 @pytest.mark.aot

@@ -8,18 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
 from fireopd_jax.config import UserError
 from fireopd_jax.recipe.schema import load_config
-from fireopd_jax.rollout.engine import DENSE, generate
+from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
+from fireopd_jax.rollout.kv_paged_tpu import PagedTPU
+from fireopd_jax.rollout.layouts import AUTO
 from fireopd_jax.rollout.requests import Knobs, Request
 from fireopd_jax.rollout.sampling import Sampling
 from fireopd_jax.rollout.streaming import Engine
 from fireopd_jax.session.fits import check_cache
 from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate, shard_rows
-from tests.cases import make_prompts, random_params, tiny_model
+from tests.cases import make_prompts, plain_kernel, random_params, tiny_model
 
 ROWS, WIDTH, ROOM = 8, 6, 8
 MODEL = tiny_model(
@@ -31,7 +34,7 @@ STOP = tuple(range(3, 70, 9))
 
 
 @functools.cache
-def drawn(data, tensor, memory=DENSE):
+def drawn(data, tensor, memory=AUTO):
     """Return the rollout of a mesh, on the host."""
     mesh = make_mesh(MeshConfig(data=data, tensor=tensor))
     run = jax.jit(
@@ -112,12 +115,24 @@ def test_meshes_that_the_devices_cannot_form_are_refused():
         make_mesh(MeshConfig(data=4, tensor=3))
 
 
-def test_a_cache_that_a_kernel_reads_is_not_split(monkeypatch):
+def test_a_cache_is_split_where_its_kernel_can_be(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     config = load_config(["smoke", "rollout.cache.kind=paged_tpu"])
-    check_cache(config, make_mesh(MeshConfig()), {})
+    for tensor in (1, 4):
+        check_cache(config, make_mesh(MeshConfig(tensor=tensor)), {"student": MODEL.config})
+    with pytest.raises(UserError, match=r"^b: .*=paged_tpu: mesh\.tensor=8 does not divide its 4 "):
+        check_cache(config, make_mesh(MeshConfig(tensor=8)), {"b": MODEL.config})
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    config = load_config(["smoke", "rollout.cache.kind=paged_gpu"])
     with pytest.raises(UserError, match=r"its kernel does not support mesh\.tensor=2"):
         check_cache(config, make_mesh(MeshConfig(tensor=2)), {})
+
+
+def test_on_a_tpu_each_device_of_a_replica_runs_the_kernel_on_its_own_heads(monkeypatch):
+    monkeypatch.setattr(kernel, "ragged_paged_attention", plain_kernel)
+    got, wanted = drawn(2, 4, memory=PagedTPU(page_size=8)), drawn(1, 1, memory=AUTO)
+    np.testing.assert_array_equal(got.tokens, wanted.tokens)
+    np.testing.assert_allclose(got.logprob, wanted.logprob, atol=1e-5)
 
 
 def test_a_model_that_a_cache_cannot_hold_is_named(monkeypatch):

@@ -27,6 +27,8 @@ MASKED = -1e30
 """Score of a key that is not attended to."""
 LOWEST = -1e29
 """Where a running maximum starts: exp(MASKED - LOWEST) is 0, without a second mask."""
+Softmax = tuple[Array, Array, Array]
+"""An online softmax: maximum and mass [B, K, M], weighted sum of values [B, K, M, H]; float32."""
 
 
 def forward(
@@ -46,23 +48,16 @@ def forward(
     def of_block(block: tuple) -> tuple[Array, Array]:
         q, queries, first, end = block
 
-        def fold(j: Array, carry: tuple) -> tuple:
-            m, mass, total = carry
+        def fold(j: Array, carry: Softmax) -> Softmax:
             at = j * cut.keys
             scores = product("bkth,bksh->bkts", q, _slice(keys, at, cut.keys))
             mask = allowed(queries, block_of(cut.tokens, at, cut.keys), layout.window)
             scores = cut.apart(scores, 2)
             scores = jnp.where(mask[:, None, None], scores * settings.scale, MASKED)
             scores = cut.together(scores, 2)
-            top = jnp.maximum(m, scores.max(axis=3))
-            p = jnp.exp(scores - top[..., None])
-            decay = jnp.exp(m - top)
-            more = product("bkts,bksh->bkth", p.astype(v.dtype), _slice(values, at, cut.keys))
-            return top, decay * mass + p.sum(axis=3), decay[..., None] * total + more
+            return folded(carry, scores, _slice(values, at, cut.keys))
 
-        nothing = jnp.zeros(q.shape[:3], jnp.float32)
-        start = (nothing + LOWEST, nothing, jnp.zeros(q.shape, jnp.float32))
-        m, mass, total = lax.fori_loop(first, end, fold, start)
+        m, mass, total = lax.fori_loop(first, end, fold, nothing(q))
         some = jnp.where(mass > 0, mass, 1.0)
         out = (total / some[..., None]).astype(v.dtype)
         return out, jnp.where(mass > 0, m + jnp.log(some), 0.0)
@@ -122,6 +117,24 @@ def backward(
     length = k.shape[2]
     d_k = (d_k[:, :, :length] * settings.scale).astype(k.dtype)
     return cut.whole(d_q), d_k, d_v[:, :, :length].astype(v.dtype)
+
+
+def nothing(q: Float[Array, "B K M H"]) -> Softmax:
+    """Return the online softmax of queries that have attended to nothing yet."""
+    none = jnp.zeros(q.shape[:3], jnp.float32)
+    return none + LOWEST, none, jnp.zeros(q.shape, jnp.float32)
+
+
+def folded(
+    carry: Softmax, scores: Float32[Array, "B K M S"], values: Float[Array, "B K S H"]
+) -> Softmax:
+    """Return an online softmax with S more keys; a key with the score `MASKED` changes nothing."""
+    m, mass, total = carry
+    top = jnp.maximum(m, scores.max(axis=3))
+    p = jnp.exp(scores - top[..., None])
+    decay = jnp.exp(m - top)
+    more = product("bkts,bksh->bkth", p.astype(values.dtype), values)
+    return top, decay * mass + p.sum(axis=3), decay[..., None] * total + more
 
 
 def product(subscripts: str, a: Array, b: Array) -> Float32[Array, "B K M N"]:
