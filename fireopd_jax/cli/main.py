@@ -17,6 +17,7 @@ from pathlib import Path
 from fireopd_jax.cli import machine, models, serving, training  # noqa: F401
 from fireopd_jax.cli.app import app
 from fireopd_jax.config import UserError
+from fireopd_jax.runtime.processes import Followed, complain, leads
 from fireopd_jax.runtime.signals import Interrupted
 from fireopd_jax.terminal.streams import OutputLost, flush_streams, guarded_streams
 
@@ -60,7 +61,11 @@ def _status() -> int | str | None:
         return 0
     except SystemExit as done:
         return _line("interrupted", 130) if done.code == 130 else done.code
+    except Followed as error:
+        return error.exit_status
     except UserError as error:
+        if not leads():
+            complain(str(error))
         return _line(error, error.exit_status)
     except OutputLost as error:
         return _line(error, 1)

@@ -29,6 +29,14 @@ Extend = Annotated[
         help="Go on with more run.steps even where that changes the schedule of the steps to come.",
     ),
 ]
+Distributed = Annotated[
+    bool,
+    typer.Option(
+        "--distributed",
+        help="This is one of several processes of the run: on a TPU slice, under Slurm, GKE or "
+        "Open MPI, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+    ),
+]
 Full = Annotated[bool, typer.Option("--full", help="With --dry-run: print every key.")]
 KEYS = "`fireopd keys` lists every key with type, default and meaning; `fireopd keys rollout` one \
 section of them. Values are YAML; quote those with spaces: 'student.lora={rank: 16}'."
@@ -40,12 +48,16 @@ ANY = {"ignore_unknown_options": True}
 
 @app.command(epilog=KEYS, context_settings=ANY)
 def train(
-    settings: Layers = None, dry_run: DryRun = False, full: Full = False, extend: Extend = False
+    settings: Layers = None,
+    dry_run: DryRun = False,
+    full: Full = False,
+    extend: Extend = False,
+    distributed: Distributed = False,
 ) -> None:
     """Distil: load or make the models, train the student, evaluate it before and after."""
     from fireopd_jax.commands.train import launch
 
-    launch("train", settings or [], dry_run, full, extend)
+    launch("train", settings or [], dry_run, full, extend, distributed)
 
 
 @app.command()
@@ -59,11 +71,12 @@ def resume(
         ),
     ] = None,
     extend: Extend = False,
+    distributed: Distributed = False,
 ) -> None:
     """Go on with an interrupted run from its newest checkpoint, or with a complete one."""
     from fireopd_jax.commands.resume import resume
 
-    resume(run, settings or [], extend)
+    resume(run, settings or [], extend, distributed)
 
 
 @app.command(epilog=KEYS, context_settings=ANY)

@@ -7,10 +7,11 @@ from fireopd_jax.config import Key, UserError
 from fireopd_jax.recipe.keys import check_layers
 from fireopd_jax.recipe.layers import read_layers
 from fireopd_jax.runtime.limits import read_json
+from fireopd_jax.runtime.processes import join
 from fireopd_jax.terminal.record import recording, say
 
 
-def resume(run: str, settings: Sequence[str], extend: bool) -> None:
+def resume(run: str, settings: Sequence[str], extend: bool, distributed: bool = False) -> None:
     """Go on with the run in a folder, with some keys changed, by the command that began it."""
     folder = run_folder(run)
     file = str(folder / "config.yaml")
@@ -20,6 +21,7 @@ def resume(run: str, settings: Sequence[str], extend: bool) -> None:
         if setting.startswith("run.dir="):
             raise UserError(f"{setting}: the run stays in {folder}; expected other keys")
     check_layers(read_layers([file, *settings]))
+    join(distributed)
     with recording():
         from fireopd_jax.runtime.devices import first_line
 

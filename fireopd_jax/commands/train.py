@@ -9,6 +9,7 @@ from fireopd_jax.config import UserError
 from fireopd_jax.recipe.keys import check_layers
 from fireopd_jax.recipe.layers import read_layers
 from fireopd_jax.runs.trackers.reporting import check_installed
+from fireopd_jax.runtime.processes import join
 from fireopd_jax.runtime.yaml_core import dump
 from fireopd_jax.terminal.record import recording, say
 
@@ -21,8 +22,12 @@ def launch(
     dry_run: bool,
     full: bool = False,
     extend: bool = False,
+    distributed: bool = False,
 ) -> None:
-    """Check the configuration, then run the command; if `dry_run`, print what it would do."""
+    """Check the configuration, then run the command; if `dry_run`, print what it would do.
+
+    `distributed`: this is one of several processes of the run.
+    """
     # A mistyped key is reported before JAX, transformers and Orbax are imported.
     check_layers(read_layers(settings))
     if full and not dry_run:
@@ -30,6 +35,7 @@ def launch(
     if dry_run:
         rehearse(work, settings, full, extend)
         return
+    join(distributed)
     with recording():
         from fireopd_jax.runtime.devices import first_line
 

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
@@ -21,6 +20,7 @@ from fireopd_jax.evaluation.responses import (
     write_responses,
 )
 from fireopd_jax.evaluation.statistics import interval_95, majority, pass_at_k, sizes
+from fireopd_jax.runtime.processes import fetched
 from fireopd_jax.types import Prompts, Rollout
 
 Figures = dict[str, float | int]
@@ -127,7 +127,7 @@ def sample(
     """
     drawn: dict[int, int] = {}
     for prompts in batches:
-        rollout: Rollout = jax.device_get(generate(prompts))
+        rollout: Rollout = fetched(generate(prompts))
         for i in np.flatnonzero(prompts.row >= 0):
             row = int(prompts.row[i])
             yield Response(

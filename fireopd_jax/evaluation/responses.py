@@ -15,6 +15,7 @@ from fireopd_jax.data.rows import Row
 from fireopd_jax.evaluation import graders
 from fireopd_jax.evaluation.verdict import Verdict
 from fireopd_jax.runtime.limits import parse_json
+from fireopd_jax.runtime.processes import leads
 
 QUESTION = 16
 """Hexadecimal digits that identify a question."""
@@ -128,7 +129,9 @@ def grade(
 
 
 def write_responses(file: Path, graded: Iterable[Graded]) -> None:
-    """Write graded responses as JSON lines; the folder is made."""
+    """Write graded responses as JSON lines; the folder is made. Of several processes one writes."""
+    if not leads():
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(dataclasses.asdict(each)) + "\n" for each in graded)
     file.write_text("".join(lines), encoding="utf-8")

@@ -26,6 +26,7 @@ from orbax.checkpoint import checkpoint_managers
 from fireopd_jax.config import UserError
 from fireopd_jax.runtime.files import write_atomically
 from fireopd_jax.runtime.limits import parse_json
+from fireopd_jax.runtime.processes import leads
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class Checkpoints:
         """Write the metrics of a checkpoint that has been saved; waits for its files."""
         with self._written(step):
             self._manager.wait_until_finished()
-            if jax.process_index() == 0:
+            if leads():
                 file = self.folder / str(step) / METRICS / METRICS
                 write_atomically(file, json.dumps(metrics))
             self._manager.reload()
@@ -154,7 +155,7 @@ class Checkpoints:
         while to.exists():
             number += 1
             to = to.with_name(f"{step}-{number}")
-        if jax.process_index() == 0:
+        if leads():
             to.parent.mkdir(exist_ok=True)
             folder.rename(to)
         self._manager.reload()
@@ -188,7 +189,7 @@ def _without_damaged_metrics(folder: Path) -> None:
             whole = not file.exists() or isinstance(parse_json(file.read_bytes()), dict)
         except (OSError, ValueError):
             whole = False
-        if not whole and jax.process_index() == 0:
+        if not whole and leads():
             log.warning(f"{file} is damaged: step {step} has no score any more")
             shutil.rmtree(file) if file.is_dir() else file.unlink()
             write_atomically(file, "{}")
@@ -233,6 +234,8 @@ def save_model(folder: Path, params: Any, description: dict[str, Any]) -> None:
             f"{folder}: the parameters could not be written: {shortened(error)}; resume once the "
             "disk takes files again"
         ) from error
+    if not leads():
+        return
     beside = folder / "model.json.part"
     beside.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     beside.rename(folder / "model.json")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -15,6 +14,7 @@ import pyarrow.parquet
 from fireopd_jax.data.sources import Row
 from fireopd_jax.evaluation.graders import verdict
 from fireopd_jax.method.stage import Keep
+from fireopd_jax.runtime.processes import fetched, leads
 from fireopd_jax.runtime.warnings import warn_once
 from fireopd_jax.types import Batch, Rewritten, Writer
 
@@ -36,7 +36,7 @@ def write_completions(
     rewrites that were dropped; without any row no file is written. Returns the
     rows.
     """
-    batch, keep = jax.device_get((batch, keep))
+    batch, keep = fetched((batch, keep))
     rollout, scores = batch.rollout, batch.scores
     table: list[dict[str, Any]] = []
     original = rollout.original
@@ -84,7 +84,7 @@ def write_completions(
                 "teacher_logprob": logprob.tolist(),
             }
         table.append(line)
-    if table:
+    if table and leads():
         beside = file.with_suffix(".part")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ from fireopd_jax.recipe.run import RunConfig
 from fireopd_jax.runs.changes import Changes, by_keys
 from fireopd_jax.runtime.files import plain, write_atomically
 from fireopd_jax.runtime.limits import read_yaml
+from fireopd_jax.runtime.processes import leads
 from fireopd_jax.runtime.yaml_core import dump, load
 
 UNSAFE = re.compile(r"[\[\\\ud800-\udfff]")
@@ -56,7 +57,9 @@ PACKAGES = (
 class RunFolder:
     """The folder of a run: its paths, its state, and a lock that is held until `close`."""
 
-    def __init__(self, path: Path, state: RunState, lock: int, changes: Changes | None = None):
+    def __init__(
+        self, path: Path, state: RunState, lock: int | None, changes: Changes | None = None
+    ):
         self.path = path
         self.state: RunState = state
         self.changes = changes or Changes()
@@ -115,7 +118,11 @@ class RunFolder:
             *("metrics.jsonl", "checkpoints/*", "eval/*", "completions/*", "rollouts/*"),
             *("controls/*", "models/*/*"),
         )
-        if self.state == "new" and not any(next(self.path.glob(each), None) for each in made):
+        if (
+            self.state == "new"
+            and leads()
+            and not any(next(self.path.glob(each), None) for each in made)
+        ):
             shutil.rmtree(self.path, ignore_errors=True)
             latest = self.path.parent / "latest"
             if latest.is_symlink() and not latest.exists():

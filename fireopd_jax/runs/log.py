@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from fireopd_jax.config import UserError
+from fireopd_jax.runtime.processes import leads, rank
 from fireopd_jax.runtime.signals import Interrupted
 from fireopd_jax.terminal.record import attach
 from fireopd_jax.terminal.safe import safe
@@ -25,6 +26,8 @@ PACKAGE = "fireopd_jax"
 class Log:
     """Prints lines and appends them, with the time, to `folder/run.log`.
 
+    Of several processes of a run those that follow write to `process-N.log`.
+
     The file also gets whatever else is shown while the log is open: progress, tables, warnings of
     modules, and the error that ends the block.
     """
@@ -32,8 +35,8 @@ class Log:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._file: int | None = os.open(folder / "run.log", flags, 0o644)
-        self._path = folder / "run.log"
+        self._path = folder / ("run.log" if leads() else f"process-{rank()}.log")
+        self._file: int | None = os.open(self._path, flags, 0o644)
         self._full = False
         self._open = ExitStack()
         self._open.enter_context(attach(self._write))

@@ -9,25 +9,30 @@ JSON; `history` returns them as floats. This module does not import JAX.
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fireopd_jax.runs.trackers.reporting import Reporter
 from fireopd_jax.runtime.files import plain, write_atomically
+from fireopd_jax.runtime.processes import leads
 from fireopd_jax.runtime.warnings import warn_once
 
 
 class Tracker:
-    """Appends to `folder/metrics.jsonl`, one line per call, and then reports the same elsewhere."""
+    """Appends to `folder/metrics.jsonl`, one line per call, and then reports the same elsewhere.
+
+    Of several processes of a run only the leader appends.
+    """
 
     def __init__(self, folder: Path, reporter: Reporter | None = None):
         self.path, self._reporter = folder / "metrics.jsonl", reporter
         # Drop a line cut off by a kill: the next line would be appended to it.
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             self._rewrite(inf)
-        self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        self._file = self._opened()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Append the values of a step."""
@@ -48,7 +53,7 @@ class Tracker:
             dropped = [(at, _values(line)) for at, line in records if at >= step]
             self._reporter.begin(step, before, dropped)
         self._rewrite(step)
-        self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        self._file = self._opened()
 
     def has(self, step: int, prefix: str) -> bool:
         """Return whether a line of this step has a key with this prefix."""
@@ -78,6 +83,10 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         """Close the file."""
         self.close()
+
+    def _opened(self) -> TextIO:
+        path = self.path if leads() else Path(os.devnull)
+        return path.open("a", buffering=1, encoding="utf-8")
 
     def _lines(self, end: int | float) -> Iterator[str]:
         """Yield the valid lines of the steps before `end`."""

@@ -12,10 +12,16 @@ from typing import Any
 
 from fireopd_jax.config import UserError
 from fireopd_jax.runtime.limits import read_json
+from fireopd_jax.runtime.processes import leads
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write under another name, flush to disk, rename: a reader sees the old file or the new."""
+    """Write under another name, flush to disk, rename: a reader sees the old file or the new.
+
+    Of several processes of a run only the leader writes.
+    """
+    if not leads():
+        return
     beside = path.with_name(f".writing-{path.name}-{os.getpid()}")
     try:
         with beside.open("w", encoding="utf-8", errors="backslashreplace") as file:

@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from fireopd_jax.runtime.processes import any_of_all
+
 OnStop = Callable[[int], None]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAST = 3
@@ -43,7 +45,8 @@ class StopFlag:
         self._postponed = False
 
     def __bool__(self) -> bool:
-        return self.signal is not None
+        """Whether a signal came, to any process of the run: all of them ask at the same places."""
+        return any_of_all(self.signal is not None)
 
     def __call__(self, number: int, _: object) -> None:
         """Record a signal, and raise what it asks for."""

@@ -20,6 +20,7 @@ from fireopd_jax.method.chunks import select
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.method.scoring import Resident
 from fireopd_jax.models.language_model import Params
+from fireopd_jax.runtime.processes import fetched
 from fireopd_jax.session.host import Policies
 from fireopd_jax.session.served import ServedSpeaker
 from fireopd_jax.session.session import Session
@@ -65,8 +66,8 @@ class Auditor:
     def __call__(self, rollout: Rollout, policies: Policies) -> Rollout:
         """Return the rollout with `audit` set, and the student's scores as `early`."""
         student, planned = self.plan(policies.student, rollout)
-        anchors = np.asarray(planned)
-        tokens, prompts = jax.device_get((rollout.tokens, rollout.prompts))
+        anchors = fetched(planned)
+        tokens, prompts = fetched((rollout.tokens, rollout.prompts))
         asks = [
             Ask(row, tokens[row][:start].tolist()) if start >= 0 else None
             for row, starts in enumerate(anchors)

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 import regex
 from jaxtyping import Float32
@@ -18,6 +17,7 @@ from fireopd_jax.config import UserError
 from fireopd_jax.evaluation.graders import verdicts
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.language_model import Params
+from fireopd_jax.runtime.processes import fetched
 from fireopd_jax.session.session import Session
 from fireopd_jax.session.setup import Setup
 from fireopd_jax.sharding.mesh import shard_rows
@@ -62,7 +62,7 @@ def all_responses(
     setup: Setup, rollout: Rollout, values: Callable[[list[str], list[int]], Iterable[float]]
 ) -> Float32[np.ndarray, " B"]:
     """Return `values(texts, row indices)` of the responses; 0 for rows without a token."""
-    tokens, mask, row = jax.device_get((rollout.tokens, rollout.mask, rollout.prompts.row))
+    tokens, mask, row = fetched((rollout.tokens, rollout.mask, rollout.prompts.row))
     out = np.zeros(len(mask), np.float32)
     real = np.flatnonzero(mask.any(axis=1))
     texts = [decode(setup.student.tokenizer, tokens[i][mask[i]].tolist()) for i in real]

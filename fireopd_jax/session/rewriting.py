@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Int32
 
@@ -18,6 +17,7 @@ from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.method.refining import Rewrite
 from fireopd_jax.rollout.mixing import given_rows
 from fireopd_jax.rollout.sampling import Sampling, seed_for
+from fireopd_jax.runtime.processes import fetched
 from fireopd_jax.session.contexts import (
     Quoting,
     Voice,
@@ -83,7 +83,7 @@ class Rewriter:
 
     def __call__(self, rollout: Rollout, policies: Policies) -> Rollout:
         """Return the rollout of the rewrites; rows that cannot be trained on have no token."""
-        own = jax.device_get(rollout)
+        own = fetched(rollout)
         real = own.mask.any(axis=1)
         kept = given_rows(own.prompts, self.refine.fraction, self._seed("which"))
         chosen = np.flatnonzero(real & ~kept).tolist()

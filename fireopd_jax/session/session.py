@@ -24,6 +24,7 @@ from fireopd_jax.runs.folder import RunFolder
 from fireopd_jax.runs.log import Log
 from fireopd_jax.runs.trackers.reporting import Trackers
 from fireopd_jax.runtime.files import recorded, write_atomically
+from fireopd_jax.runtime.processes import by_leader, fetched
 from fireopd_jax.runtime.signals import Interrupted, StopFlag
 from fireopd_jax.session.eval_sets import OpenSet
 from fireopd_jax.session.setup import Setup
@@ -179,9 +180,9 @@ class Session:
     def _once(self, label: str, result: Callable[[], EvalResult]) -> Figures:
         """Return the figures of an evaluation, from eval/ if it was made before."""
         file = self.folder.evaluation / f"{label}.json"
-        if file.is_file():
+        if by_leader(file.is_file):
             try:
-                figures = recorded(file)
+                figures = by_leader(lambda: recorded(file))
                 self.log(f"{scores(label, figures)}, as evaluated before")
                 return figures
             except UserError:  # of a full disk, or a machine that lost power: made again
@@ -253,7 +254,7 @@ def generate_by_route(
         length = np.where(mine, prompts.length, 0).astype(np.int32)
         part = dataclasses.replace(prompts, length=length)
         drawn = session.generate(spec, own, part, sampling(spec), version, max_tokens)
-        drawn = dataclasses.replace(jax.device_get(drawn), prompts=prompts)
+        drawn = dataclasses.replace(fetched(drawn), prompts=prompts)
 
         def chosen(new: np.ndarray, old: np.ndarray, mine: np.ndarray = mine) -> np.ndarray:
             return np.where(mine.reshape(-1, *[1] * (np.ndim(new) - 1)), new, old)

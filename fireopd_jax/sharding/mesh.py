@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pydantic import PositiveInt
 
 from fireopd_jax.config import UserError, config
+from fireopd_jax.runtime.processes import count
 from fireopd_jax.types import Array
 
 Tree = TypeVar("Tree")
@@ -78,12 +80,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def shard_rows(mesh: Mesh, tree: Tree) -> Tree:
     """Shard the arrays of a batch over all devices of the mesh, along the rows."""
-    return jax.device_put(tree, by_rows(mesh))
+    return _put(tree, by_rows(mesh))
 
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
     """Replicate arrays on every device of the mesh."""
-    return jax.device_put(tree, replicated(mesh))
+    return _put(tree, replicated(mesh))
+
+
+def _put(tree: Tree, sharding: NamedSharding) -> Tree:
+    """Return the tree on the devices; each process gives its own the parts of a host's arrays."""
+    if count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def one(x: Any) -> Any:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(one, tree)
 
 
 def micro_batches(tree: Tree, count: int) -> Tree:

@@ -5,9 +5,11 @@ steps done -> what is due -> responses, grades -> eval/, metrics.jsonl
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.runs.tracking import Tracker
+from fireopd_jax.runtime.processes import by_leader
 from fireopd_jax.session.session import Session, scores
 from fireopd_jax.terminal.working import LONG_S, working
 
@@ -29,7 +31,7 @@ class StepEvaluations:
         self._on_sets(done, params)
         if not self.due(done):
             return None
-        if (known := dict(self.tracker.history(HELD_OUT_SCORE)).get(done)) is not None:
+        if (known := by_leader(lambda: self._known(done))) is not None:
             return known
         setup, start = self.session.setup, time.monotonic()
         problems = setup.held_out[: self.config.every_problems]
@@ -42,6 +44,9 @@ class StepEvaluations:
         self.session.log(f"{shown}, {seconds:.1f} s")
         self.tracker.log(done, {HELD_OUT_SCORE: result.mean})
         return result.mean
+
+    def _known(self, done: int) -> float | None:
+        return dict(self.tracker.history(HELD_OUT_SCORE)).get(done)
 
     def due(self, done: int) -> bool:
         """Return whether the held-out problems are evaluated after `done` steps."""
@@ -64,7 +69,9 @@ class StepEvaluations:
         session = self.session
         for opened in session.setup.sets:
             prefix = f"eval/{opened.name}"
-            if opened.due(done, self.steps) and not self.tracker.has(done, f"{prefix}/"):
+            if not opened.due(done, self.steps):
+                continue
+            if not by_leader(partial(self.tracker.has, done, f"{prefix}/")):
                 said = f"evaluating {self.name} after {done} steps on {opened.name}"
                 with working(said, after=LONG_S):
                     figures = session.graded_set(

@@ -22,6 +22,7 @@ from fireopd_jax.recipe.student_scores import with_student_scores
 from fireopd_jax.runtime import files
 from fireopd_jax.runtime.files import write_atomically
 from fireopd_jax.runtime.memory import Memory, device_memory
+from fireopd_jax.runtime.processes import by_leader
 from fireopd_jax.runtime.target import platform
 from fireopd_jax.session.contexts import encoded_for
 from fireopd_jax.session.parameters import abstract_params, random_init, random_key
@@ -91,7 +92,7 @@ class Plan:
         are those that stay as they are.
         """
         self.setup, self._sampler, self._log, self._kept = setup, sampler, log, kept
-        self.memory = memory or device_memory(list(setup.mesh.devices.flat))
+        self.memory = memory or by_leader(lambda: device_memory(list(setup.mesh.devices.flat)))
         self.ahead = ahead or Ahead()
         self.choices = dict(choices or {})
         self.sft: dict[str, SftPrograms] = {}
@@ -122,7 +123,7 @@ class Plan:
             sampler=session.sampler,
             log=session.log,
             kept=lambda name: is_kept(session, name),
-            choices=recorded(file),
+            choices=by_leader(lambda: recorded(file)),
         )
         choices = {name: dataclasses.asdict(choice) for name, choice in plan.choices.items()}
         write_atomically(file, json.dumps(choices, indent=2) + "\n")

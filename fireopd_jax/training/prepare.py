@@ -22,6 +22,7 @@ from fireopd_jax.models.placement import Placement
 from fireopd_jax.recipe.optim import Context, SftConfig
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.runs.checkpoints import restore_params, save_model
+from fireopd_jax.runtime.processes import by_leader, fetched, leads
 from fireopd_jax.runtime.signals import Interrupted
 from fireopd_jax.session.contexts import voice_of, with_privileged
 from fireopd_jax.session.parameters import abstract_params, load_or_make, quantized
@@ -55,7 +56,7 @@ def check_trainable(student: ModelSpec, teachers: Sequence[ModelSpec]) -> None:
 
 def is_kept(session: Session, name: str) -> bool:
     """Return whether model `name` of this run has been made and saved."""
-    return (session.folder.path / "models" / name / "model.json").is_file()
+    return by_leader((session.folder.path / "models" / name / "model.json").is_file)
 
 
 def kept(session: Session, spec: ModelSpec, name: str, make: Make) -> Params:
@@ -67,11 +68,12 @@ def kept(session: Session, spec: ModelSpec, name: str, make: Make) -> Params:
             return restore_params(home, abstract_params(spec.model, place))
     home.mkdir(parents=True, exist_ok=True)
     params = make(home)
-    if not spec.builtin_tokenizer:
+    if not spec.builtin_tokenizer and leads():
         spec.tokenizer.save_pretrained(home / "tokenizer")
     with working(f"saving {name}", after=LONG_S), session.stop.saving():
         save_model(home, params, spec.description())
-    shutil.rmtree(home / "checkpoints", ignore_errors=True)  # of supervised training
+    if leads():
+        shutil.rmtree(home / "checkpoints", ignore_errors=True)  # of supervised training
     return params
 
 
@@ -339,7 +341,7 @@ def _answered_by_teachers(
                 if session.stop:
                     raise Interrupted(f"answers of {spec.name}: stopped")
                 rollout = session.generate(spec, params, as_teacher(prompts), sampling)
-                rollout = jax.device_get(rollout)
+                rollout = fetched(rollout)
                 for i in np.flatnonzero(rollout.finished):
                     ids = rollout.tokens[i][rollout.mask[i]]
                     references[int(prompts.row[i])] = with_own_eos(setup.student, ids)

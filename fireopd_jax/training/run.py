@@ -8,6 +8,7 @@ Every finished model is saved in `models/`, so that a resumed run does not train
 import dataclasses
 import functools
 import hashlib
+import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fireopd_jax.config import NothingLearnt
+from fireopd_jax.config import NothingLearnt, UserError
 from fireopd_jax.data.identity import (
     ROWS_FILE,
     check_rows,
@@ -30,13 +31,15 @@ from fireopd_jax.data.identity import (
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe.paths import absolute
 from fireopd_jax.recipe.schema import Config, as_tree, methods
-from fireopd_jax.runs.folder import RunFolder, environment, open_run, state_of
+from fireopd_jax.runs.changes import Changes, differences
+from fireopd_jax.runs.folder import RunFolder, RunState, environment, open_run, state_of
 from fireopd_jax.runs.log import Log
 from fireopd_jax.runs.report import print_curve, print_results, write_card, write_failure
 from fireopd_jax.runs.trackers.reporting import Trackers, check_installed
 from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.runtime.devices import first_line
-from fireopd_jax.runtime.files import recorded
+from fireopd_jax.runtime.files import plain, recorded
+from fireopd_jax.runtime.processes import by_leader, count, fetched, gathered, leads
 from fireopd_jax.runtime.signals import stop_on_signal
 from fireopd_jax.session.described import log_setup
 from fireopd_jax.session.exporting import export
@@ -122,14 +125,14 @@ def _recorded(
     )
     # Steps that are given as epochs are not known yet.
     known = config.run.epochs is None
-    state = state_of(config.run, as_tree(config), compare) if known else "new"
+    check_agreement(config)
+    state = by_leader(lambda: state_of(config.run, as_tree(config), compare)) if known else "new"
     # Errors in the data must not leave a run folder behind.
-    moment = start_of(config)
+    moment = by_leader(lambda: start_of(config))
     setup = None if state == "complete" else checked(config, moment)
     if setup is not None:  # steps of epochs
         config = dataclasses.replace(config, run=setup.config.run)
-    opened = open_run(config.run, as_tree(config), compare=compare)
-    with opened as folder:
+    with opened_by_leader(config, compare) as folder:
         if setup is None or folder.state == "complete":
             more = f"fireopd resume {quoted(folder)} run.steps=N goes on to N steps"
             print(f"{folder.path}: this run is complete, nothing to do; {more}")
@@ -168,6 +171,42 @@ def _recorded(
     return summary
 
 
+def opened_by_leader(config: Config, compare: Continuation) -> RunFolder:
+    """Return the run's folder, which the leader opens and locks, in every process of the run."""
+    folders: list[RunFolder] = []
+
+    def opened() -> tuple[Path, RunState, Changes]:
+        folder = open_run(config.run, as_tree(config), compare=compare)
+        folders.append(folder)
+        return folder.path.absolute(), folder.state, folder.changes
+
+    found = by_leader(opened)
+    return folders[0] if folders else RunFolder(*found[:2], None, found[2])
+
+
+def check_agreement(config: Config) -> None:
+    """Raise UserError where processes of a run have different configurations, or cannot share it.
+
+    Responses of servers and windows of rollouts are those of one process.
+    """
+    if count() == 1:
+        return
+    texts = gathered(json.dumps(plain(as_tree(config))).encode())
+    for number, text in enumerate(texts):
+        if differing := differences(json.loads(texts[0]), json.loads(text), lambda key: True):
+            raise UserError(
+                f"process {number} has another configuration than process 0: {differing[0]}"
+            )
+    refused = {
+        f"teachers.{name}.served": each.served is not None for name, each in config.teachers.items()
+    }
+    refused |= {"rollout.window": config.rollout.window > 1}
+    refused |= {"rollout.overprovision": config.rollout.overprovision > 0}
+    for key, used in refused.items():
+        if used:
+            raise UserError(f"{key}: not supported with {count()} processes; expected one process")
+
+
 def quoted(folder: RunFolder) -> str:
     """Return the path of a run for use in a shell."""
     return shlex.quote(str(folder.path))
@@ -176,7 +215,8 @@ def quoted(folder: RunFolder) -> str:
 def trackers_of(config: Config, folder: RunFolder, log: Log) -> Trackers:
     """Return the trackers of a run; a line of each says where its metrics can be seen."""
     run = config.run
-    return Trackers(run.report_to, folder.path, as_tree(config), run.project, log)
+    kinds = run.report_to if leads() else ()
+    return Trackers(kinds, folder.path, as_tree(config), run.project, log)
 
 
 def start_of(config: Config) -> str:
@@ -258,8 +298,11 @@ def _train(session: Session) -> Summary:
     student = distil(session.folder.path, "student")
     summary |= {"steps": config.run.steps, "params_sha256": params_sha256(student)}
     exported = session.folder.path / "models" / "student_hf"
-    if config.run.export and not exported.exists():
-        export(exported, spec, student, session.folder.path)
+    if config.run.export and not by_leader(exported.exists):
+        whole = student if count() == 1 else fetched(student)
+        if leads():
+            export(exported, spec, whole, session.folder.path)
+        del whole
     if config.eval.problems:
         summary["student_after"] = session.graded(
             spec, functools.partial(_same, student), "student_after"
@@ -307,7 +350,7 @@ def params_sha256(params: Params) -> str:
     """Return the SHA-256 over names, shapes, dtypes and bytes of all parameters, in tree order."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(leaf)
+        array = np.asarray(fetched(leaf))
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -6,11 +6,11 @@ outputs of a step -> lines of the log: end of the prompt, response, grade, teach
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import numpy as np
 
 from fireopd_jax.data.sources import Row
 from fireopd_jax.evaluation.graders import verdict
+from fireopd_jax.runtime.processes import fetched
 from fireopd_jax.terminal.safe import one_line, safe
 from fireopd_jax.types import Batch
 
@@ -47,7 +47,7 @@ def samples(
     """Yield a text of a few lines for each of the first responses of a batch to different rows."""
     rollout, teacher = batch.rollout, batch.scores.teacher
     score = None if teacher is None else teacher.logprob
-    prompts, tokens, mask, finished, score = jax.device_get(
+    prompts, tokens, mask, finished, score = fetched(
         (rollout.prompts.row, rollout.tokens, rollout.mask, rollout.finished, score)
     )
     seen: set[int] = set()

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fireopd_jax.config import UserError
+from fireopd_jax.runtime.processes import fetched
 from fireopd_jax.runtime.signals import Interrupted, StopFlag
 from fireopd_jax.sharding.mesh import shard_rows
 from fireopd_jax.types import (
@@ -101,7 +102,7 @@ class Windows:
 
 def write(file: Path, rollout: Rollout) -> None:
     """Write a rollout's arrays to a file, under another name first."""
-    leaves = jax.tree.leaves_with_path(jax.device_get(rollout))
+    leaves = jax.tree.leaves_with_path(fetched(rollout))
     arrays = {".".join(key.name for key in path): leaf for path, leaf in leaves}
     beside = file.with_suffix(".part")
     with beside.open("wb") as out:
