@@ -80,6 +80,7 @@ def _status() -> int | str | None:
             return _line(reason, 2)
         logged = getattr(error, "logged_in", None)
         if logged is None:
+            sys.stderr = sys.stderr if leads() else sys.__stderr__
             raise
         reason = " ".join(str(error).split())[:200]
         return _line(

@@ -7,8 +7,8 @@ sharded over the devices of all. What depends on time, files or memory is decide
 (`by_leader`), what any of them may see, such as a signal, by all (`any_of_all`). Only the leader
 writes files and prints; checkpoints are written by all, and read by all, from one file system.
 
-A process that ends takes the others with it: after `HEARTBEAT_S` without a sign of life the service
-ends them all. This module imports JAX on use only.
+A process that ends takes the others with it: after `HEARTBEAT_S` without a sign of life, or at its
+end without the others', the service ends them all. This module imports JAX on use only.
 """
 
 import contextlib
@@ -65,7 +65,10 @@ def join(distributed: bool) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of CPU devices only
     try:
         jax.distributed.initialize(
-            **given, initialization_timeout=JOIN_S, heartbeat_timeout_seconds=HEARTBEAT_S
+            **given,
+            initialization_timeout=JOIN_S,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=HEARTBEAT_S,
         )
     except ValueError as error:
         raise UserError(
@@ -140,6 +143,11 @@ def by_leader(decide: Callable[[], Value]) -> Value:
     if not fine:
         raise Followed(value)
     return value
+
+
+def wait_for_leader() -> None:
+    """Wait until process 0 is here, too: it may be writing what the others do not."""
+    by_leader(lambda: None)
 
 
 def any_of_all(here: bool) -> bool:

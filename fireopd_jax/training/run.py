@@ -8,7 +8,6 @@ Every finished model is saved in `models/`, so that a resumed run does not train
 import dataclasses
 import functools
 import hashlib
-import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fireopd_jax.config import NothingLearnt, UserError
+from fireopd_jax.config import NothingLearnt
 from fireopd_jax.data.identity import (
     ROWS_FILE,
     check_rows,
@@ -31,15 +30,14 @@ from fireopd_jax.data.identity import (
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe.paths import absolute
 from fireopd_jax.recipe.schema import Config, as_tree, methods
-from fireopd_jax.runs.changes import Changes, differences
-from fireopd_jax.runs.folder import RunFolder, RunState, environment, open_run, state_of
+from fireopd_jax.runs.folder import RunFolder, environment, state_of
 from fireopd_jax.runs.log import Log
 from fireopd_jax.runs.report import print_curve, print_results, write_card, write_failure
 from fireopd_jax.runs.trackers.reporting import Trackers, check_installed
 from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.runtime.devices import first_line
-from fireopd_jax.runtime.files import plain, recorded
-from fireopd_jax.runtime.processes import by_leader, count, fetched, gathered, leads
+from fireopd_jax.runtime.files import recorded
+from fireopd_jax.runtime.processes import by_leader, count, fetched, leads, wait_for_leader
 from fireopd_jax.runtime.signals import stop_on_signal
 from fireopd_jax.session.described import log_setup
 from fireopd_jax.session.exporting import export
@@ -72,6 +70,7 @@ from fireopd_jax.training.prepare import (
     read_base,
 )
 from fireopd_jax.training.rehearsal import checked
+from fireopd_jax.training.together import check_agreement, open_together
 
 Summary = dict[str, Any]
 
@@ -132,7 +131,7 @@ def _recorded(
     setup = None if state == "complete" else checked(config, moment)
     if setup is not None:  # steps of epochs
         config = dataclasses.replace(config, run=setup.config.run)
-    with opened_by_leader(config, compare) as folder:
+    with open_together(config, compare) as folder:
         if setup is None or folder.state == "complete":
             more = f"fireopd resume {quoted(folder)} run.steps=N goes on to N steps"
             print(f"{folder.path}: this run is complete, nothing to do; {more}")
@@ -167,44 +166,9 @@ def _recorded(
                         session.connections.close()
                 summary |= {"seconds": round(time.monotonic() - start, 1)}
                 folder.write_json(record, summary)
+                wait_for_leader()
             log(f"done in {summary['seconds']:.0f} s: {folder.path / record}")
     return summary
-
-
-def opened_by_leader(config: Config, compare: Continuation) -> RunFolder:
-    """Return the run's folder, which the leader opens and locks, in every process of the run."""
-    folders: list[RunFolder] = []
-
-    def opened() -> tuple[Path, RunState, Changes]:
-        folder = open_run(config.run, as_tree(config), compare=compare)
-        folders.append(folder)
-        return folder.path.absolute(), folder.state, folder.changes
-
-    found = by_leader(opened)
-    return folders[0] if folders else RunFolder(*found[:2], None, found[2])
-
-
-def check_agreement(config: Config) -> None:
-    """Raise UserError where processes of a run have different configurations, or cannot share it.
-
-    Responses of servers and windows of rollouts are those of one process.
-    """
-    if count() == 1:
-        return
-    texts = gathered(json.dumps(plain(as_tree(config))).encode())
-    for number, text in enumerate(texts):
-        if differing := differences(json.loads(texts[0]), json.loads(text), lambda key: True):
-            raise UserError(
-                f"process {number} has another configuration than process 0: {differing[0]}"
-            )
-    refused = {
-        f"teachers.{name}.served": each.served is not None for name, each in config.teachers.items()
-    }
-    refused |= {"rollout.window": config.rollout.window > 1}
-    refused |= {"rollout.overprovision": config.rollout.overprovision > 0}
-    for key, used in refused.items():
-        if used:
-            raise UserError(f"{key}: not supported with {count()} processes; expected one process")
 
 
 def quoted(folder: RunFolder) -> str:
@@ -302,6 +266,7 @@ def _train(session: Session) -> Summary:
         whole = student if count() == 1 else fetched(student)
         if leads():
             export(exported, spec, whole, session.folder.path)
+        wait_for_leader()
         del whole
     if config.eval.problems:
         summary["student_after"] = session.graded(

@@ -10,13 +10,12 @@ from documents.world import script
 FAKE_PYTHON = "#!/bin/sh\nexit {status}\n"
 
 
-def launch(tmp_path, **environment):
+def launch(tmp_path, name="local_gpu.sh", **environment):
     (tmp_path / "launch").mkdir()
-    text = (ROOT / "launch" / "local_gpu.sh").read_text()
-    script(tmp_path / "launch" / "local_gpu.sh", text)
+    script(tmp_path / "launch" / name, (ROOT / "launch" / name).read_text())
     clean = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     return subprocess.run(
-        ["bash", "launch/local_gpu.sh", "x.yaml", "run.name=a b"],
+        ["bash", f"launch/{name}", "x.yaml", "run.name=a b"],
         cwd=tmp_path, env=clean | environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -51,3 +50,37 @@ def test_an_environment_without_cuda_is_named(tmp_path):
     make_environment(tmp_path / ".venv", status=1)
     done = launch(tmp_path)
     assert done.returncode == 2 and "no CUDA plugin" in done.stderr
+
+
+@pytest.mark.parametrize("failing", [None, "0", "1"])
+def test_two_processes_get_the_same_command_and_each_its_number(tmp_path, failing):
+    folder = tmp_path / ".venv"
+    (folder / "bin").mkdir(parents=True)
+    said = (
+        '#!/bin/sh\necho "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS: $*"\n'
+        f'[ "$JAX_PROCESS_ID" != "{failing}" ] || exit 130\n'
+    )
+    script(folder / "bin" / "fireopd", said)
+    done = launch(tmp_path, "two_processes.sh", PORT="7001")
+    own = "of 2 at 127.0.0.1:7001: train x.yaml run.name=a b --distributed"
+    assert sorted(done.stdout.splitlines()) == [f"0 {own}", f"1 {own}"], done.stderr
+    assert done.returncode == (130 if failing else 0)
+
+
+def test_on_a_tpu_slice_every_host_gets_the_command_quoted(tmp_path):
+    script(tmp_path / "gcloud", '#!/bin/sh\nfor each in "$@"; do echo "$each"; done\nexit 3\n')
+    path = f"{tmp_path}:/usr/bin:/bin"
+    done = launch(tmp_path, "tpu_pod.sh", PATH=path, NAME="slice", ZONE="z", MAX_TRIES="2")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 3 and lines.count("--worker=all") == 2 and "--zone=z" in lines
+    wanted = r".venv/bin/fireopd train x.yaml run.name=a\ b --distributed"
+    assert sum(line.endswith(wanted) for line in lines) == 2
+
+
+def test_scripts_are_short_and_valid():
+    files = sorted((ROOT / "launch").glob("*.s*"))
+    assert len(files) == 4
+    for file in files:
+        assert len(file.read_text().splitlines()) < 60
+        subprocess.run(["bash", "-n", file], check=True)
+        assert file.name in (ROOT / "launch" / "README.md").read_text()

@@ -19,6 +19,7 @@ LONG = {
     "fireopd bench toy": "tests/bench",
     "fireopd bench": "tests/bench",
     "fireopd plan": "tests/training/test_forecast.py",
+    "launch/two_processes.sh": "tests/training/test_processes.py",
 }
 """Lines that take minutes at any size, and the tests that run them."""
 FILES = {file: list(own) for file, own in groupby(blocks("bash", "python"), lambda b: b.file)}
