@@ -57,7 +57,7 @@ def generate(
     decodes at most `slots` rows at a time; consecutive rows with the same prompt share its prefill.
     """
     rows, width = prompts.tokens.shape
-    memory = layout_of(memory, model.config, mesh)
+    memory = layout_of(memory, model.config, mesh, width + max_tokens, slots)
     shape = Shape.of(rows // replica_count(mesh), width, max_tokens, slots, memory.align)
     loop = Loop(model, memory, shape.piece, mesh)
 

@@ -8,23 +8,27 @@ the steps of one token for each slot, on each device of a `tensor` axis for its 
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int32, Shaped
+from pydantic import Field
 
-from fireopd_jax.config import config
+from fireopd_jax.config import UserError, config
 from fireopd_jax.models.decoder import DecoderConfig
 from fireopd_jax.ops.precision import precisely
 from fireopd_jax.rollout.kv_codec import finite
 from fireopd_jax.rollout.kv_paged import Paged
+from fireopd_jax.rollout.state import PIECE, Shape
 
 TENSOR = "tensor"
 LANES = 128
 """The kernel's heads, and the tiles of a TPU's memory, have multiples of this many columns."""
+ENTRIES = 2**17
+"""Entries of a page table, 4 bytes each, for which a core's 1 MiB of scalar memory has room."""
 BLOCK, QUERIES = 256, 32
 """Keys and queries in one block of the kernel."""
 
@@ -37,7 +41,23 @@ class PagedTPU(Paged):
     dtype: Literal["model"] = "model"
     """Keys and values in the model's dtype."""
 
+    page_size: Annotated[int, Field(ge=8, multiple_of=8)] = 64
+    """Tokens in a page, a multiple of 8."""
+
     heads_axis = 2
+
+    def pages(self, shape: Shape) -> int:
+        """Return the number of pages.
+
+        Raises UserError if one prompt and response may not fit, or the page table is too large.
+        """
+        if shape.slots * (shape.capacity // self.page_size) > ENTRIES:
+            raise UserError(
+                f"rollout.cache.page_size={self.page_size}: the page table of {shape.slots} slots "
+                f"of {shape.capacity} tokens has more than the {ENTRIES:,} entries that the kernel "
+                f"takes; expected {page_for(shape.slots, shape.capacity)}, or fewer rollout.slots"
+            )
+        return super().pages(shape)
 
     def _empty(self, c: DecoderConfig, count: int) -> Any:
         """Return a layer's empty pool."""
@@ -100,6 +120,14 @@ class PagedTPU(Paged):
         with precisely(dtype):
             out = on_own_heads(run)(filled(q[:, 0]), kept, position, tables)
         return out[:, None, :, :width]
+
+
+def page_for(slots: int, positions: int) -> int:
+    """Return the smallest usual size of a page for so many slots of so many tokens."""
+    page = 64
+    while slots * -(-(positions + PIECE) // page) > ENTRIES:  # a slot ends with a whole piece
+        page *= 2
+    return page
 
 
 def lanes(width: int) -> int:

@@ -9,7 +9,8 @@ from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.placement import tensor_devices
 from fireopd_jax.rollout.kv_dense import Dense
 from fireopd_jax.rollout.kv_paged import Paged
-from fireopd_jax.rollout.kv_paged_tpu import PagedTPU
+from fireopd_jax.rollout.kv_paged_tpu import PagedTPU, page_for
+from fireopd_jax.rollout.state import slots_of
 from fireopd_jax.runtime.target import platform
 
 CacheLayout = Dense | Paged
@@ -30,11 +31,17 @@ class Auto(Dense):
 AUTO = Auto()
 
 
-def layout_of(memory: CacheLayout, model: DecoderConfig, mesh: Mesh | None) -> CacheLayout:
-    """Return the layout of a model's cache; only `Auto` is replaced."""
+def layout_of(
+    memory: CacheLayout,
+    model: DecoderConfig,
+    mesh: Mesh | None,
+    positions: int,
+    slots: int | None = None,
+) -> CacheLayout:
+    """Return the layout of a model's cache with so many positions a slot; `Auto` is replaced."""
     if not isinstance(memory, Auto):
         return memory
     pages = platform() == "tpu" and memory.dtype == "model"
     if pages and model.num_key_value_heads % tensor_devices(mesh) == 0:
-        return PagedTPU()
+        return PagedTPU(page_size=page_for(slots_of(slots), positions))
     return Dense(dtype=memory.dtype)

@@ -79,11 +79,10 @@ def generate_overprovisioned(
     Arguments are those of `engine.generate`; `sampling` is the same for all rows. Rows with the
     same `sample_id // group_size` are a group of the result.
     """
-    memory, replicas = layout_of(memory, model.config, mesh), replica_count(mesh)
+    replicas, width = replica_count(mesh), prompts.tokens.shape[1]
+    memory = layout_of(memory, model.config, mesh, width + max_tokens, slots)
     rows, extra = (len(x) // replicas for x in (prompts.length, carried.ended))
-    shape = Shape.of(
-        rows + extra, prompts.tokens.shape[1], max_tokens, slots, memory.align, continued=True
-    )
+    shape = Shape.of(rows + extra, width, max_tokens, slots, memory.align, continued=True)
     loop = Loop(model, memory, shape.piece, mesh)
 
     def draw(

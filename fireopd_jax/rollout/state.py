@@ -32,6 +32,11 @@ PIECE = 128
 """Largest number of tokens of each prompt in one prefill step."""
 
 
+def slots_of(slots: int | None) -> int:
+    """Return the number of slots that is asked for, else that of the platform."""
+    return slots or SLOTS.get(platform(), 256)
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """Static sizes that a decoding loop is compiled for."""
@@ -62,7 +67,7 @@ class Shape:
 
         `continued`: whether a request may begin with tokens of its response, which are prefilled.
         """
-        slots = max(1, min(slots or SLOTS.get(platform(), 256), rows))
+        slots = max(1, min(slots_of(slots), rows))
         piece = -(-min(width, PIECE) // align) * align
         capacity = -(-(width + room) // piece) * piece
         return cls(

@@ -73,7 +73,7 @@ class Engine:
         self.model, self.text = model, text
         self.width, self.room, self.chunk_steps = width, room, chunk_steps
         self.context = width + room if context is None else context
-        memory = layout_of(memory, model.config, mesh)
+        memory = layout_of(memory, model.config, mesh, self.context, slots)
         limit = rows if rows is not None else 2**30
         self.shape = Shape.of(
             limit, width, self.context - width, slots, memory.align, continued=True

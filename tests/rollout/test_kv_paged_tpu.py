@@ -106,8 +106,8 @@ def test_a_rollout_on_a_tpu_takes_its_cache_once_and_its_layers_once_more():
             model, params, prompts, sampling, jnp.int32(0), max_tokens=room, memory=memory
         )
 
-    shape = Shape.of(rows, width, room, align=16)
     memory = PagedTPU()
+    shape = Shape.of(rows, width, room, align=memory.align)
     cache = sizes_of(jax.eval_shape(lambda: memory.init(model.config, shape)))
     layers = sizes_of(model.shapes()["layers"])
     found = aot_tpu.compile_for("v5e", run, *flat).memory_analysis()
