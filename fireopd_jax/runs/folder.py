@@ -36,6 +36,8 @@ from fireopd_jax.runtime.yaml_core import dump, load
 
 UNSAFE = re.compile(r"[\[\\\ud800-\udfff]")
 """Orbax takes `[` and a backslash for a pattern, and paths must be UTF-8."""
+COMPUTED = ("metrics.jsonl", "checkpoints/*", "eval/*", "completions/*", "rollouts/*",
+            "controls/*", "models/*/*")  # fmt: skip
 RunState = Literal["new", "resume", "complete"]
 Compare = Callable[[Mapping[str, Any], Mapping[str, Any]], Changes]
 """(configuration of the folder, configuration now) -> what has changed."""
@@ -114,15 +116,8 @@ class RunFolder:
 
     def discard_unused(self) -> None:
         """Remove a new folder in which nothing has been computed; another one stays."""
-        made = (
-            *("metrics.jsonl", "checkpoints/*", "eval/*", "completions/*", "rollouts/*"),
-            *("controls/*", "models/*/*"),
-        )
-        if (
-            self.state == "new"
-            and leads()
-            and not any(next(self.path.glob(each), None) for each in made)
-        ):
+        used = any(next(self.path.glob(each), None) for each in COMPUTED)
+        if self.state == "new" and leads() and not used:
             shutil.rmtree(self.path, ignore_errors=True)
             latest = self.path.parent / "latest"
             if latest.is_symlink() and not latest.exists():
