@@ -287,7 +287,7 @@ CASES = (
     Case("`fireopd data` of nothing", "fireopd data", ""),
     Case(
         "`fireopd data` of a binary file",
-        "head -c 100000 /dev/urandom > x.jsonl; fireopd data x.jsonl",
+        "printf '\\377%.0s' {1..50000} > x.jsonl; fireopd data x.jsonl",
         "x.jsonl",
     ),
 )
