@@ -4,14 +4,8 @@
 # The environment is the active one, else .venv of this checkout. Ctrl-C stops and saves, as for one process.
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-for bin in "${VIRTUAL_ENV:-/nowhere}/bin" "$root/.venv/bin" "$(dirname "$(command -v fireopd || echo /nowhere/fireopd)")"; do
-  [ -x "$bin/fireopd" ] && break
-done
-if [ ! -x "$bin/fireopd" ]; then
-  echo "no environment with fireopd; expected: python3 -m venv $root/.venv && $root/.venv/bin/pip install -e '$root'" >&2
-  exit 2
-fi
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+find_environment ''
 export JAX_PLATFORMS=cpu JAX_NUM_PROCESSES=2 JAX_COORDINATOR_ADDRESS="127.0.0.1:${PORT:-8476}"
 # With JAX's default scheduler, virtual devices may wait for one another's collectives for ever.
 export XLA_FLAGS="--xla_force_host_platform_device_count=${DEVICES:-2} \

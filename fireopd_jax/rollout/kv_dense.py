@@ -108,10 +108,7 @@ class Dense:
             length = q.shape[1]
 
             def past(j: Array) -> tuple[Array, Array]:
-                def block(x: Array, axis: int) -> Array:
-                    return jax.lax.dynamic_slice_in_dim(x, j * length, length, axis)
-
-                return self._decode(self._by_axis(block, (kept,))[0], dtype)
+                return self._columns(kept, j * length, length, dtype)
 
             several = past if self.positions(state.entries) > length else None
             own = self._decode(new, dtype)
@@ -223,13 +220,20 @@ class Dense:
         """Return attention of each row's token at `position` to all positions up to it."""
 
         def columns(start: Array | int, size: int) -> tuple[Array, Array]:
-            def block(x: Array, axis: int) -> Array:
-                return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
-
-            return self._decode(self._by_axis(block, (kept,))[0], dtype)
+            return self._columns(kept, start, size, dtype)
 
         length, heads = self.positions((kept,)), kept[0][0].shape[self.heads_axis]
         return jnp.asarray(attend_step(q, columns, heads, length, position, window, scale))
+
+    def _columns(
+        self, kept: tuple[Leaves, Leaves], start: Array | int, size: int, dtype: jnp.dtype
+    ) -> tuple[Array, Array]:
+        """Return keys and values [B, K, size, H] from position `start` on."""
+
+        def block(x: Array, axis: int) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+        return self._decode(self._by_axis(block, (kept,))[0], dtype)
 
     def _by_axis(self, function: Callable[..., Array], layers: Cache, *others: Any) -> Cache:
         """Apply function(array, its axis of positions, *arrays of others) to each array."""

@@ -15,6 +15,7 @@ import contextlib
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -54,7 +55,7 @@ def join(distributed: bool) -> None:
 
     Addresses are those of the launcher (Cloud TPU, Slurm, GKE, Open MPI), or of the variables
     `ADDRESS`, `COUNT` and `RANK`. Raises UserError where these are missing or no number, and where
-    a process does not come. Call it before any other use of JAX.
+    JAX cannot start; a process that waits for others in vain ends. Call it before JAX is used.
     """
     global _rank, _count
     if not distributed:
@@ -63,10 +64,13 @@ def join(distributed: bool) -> None:
 
     given = _given(os.environ)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of CPU devices only
+    waiting = threading.Timer(JOIN_S, _give_up, [given])
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
             **given,
-            initialization_timeout=JOIN_S,
+            initialization_timeout=2 * JOIN_S,
             heartbeat_timeout_seconds=HEARTBEAT_S,
             shutdown_timeout_seconds=HEARTBEAT_S,
         )
@@ -76,14 +80,25 @@ def join(distributed: bool) -> None:
             f"Cloud TPU, Slurm, GKE or Open MPI, or the variables {ADDRESS}, {COUNT} and {RANK}"
         ) from error
     except RuntimeError as error:
-        which = f"process {given['process_id']}" if given else "this process"
-        raise UserError(
-            f"--distributed: {which} could not join the others within {JOIN_S} s: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--distributed: cannot join the other processes: {reason}") from error
+    finally:
+        waiting.cancel()
     _rank, _count = jax.process_index(), jax.process_count()
     if not leads():
         _silence()
+
+
+def _give_up(given: Mapping[str, Any]) -> None:
+    """End the process with one line, in a thread, before JAX aborts it with a native stack."""
+    which, where = "this process", "the launcher's addresses"
+    if given:
+        which = f"process {given['process_id']} of {given['num_processes']}"
+        where = f"process 0 at {given['coordinator_address']}"
+    line = f"fireopd: --distributed: {which} waited {JOIN_S} s for the others; expected all "
+    with contextlib.suppress(OSError, ValueError):
+        print(f"{line}to start within that time, and to reach {where}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def _given(variables: Mapping[str, str]) -> dict[str, Any]:
@@ -114,8 +129,8 @@ def _given(variables: Mapping[str, str]) -> dict[str, Any]:
 def _silence() -> None:
     """Print nothing any more; errors of this process alone still reach its standard error."""
     sys.stdout.flush()
-    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
-    sys.stdout = sys.stderr = nowhere
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    sys.stdout = sys.stderr = os.fdopen(nowhere, "w", encoding="utf-8")
 
 
 def complain(text: str) -> None:

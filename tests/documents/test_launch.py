@@ -12,7 +12,8 @@ FAKE_PYTHON = "#!/bin/sh\nexit {status}\n"
 
 def launch(tmp_path, name="local_gpu.sh", **environment):
     (tmp_path / "launch").mkdir()
-    script(tmp_path / "launch" / name, (ROOT / "launch" / name).read_text())
+    for each in (name, "environment.sh"):
+        script(tmp_path / "launch" / each, (ROOT / "launch" / each).read_text())
     clean = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     return subprocess.run(
         ["bash", f"launch/{name}", "x.yaml", "run.name=a b"],
@@ -79,7 +80,7 @@ def test_on_a_tpu_slice_every_host_gets_the_command_quoted(tmp_path):
 
 def test_scripts_are_short_and_valid():
     files = sorted((ROOT / "launch").glob("*.s*"))
-    assert len(files) == 4
+    assert len(files) == 5
     for file in files:
         assert len(file.read_text().splitlines()) < 60
         subprocess.run(["bash", "-n", file], check=True)

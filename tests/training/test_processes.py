@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from fireopd_jax.config import UserError
 from fireopd_jax.recipe.schema import load_config
+from fireopd_jax.runtime.processes import ADDRESS, COUNT, RANK, join
 from fireopd_jax.training.run import train
 
 SMALL = ["smoke", "eval.problems=0", "run.save_every=2"]
@@ -75,15 +77,21 @@ def check_equal(got, wanted):
             assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
 
 
-def test_two_processes_learn_what_one_does(tmp_path):
-    """Parameters are sharded over the devices of both; only the first writes."""
-    own = [*SMALL, "run.steps=2", "student.lora={rank: 4}"]
+def run_both(tmp_path, own):
+    """Train in two processes and in one, to equal metrics; return folders and output."""
     together, by_itself = tmp_path / "together", tmp_path / "alone"
     started = begin([*own, "mesh.data=2", "mesh.fsdp=2", f"run.dir={together}"])
     alone([*own, f"run.dir={by_itself}"])
     (said, status), (follower, other) = ended(started)
     assert status == other == 0, said + follower
     check_equal(metrics(together), metrics(by_itself))
+    return together, by_itself, (said, follower)
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    """Parameters are sharded over the devices of both; only the first writes."""
+    own = [*SMALL, "run.steps=2", "student.lora={rank: 4}"]
+    together, _, (said, follower) = run_both(tmp_path, own)
     assert "done in" in said and "done in" not in follower
     logs = {file.name for file in (together / "logs").iterdir()}
     assert logs == {"run.log", "process-1.log"}
@@ -104,6 +112,45 @@ def test_other_configurations_and_what_cannot_be_shared_are_refused_once(tmp_pat
         assert status == other == 2
         assert message in said and "fireopd" not in follower
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_waits_in_vain_ends_with_a_line(rank):
+    code = (
+        "import sys, fireopd_jax.runtime.processes as p; p.JOIN_S = 3\n"
+        "from fireopd_jax.cli.main import main\n"
+        "sys.argv = ['fireopd', 'train', 'smoke', '--distributed']; main()"
+    )
+    address = f"127.0.0.1:{free_port()}"
+    own = {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(rank),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | own, capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "--distributed" in line]
+    assert f"process {rank} of 2 waited 3 s for the others" in line and address in line
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({COUNT: "2"}, f"{ADDRESS}: missing; expected it beside {COUNT}"),
+        ({ADDRESS: "a:1", COUNT: "2", RANK: "x"}, f"{RANK}=x: expected a whole number"),
+        ({ADDRESS: "a:1", COUNT: "2", RANK: "2"}, f"{RANK}=2: expected a number below {COUNT}=2"),
+        ({ADDRESS: "host", COUNT: "2", RANK: "0"}, f"{ADDRESS}=host: expected host:port"),
+    ],
+)
+def test_variables_that_say_no_place_are_named(given, message, monkeypatch):
+    for name in (ADDRESS, COUNT, RANK):
+        monkeypatch.setenv(name, given.get(name, ""))
+    with pytest.raises(UserError, match=message):
+        join(True)
 
 
 def wait_for_steps(folder, steps, started):
@@ -176,12 +223,7 @@ def test_rewrites_evaluations_and_an_export_are_the_same(tmp_path):
         "eval.problems=8",
         "eval.samples=1",
     ]
-    together, by_itself = tmp_path / "together", tmp_path / "alone"
-    started = begin([*own, "mesh.data=2", "mesh.fsdp=2", f"run.dir={together}"])
-    alone([*own, f"run.dir={by_itself}"])
-    (said, status), (follower, other) = ended(started)
-    assert status == other == 0, said + follower
-    check_equal(metrics(together), metrics(by_itself))
+    together, by_itself, _ = run_both(tmp_path, own)
     exported = [(run / "models/student_hf").glob("*.safetensors") for run in (together, by_itself)]
     ours, theirs = (safetensors.numpy.load_file(next(files)) for files in exported)
     assert ours.keys() == theirs.keys()

@@ -65,21 +65,22 @@ def attend_to_past(
     shape, heads = q.shape, own[0].shape[1]
     length, group = shape[1], shape[2] // heads
     at, factor = jnp.arange(length), shape[3] ** -0.5 if scale is None else scale
+    distance = at[:, None] - at[None]
+    if past is None:
+        mask = jnp.broadcast_to(visible_keys(distance, window)[None], (shape[0], length, length))
+        return attend(q, *own, mask, scale)
     q = _by_key_head(q, heads)
 
     def fold(carry: Softmax, keys: Array, values: Array, first: Array) -> Softmax:
-        distance = start + at[:, None] - (first + at[None])
         scores = product("bkth,bksh->bkts", q, keys) * factor
-        mask = jnp.tile(visible_keys(distance, window), (group, 1))
+        mask = jnp.tile(visible_keys(start - first + distance, window), (group, 1))
         return folded(carry, jnp.where(mask, scores, MASKED), values)
 
+    reach = 0 if window is None else jnp.maximum(start - window + 1, 0) // length
     carry = fold(nothing(q), *own, start)
-    if past is not None:
-        reach = 0 if window is None else jnp.maximum(start - window + 1, 0) // length
-        carry = lax.fori_loop(
-            reach, start // length, lambda j, carry: fold(carry, *past(j), j * length), carry
-        )
-    _, mass, total = carry
+    _, mass, total = lax.fori_loop(
+        reach, start // length, lambda j, carry: fold(carry, *past(j), j * length), carry
+    )
     return _by_query((total / mass[..., None]).astype(own[1].dtype), shape)
 
 
