@@ -123,11 +123,7 @@ def test_one_that_waits_in_vain_ends_with_a_line(rank):
         "sys.argv = ['fireopd', 'train', 'smoke', '--distributed']; main()"
     )
     address = f"127.0.0.1:{free_port()}"
-    own = {
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-        "JAX_PROCESS_ID": str(rank),
-    }
+    own = {ADDRESS: address, COUNT: "2", RANK: str(rank)}
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | own, capture_output=True, text=True, check=False, timeout=100,
