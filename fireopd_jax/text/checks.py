@@ -75,9 +75,9 @@ def valid_rows(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source: str)
     Added tokens beyond the head, such as those of a vision tower, are never sampled; regular ones
     raise `UserError`.
     """
-    vocabulary = tokenizer.get_vocab()
-    size = max(vocabulary.values()) + 1
-    beyond = [token for token, index in vocabulary.items() if index >= vocab_size]
+    vocabulary = _tokens_by_id(tokenizer)
+    size = max(vocabulary) + 1
+    beyond = [token for index, token in vocabulary.items() if index >= vocab_size]
     if regular := [token for token in beyond if token not in added_tokens(tokenizer)]:
         raise UserError(
             f"{source}: vocab_size={vocab_size} is less than the {size} ids of its tokenizer; "
@@ -98,15 +98,16 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return tokenizer.get_added_vocab()  # pyright: ignore[reportCallIssue, reportOptionalCall]
 
 
-def _tokens_by_id(facts: TokenizerFacts) -> dict[int, str]:
-    return {index: token for token, index in facts.tokenizer.get_vocab().items()}
+def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return the tokens in the order of their ids; that of `get_vocab` is another each time."""
+    return dict(sorted((index, token) for token, index in tokenizer.get_vocab().items()))
 
 
 def _other_tokens(student: TokenizerFacts, teacher: TokenizerFacts) -> str | None:
     """Return how the regular tokens differ; None if they do not, up to missing added tokens."""
     if student.tokenizer is teacher.tokenizer:
         return None
-    ours, theirs = _tokens_by_id(student), _tokens_by_id(teacher)
+    ours, theirs = _tokens_by_id(student.tokenizer), _tokens_by_id(teacher.tokenizer)
     for index in sorted(ours.keys() & theirs.keys()):
         if ours[index] != theirs[index]:
             return f"id {index} is {theirs[index]!r}, the student's {ours[index]!r}"
@@ -147,7 +148,7 @@ def _differences(
 
 
 def _special_token_differences(student: TokenizerFacts, teacher: TokenizerFacts) -> Iterator[str]:
-    ours, theirs = _tokens_by_id(student), _tokens_by_id(teacher)
+    ours, theirs = _tokens_by_id(student.tokenizer), _tokens_by_id(teacher.tokenizer)
     for facts, one, other in ((teacher, theirs, ours), (student, ours, theirs)):
         if alone := [one[index] for index in sorted(one.keys() - other.keys())]:
             yield f"only {facts.name} has the added {_listed(alone)}"

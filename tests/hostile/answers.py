@@ -66,4 +66,5 @@ def _settled(line: str, folder: Path) -> str:
     for place in (f"{folder}/", str(folder)):
         line = line.replace(place, "")
     line = re.sub(r"pid \d+", "pid N", re.sub(r"\b[0-9a-f]{12}\b", "...", line))
+    line = re.sub(r"[\w.-]+\.so\b[.\d]*", "LIBRARY", line)  # the first that finds no room
     return line if len(line) <= LONGEST else f"{line[:LONGEST].rpartition(' ')[0]} ..."

@@ -64,8 +64,10 @@ def test_ids_beyond_the_tokenizer_pad_the_head():
     assert valid_rows(TOKENIZER, 300, "student") == SIZE
     # Added tokens may lie beyond the head, regular ones may not.
     assert valid_rows(TOKENIZER, 258, "student") is None
-    with pytest.raises(UserError, match="student: vocab_size=254 is less than the 261 ids"):
+    with pytest.raises(UserError, match="student: vocab_size=254 is less than the 261 ids") as told:
         valid_rows(TOKENIZER, 254, "student")
+    first = [repr(TOKENIZER.convert_ids_to_tokens(254 + i)) for i in range(2)]
+    assert f"its tokenizer; {', '.join(first)}" in str(told.value)  # in the order of their ids
 
 
 def test_ids_without_a_row_are_refused():
