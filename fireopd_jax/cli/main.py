@@ -39,9 +39,11 @@ OF_MACHINE = (
 
 def main() -> None:
     """Run the command line; a `UserError` is one line on stderr and its exit status."""
+    from fireopd_jax.runtime.lazy import load_when_used
     from fireopd_jax.runtime.xla_flags import compile_quickly_on_cpu
 
     compile_quickly_on_cpu()
+    load_when_used("torch")  # transformers imports it; tokenizers use nothing of it
     command = next((each for each in sys.argv[1:] if not each.startswith("-")), "")
     with guarded_streams(product=command not in FOR_FILES):
         try:
