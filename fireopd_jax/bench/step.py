@@ -163,8 +163,8 @@ def bench_step(
     student, teacher = PAIRS[options.model]
     work = options.work()
     setup = make_setup(student, teacher, work)
-    params = random_params(setup)
-    steps, peaks = prepared(options, setup, work, params)
+    steps, peaks = prepared(options, setup, work)
+    params = [random_params(setup, 0), *steps[0].teachers]
     floors = make_floors(setup, params, work)
     square, square_flops = measured_peak(student.dtype)
     cases = [square, *(each.case for parts in floors.values() for each in parts)]
@@ -209,18 +209,21 @@ def bench_step(
 
 
 def prepared(
-    options: Options, setup: Setup, work: Workload, params: list[Params]
+    options: Options, setup: Setup, work: Workload
 ) -> tuple[list[TrainingStep], dict[str, float]]:
-    """Return the steps of the layouts, compiled, and the peak of memory of each in MiB.
+    """Return the steps of the layouts, after two of each, and the peak of memory of each in MiB.
 
     Of a second layout the peak includes the first.
     """
     layouts = LAYOUTS if options.layout == "both" else (cast(Layout, options.layout),)
     scores = cast(Literal["decode", "forward"] | None, options.student_scores)
-    steps, peaks, made = [], {}, {}
+    steps: list[TrainingStep] = []
+    made, peaks = {}, {}
     for layout in layouts:
-        steps.append(TrainingStep(setup, work, params, layout, scores, made))
-        for _ in range(2):  # the first compiles; after the second, all buffers have been made
+        steps.append(TrainingStep(setup, work, layout, scores, made))
+        teachers = steps[0].teachers if len(steps) > 1 else [random_params(setup, 1)]
+        steps[-1].begin(teachers)
+        for _ in range(2):  # after the second, all buffers have been made
             steps[-1].round(measured=False)
         peaks[layout] = resident_bytes("VmHWM") / MIB
     return steps, peaks

@@ -17,19 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from fireopd_jax.bench.workload import Workload
-from fireopd_jax.method.batch import Assembled
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.method.scoring import Resident
 from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.models.placement import Placement
 from fireopd_jax.recipe.schema import load_config, with_method
 from fireopd_jax.recipe.student_scores import with_student_scores
 from fireopd_jax.runtime.memory import device_memory
-from fireopd_jax.session.parameters import abstract_params, random_init
+from fireopd_jax.session.parameters import abstract_params, placed, random_init
 from fireopd_jax.session.session import make_generate, student_side
 from fireopd_jax.session.setup import Setup, set_up
-from fireopd_jax.sharding.mesh import by_rows, replicate, replicated, shard_rows
-from fireopd_jax.training.abstract import nbytes
+from fireopd_jax.sharding.mesh import by_rows, replicated, shard_rows
+from fireopd_jax.training.abstract import abstract_state, nbytes
 from fireopd_jax.training.fitting import (
     Choice,
     Pass,
@@ -74,13 +74,10 @@ def make_setup(student: DecoderConfig, teacher: DecoderConfig, work: Workload) -
     )
 
 
-def random_params(setup: Setup) -> list[Params]:
-    """Return random parameters of student and teacher."""
-    place = replicated(setup.mesh)
-    return [
-        random_init(spec.model, place)(jax.random.key(index))
-        for index, spec in enumerate((setup.student, *setup.teachers))
-    ]
+def random_params(setup: Setup, index: int) -> Params:
+    """Return random parameters of the student (index 0) or of a teacher, the same each time."""
+    spec = (setup.student, *setup.teachers)[index]
+    return random_init(spec.model, replicated(setup.mesh))(jax.random.key(index))
 
 
 def prompts_of(work: Workload) -> Prompts:
@@ -106,7 +103,8 @@ def choices(setup: Setup, layout: Layout, work: Workload) -> tuple[Choice, Choic
     free = device_memory(list(setup.mesh.devices.flat)).free
     # Parameters, and two moments of the student's.
     room = free * USED - sum(nbytes(each) for each in shapes) - 2 * nbytes(shapes[0])
-    sizes = [Choice(size) for size in range(rows, 0, -1) if rows % size == 0]
+    remat = update_choices(passes[0], setup.config.optim)[0].remat
+    sizes = [Choice(size, remat) for size in range(rows, 0, -1) if rows % size == 0]
     packed = layout == "packed"
     return (
         first_that_fits(
@@ -129,12 +127,11 @@ class TrainingStep:
         self,
         setup: Setup,
         work: Workload,
-        params: list[Params],
         layout: Layout,
         scores: Literal["decode", "forward"] | None,
         made: dict[str, Any],
     ):
-        """Prepare the programs; they are compiled in the first round. `params` are not changed.
+        """Compile the programs for the shapes of models that do not exist yet, as training does.
 
         `made` holds programs of the same setup, as in `make_programs`.
         """
@@ -146,8 +143,6 @@ class TrainingStep:
         self.programs = make_programs(setup, self.method, optim, made)
         self.sampler = make_generate(setup, setup.student)
         self.scorer = jax.jit(self._score_own, out_shardings=by_rows(setup.mesh))
-        self.teachers = params[1:]
-        self.state = self.programs.init(jax.tree.map(jnp.copy, params[0]))
         self.prompts = shard_rows(setup.mesh, prompts_of(work))
         sampling = setup.sampling("rollout", temperature=1.0, entropy=self.decoded)
         self.sampling = dataclasses.replace(
@@ -162,16 +157,29 @@ class TrainingStep:
         }
         self.kept: list[np.ndarray] = []
         """Rows that the update learnt from, by round."""
+        place = Placement(setup.mesh)
+        shapes = [abstract_params(each.model, place) for each in (setup.student, *setup.teachers)]
+        self.state = abstract_state(self.programs.init, shapes[0])
+        self._begun = self.programs.init.lower(shapes[0]).compile()
+        self.teachers = shapes[1:]
+        for stage in self._stages().values():
+            stage()
 
-    def round(self, *, measured: bool = True) -> None:
-        """Run one step; record its times, and the rows that the filter kept."""
-        stages: dict[str, Callable[[], Any]] = {
+    def begin(self, teachers: list[Params]) -> None:
+        """Begin with random parameters of the student, and those of the teachers."""
+        self.state, self.teachers = self._begun(random_params(self.setup, 0)), teachers
+
+    def _stages(self) -> dict[str, Callable[[], Any]]:
+        return {
             "rollout": self._rollout,
             "score_student": self._score_student,
             "score_teacher": self._score_teacher,
             "update": self._update,
         }
-        for name, stage in stages.items():
+
+    def round(self, *, measured: bool = True) -> None:
+        """Run one step; record its times, and the rows that the filter kept."""
+        for name, stage in self._stages().items():
             wall, cpu = time.perf_counter(), time.process_time()
             jax.block_until_ready(stage())
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
@@ -182,8 +190,8 @@ class TrainingStep:
         if (drawn != self.work.response).any():
             raise RuntimeError(f"responses have {drawn} tokens, {self.work.response} were asked")
         if measured:
-            self.kept.append(np.asarray((self.scored.batch.coefficient != 0).any(axis=1)))
-        del self.drawn, self.scored
+            self.kept.append(np.asarray((self.batch.coefficient != 0).any(axis=1)))
+        del self.drawn, self.batch
 
     def scratch(self, stage: str) -> int:
         """Return the bytes that a stage's program needs besides its inputs and outputs."""
@@ -192,42 +200,61 @@ class TrainingStep:
         return self.compiled[stage].memory_analysis().temp_size_in_bytes
 
     def _run(self, stage: str, program: Any, *inputs: Any) -> Any:
-        if stage not in self.compiled:
-            self.compiled[stage] = program.lower(*inputs).compile()
-        return self.compiled[stage](*inputs)
+        """Run the program of a stage; the first time, compile it and return the shapes."""
+        if stage in self.compiled:
+            return self.compiled[stage](*inputs)
+        lowered = program.lower(*inputs)
+        self.compiled[stage] = compiled = lowered.compile()
+
+        def shape(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+        return jax.tree.map(shape, lowered.out_info, compiled.output_shardings)
+
+    def _replaced(self, of: Any, **changes: Any) -> Any:
+        """Return a rollout, batch or state with other parts; of shapes, their shapes."""
+
+        def replaced(of: Any, changes: dict[str, Any]) -> Any:
+            return dataclasses.replace(of, **changes)
+
+        if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(of)):
+            return replaced(of, changes)
+        mesh = self.setup.mesh
+        place = Placement(mesh) if of is self.state else by_rows(mesh)
+        return placed(jax.eval_shape(replaced, of, changes), place)
 
     def _score_own(self, params: Params, rollout: Any) -> Any:
         student = Resident(self.setup.student.model, params)
         return self.method.score.score_own(student, rollout, self.temperature, self.setup.mesh)
 
     def _rollout(self) -> Any:
-        own, version = student_side(self.prompts), replicate(self.setup.mesh, self.state.updates)
-        drawn = self._run("rollout", self.sampler, self.state.params, own, self.sampling, version)
+        own, state = student_side(self.prompts), self.state
+        inputs = (state.params, own, self.sampling, state.updates)
+        drawn = self._run("rollout", self.sampler, *inputs)
         policy = drawn.policy if self.decoded else None
-        self.drawn = dataclasses.replace(drawn, prompts=self.prompts, policy=policy)
+        self.drawn = self._replaced(drawn, prompts=self.prompts, policy=policy)
         return self.drawn
 
     def _score_student(self) -> Any:
         if self.decoded:
             return None
         own = self._run("score_student", self.scorer, self.state.params, self.drawn)
-        self.drawn = dataclasses.replace(self.drawn, early=EarlyScores(own))
+        self.drawn = self._replaced(self.drawn, early=EarlyScores(own))
         return own
 
     def _score_teacher(self) -> Any:
         state, teachers = self.state, self.teachers
         inputs = (state.params, teachers, self.drawn, self.temperature, state.updates, state.stages)
         program = self.programs.score.jitted
-        self.scored = Assembled(*self._run("score_teacher", program, *inputs, None))
-        return self.scored.keep, self.scored.batch
+        self.batch, self.keep, self.stages, _ = self._run("score_teacher", program, *inputs, None)
+        return self.batch, self.keep
 
     def _update(self) -> Any:
-        state = dataclasses.replace(self.state, stages=self.scored.states)
-        batch = self.scored.batch
-        batch = dataclasses.replace(batch, rollout=dataclasses.replace(batch.rollout, early=None))
+        state = self._replaced(self.state, stages=self.stages)
+        batch = self._replaced(self.batch, rollout=self._replaced(self.batch.rollout, early=None))
         inputs = (state, batch, self.temperature, None, None)
         self.state, metrics = self._run("update", self.programs.update, *inputs)
-        return metrics, self.programs.describe(self.scored.batch, self.scored.keep)
+        return metrics, self._run("describe", self.programs.describe, self.batch, self.keep)
 
 
 def _method(
