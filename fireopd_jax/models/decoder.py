@@ -25,7 +25,7 @@ from fireopd_jax.models.moe import MoE
 from fireopd_jax.models.placement import Placement, of_own_rows, on_own_rows, sharing
 from fireopd_jax.models.quantized import is_quantized
 from fireopd_jax.models.rope import rotary
-from fireopd_jax.ops.attention import attention
+from fireopd_jax.ops.attention import SAVED, attention
 from fireopd_jax.types import Array
 
 Cache = tuple[Any, ...]
@@ -227,15 +227,25 @@ def with_remat(
     """
     if remat == "none" and not sharded:
         return layer
-    policies = jax.checkpoint_policies
-    policy = {
-        "none": not_gathered,
-        # Attention's products have batch axes. They are the largest, so `dots` does not save them.
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "full": None,
-    }[remat]
+    policy = {"none": not_gathered, "dots": of_products, "full": None}[remat]
     # Inside a scan, common-subexpression elimination cannot undo the recomputation.
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def of_products(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """Return whether a value is the result of a matrix product, or of attention.
+
+    Scores of attention have batch axes: they are the largest, and recomputed.
+    """
+    return (
+        primitive.name == "ragged_dot_general"
+        or _DENSE(primitive, *operands, **params)
+        or _ATTENTION(primitive, *operands, **params)
+    )
+
+
+_DENSE = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
 
 
 def not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:

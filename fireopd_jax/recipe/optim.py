@@ -48,7 +48,7 @@ class OptimConfig(Section):
     `micro_batch_tokens`; null: rows are packed."""
     remat: Remat | None = None
     """What the backward pass recomputes: nothing (`none`), each layer (`full`), or all but matrix
-    products (`dots`). null: as little as fits the device."""
+    products and attention (`dots`). null: the fastest that fits the device."""
 
     def __post_init__(self) -> None:
         """Raise ValueError where passes are measured in tokens and in rows."""

@@ -214,7 +214,7 @@ def step_seconds(setup: Setup, chip: Chip, update: Choice) -> dict[str, float]:
     scored = [spec.model for spec in setup.teachers]
     if config.method.score.student != "decode":
         scored.append(student)
-    recomputed = 0 if update.remat == "none" else 1
+    recomputed = 1 if update.remat == "full" else 0  # `dots` computes no product again
     return {
         "rollout": Work.prefill(prompt).flops(student) / each + _decode_s(setup, chip),
         "score": sum(work.flops(model) for model in scored) / each,

@@ -47,7 +47,7 @@ def test_the_programs_are_compared_before_the_first_evaluation(done):
 def test_the_choice_is_recorded(done):
     whole = {"micro_batch_size": None, "remat": "none", "micro_batch_tokens": 256}
     record = json.loads((done / "models" / "fit.json").read_text())
-    assert record == {"method.score": whole, "optim": whole}
+    assert record == {"method.score": whole, "optim": whole | {"remat": "dots"}}
 
 
 def test_a_device_too_small_is_refused_before_any_evaluation(tmp_path, monkeypatch):

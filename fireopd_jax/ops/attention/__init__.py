@@ -9,7 +9,7 @@
 """
 
 from fireopd_jax.ops.attention.api import attention
-from fireopd_jax.ops.attention.dispatch import IMPLEMENTATIONS, KERNELS, PLAIN, PLATFORMS
+from fireopd_jax.ops.attention.dispatch import IMPLEMENTATIONS, KERNELS, PLAIN, PLATFORMS, SAVED
 from fireopd_jax.ops.attention.settings import AttentionBlocks
 from fireopd_jax.ops.attention.slots import attend, attend_step, attend_to_past, visible_keys
 
@@ -18,6 +18,7 @@ __all__ = [
     "KERNELS",
     "PLAIN",
     "PLATFORMS",
+    "SAVED",
     "AttentionBlocks",
     "attend",
     "attend_step",

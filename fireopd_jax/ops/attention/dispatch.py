@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from fireopd_jax.ops.attention import chunked, splash, triton
@@ -27,6 +28,8 @@ SHORTEST = 256
 """Longest rows for which all scores at once are the default: there, blocks save no memory worth
 their recomputation."""
 
+SAVED = "attention"
+"""Name of the results for policies of `jax.checkpoint`: output and log-sum-exp."""
 PLAIN = "reference"
 """All scores at once, differentiated by JAX."""
 KERNELS: dict[str, Any] = {"splash": splash, "triton": triton}
@@ -49,7 +52,7 @@ def run(
     """
     name = settings.implementation
     if name == PLAIN or (name is None and q.shape[1] <= SHORTEST):
-        return reference(settings, q, k, v, layout)
+        return checkpoint_name(reference(settings, q, k, v, layout), SAVED)
     return linear(settings, q, k, v, layout)
 
 
@@ -60,7 +63,7 @@ def linear(settings: AttentionSettings, q: Array, k: Array, v: Array, layout: La
 
 
 def _forward(settings: AttentionSettings, q: Array, k: Array, v: Array, layout: Layout):
-    out, logsumexp = choose(settings, "forward", q, k, v, layout)
+    out, logsumexp = checkpoint_name(choose(settings, "forward", q, k, v, layout), SAVED)
     return out, (q, k, v, layout, out, logsumexp)
 
 
