@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from fireopd_jax.models.architecture import MoEConfig
 from fireopd_jax.models.lora import LoraConfig
 from tests.cases import make_prompts, random_params, response_stats, tiny_model
 
@@ -17,6 +18,7 @@ SHAPES = {
         "sliding_window": 3,
         "layer_types": ("sliding_attention", "full_attention", "full_attention"),
     },
+    "experts": {"moe": MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)},
 }
 
 
@@ -27,6 +29,12 @@ def loss(model, tokens, remat, params, adapters=None):
         model, params, prompts.tokens, prompts.length, tokens, mask, adapters=adapters, remat=remat
     )
     return stats.logprob.sum() + stats.entropy.sum()
+
+
+def hidden(model, tokens, remat, params):
+    ones = np.ones_like(tokens)
+    places = np.arange(tokens.shape[1], dtype=np.int32)[None] * ones
+    return (model.bind(params)(tokens, places, ones, remat=remat) ** 2).sum()
 
 
 def assert_close(one, other):
@@ -70,6 +78,21 @@ def test_a_deep_model_holds_less():
     none, dots, full = held("none"), held("dots"), held("full")
     assert full < 0.5 * none, (full, none)
     assert full < dots < 0.8 * none, (full, dots, none)
+
+
+@pytest.mark.parametrize("moe", [None, SHAPES["experts"]["moe"]])
+def test_dots_computes_no_product_and_no_attention_again(moe):
+    model = tiny_model(num_hidden_layers=1, intermediate_size=48, moe=moe)
+    params, tokens = random_params(model), np.zeros((1, 300), np.int32)  # attention by blocks
+
+    def flops(remat):
+        of = functools.partial(hidden, model, tokens, remat)
+        compiled = jax.jit(jax.grad(of)).lower(params).compile()
+        return compiled.cost_analysis()["flops"]
+
+    none, dots, full = flops("none"), flops("dots"), flops("full")
+    assert dots < 1.05 * none, (none, dots, full)
+    assert full > 1.15 * none, (none, dots, full)
 
 
 def test_with_adapters_no_policy_but_none_holds_a_second_model():
