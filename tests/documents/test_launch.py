@@ -1,9 +1,12 @@
 """The scripts of launch/ find their environment, or say what is missing."""
 
+import math
 import os
+import re
 import subprocess
 
 import pytest
+import yaml
 from documents.blocks import ROOT
 from documents.world import script
 
@@ -85,3 +88,25 @@ def test_scripts_are_short_and_valid():
         assert len(file.read_text().splitlines()) < 60
         subprocess.run(["bash", "-n", file], check=True)
         assert file.name in (ROOT / "launch" / "README.md").read_text()
+
+
+def test_a_jobset_has_a_process_for_each_host_and_ends_on_a_mistake():
+    text = (ROOT / "launch" / "gke_jobset.yaml").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 60
+    [job] = yaml.safe_load(text)["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    pod = spec["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["command"][:2] == ["fireopd", "train"]
+    assert container["command"][-1] == "--distributed"
+    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    chips = math.prod(int(size) for size in topology.split("x"))
+    hosts = chips // int(container["resources"]["limits"]["google.com/tpu"])
+    assert spec["parallelism"] == spec["completions"] == hosts
+    [rule] = spec["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert rule["onExitCodes"]["values"] == [2]  # that of a user's mistake, as in tpu_pod.sh
+    [mount], [volume] = container["volumeMounts"], pod["volumes"]
+    assert mount["name"] == volume["name"]
+    folder = mount["mountPath"]
+    assert re.search(rf"run\.dir={folder}/", " ".join(container["command"]))
