@@ -218,10 +218,11 @@ def prepared(
     layouts = LAYOUTS if options.layout == "both" else (cast(Layout, options.layout),)
     scores = cast(Literal["decode", "forward"] | None, options.student_scores)
     steps: list[TrainingStep] = []
+    teachers: list[Params] = []
     made, peaks = {}, {}
     for layout in layouts:
         steps.append(TrainingStep(setup, work, layout, scores, made))
-        teachers = steps[0].teachers if len(steps) > 1 else [random_params(setup, 1)]
+        teachers = teachers or [random_params(setup, 1)]
         steps[-1].begin(teachers)
         for _ in range(2):  # after the second, all buffers have been made
             steps[-1].round(measured=False)

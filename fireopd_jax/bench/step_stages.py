@@ -160,14 +160,14 @@ class TrainingStep:
         place = Placement(setup.mesh)
         shapes = [abstract_params(each.model, place) for each in (setup.student, *setup.teachers)]
         self.state = abstract_state(self.programs.init, shapes[0])
-        self._begun = self.programs.init.lower(shapes[0]).compile()
+        self._init = self.programs.init.lower(shapes[0]).compile()
         self.teachers = shapes[1:]
         for stage in self._stages().values():
             stage()
 
     def begin(self, teachers: list[Params]) -> None:
         """Begin with random parameters of the student, and those of the teachers."""
-        self.state, self.teachers = self._begun(random_params(self.setup, 0)), teachers
+        self.state, self.teachers = self._init(random_params(self.setup, 0)), teachers
 
     def _stages(self) -> dict[str, Callable[[], Any]]:
         return {

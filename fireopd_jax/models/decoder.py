@@ -232,6 +232,10 @@ def with_remat(
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
+_DENSE = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
+
+
 def of_products(primitive: Any, *operands: Any, **params: Any) -> bool:
     """Return whether a value is the result of a matrix product, or of attention.
 
@@ -242,10 +246,6 @@ def of_products(primitive: Any, *operands: Any, **params: Any) -> bool:
         or _DENSE(primitive, *operands, **params)
         or _ATTENTION(primitive, *operands, **params)
     )
-
-
-_DENSE = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-_ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
 
 
 def not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -29,9 +29,10 @@ SMOL = DecoderConfig(
 )
 PARAMETERS = 134_515_008
 DEFAULT = Pass(SMOL, rows=64, tokens=1024)
+PLAIN = OptimConfig()
 
 
-def chosen(room_gib, *, of=DEFAULT, optim=OptimConfig(), trained=PARAMETERS):  # noqa: B008
+def chosen(room_gib, *, of=DEFAULT, optim=PLAIN, trained=PARAMETERS):
     choices = update_choices(of, optim)
     return first_that_fits(choices, lambda c: of.update(c, trained), room_gib * GIB)
 
