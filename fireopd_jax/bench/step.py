@@ -35,6 +35,7 @@ from fireopd_jax.bench.step_report import (
     protocol,
     ratio_to_trl,
     seconds_of,
+    us_per_token,
     usable_cores,
 )
 from fireopd_jax.bench.step_stages import (
@@ -54,6 +55,7 @@ from fireopd_jax.bench.workload import (
     Workload,
     equal,
     ragged,
+    to_fill,
 )
 from fireopd_jax.config import UserError, nearest
 from fireopd_jax.models.architecture import DecoderConfig
@@ -114,6 +116,7 @@ class Options:
     model: str = "small"
     lengths: str = "equal"
     rows: int | None = None
+    fill: float | None = None
     layout: str = "packed"
     student_scores: str | None = None
     compare: str | None = None
@@ -132,13 +135,16 @@ class Options:
                 raise UserError(f"{option} {given}: {expected}")
         if self.rows is not None and self.rows < FEWEST:
             raise UserError(f"--rows: expected at least {FEWEST}, got {self.rows}")
+        if self.fill is not None and not 0 < self.fill <= 1:
+            raise UserError(f"--fill: expected a share above 0 and up to 1, got {self.fill}")
         if self.compare is not None:
             check_trl()
 
     def work(self) -> Workload:
         """Return the requests."""
         make, rows = WORKLOADS[self.lengths]
-        return make(rows if self.rows is None else self.rows)
+        work = make(rows if self.rows is None else self.rows)
+        return work if self.fill is None else to_fill(work, self.fill)
 
     def __str__(self) -> str:
         """Return the options that were given, as on the command line."""
@@ -197,6 +203,7 @@ def bench_step(
         **{key: value for key, value in rows[0].items() if key != "seconds"},
         "ratio_to_trl": ratio_to_trl(rows[0], trl, clock),
         "packed_to_padded": packed_to_padded(rows, clock),
+        "us_per_token": us_per_token(rows[0], work, clock),
         "layouts": rows,
         "trl": trl,
     }

@@ -107,11 +107,18 @@ def packed_to_padded(rows: list[Row], clock: str) -> float | None:
     """Return the time of score and update of packed rows over that of padded ones, if both ran."""
     if len(rows) < 2:
         return None
-    packed, padded = (
-        sum(each[f"{clock}_seconds"] for each in row["stages"] if each["stage"] != "rollout")
-        for row in rows
-    )
+    packed, padded = (_learning_seconds(row, clock) for row in rows)
     return packed / padded
+
+
+def us_per_token(row: Row, work: Workload, clock: str) -> float:
+    """Return the microseconds of score and update for each token of prompts and responses."""
+    return 1e6 * _learning_seconds(row, clock) / (int(work.length.sum()) + work.tokens)
+
+
+def _learning_seconds(row: Row, clock: str) -> float:
+    stages = (each for each in row["stages"] if each["stage"] != "rollout")
+    return sum(each[f"{clock}_seconds"] for each in stages)
 
 
 def protocol(row: Row, work: Workload) -> Row:
@@ -149,6 +156,7 @@ def print_tables(result: Row) -> None:
             f"TRL GKD, {each['threads']} threads: {each['cpu_seconds']:.3f} CPU s, "
             f"{each['wall_seconds']:.3f} s, peak {each['peak_rss_mib']:.0f} MiB"
         )
+    console.print(f"score + update: {result['us_per_token']:.0f} us a token")
     for name, key in (("TRL", "ratio_to_trl"), ("packed to padded score + update", None)):
         value = result[key or "packed_to_padded"]
         if value is not None:

@@ -107,6 +107,33 @@ def equal(rows: int = 8, width: int = 32, room: int = 128) -> Workload:
     return Workload("equal", prompt, np.full(rows, width, np.int32), np.full(rows, room, np.int32))
 
 
+def to_fill(work: Workload, fill: float) -> Workload:
+    """Return the workload with shorter or longer rows: `fill` of its padded tokens are real.
+
+    All lengths are multiplied by one factor, up to the width of the prompts and the longest
+    response; the longest row is of that length, so that padded rows remain as wide.
+    """
+    width, room = work.prompt.shape[1], work.room
+
+    def scaled(factor: float) -> tuple[np.ndarray, np.ndarray]:
+        length, response = (
+            np.round(factor * each).clip(1, most).astype(np.int32)
+            for each, most in ((work.length, width), (work.response, room))
+        )
+        longest = work.response.argmax()
+        length[longest], response[longest] = width, room
+        return length, response
+
+    least, most = 0.0, float(max(width, room))
+    for _ in range(50):
+        factor = (least + most) / 2
+        real = sum(int(each.sum()) for each in scaled(factor))
+        few = real < fill * len(work.length) * (width + room)
+        least, most = (factor, most) if few else (least, factor)
+    length, response = scaled(most)
+    return Workload(work.name, work.prompt, length, response)
+
+
 def workloads(name: str, slots: int) -> list[Workload]:
     """Return the workloads of a model; a large one has four requests per slot."""
     if name == "small":

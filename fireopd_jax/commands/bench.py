@@ -130,6 +130,10 @@ def bench_step(
     rows: Annotated[
         int | None, typer.Option(help="Responses of a step, 5 or more; by default 8, 64 or 256.")
     ] = None,
+    fill: Annotated[
+        float | None,
+        typer.Option(help="Real tokens over padded ones, by scaling the lengths; 0.1, say."),
+    ] = None,
     layout: Annotated[
         str, typer.Option(help="Rows in score and update: packed, padded, or both, interleaved.")
     ] = "packed",
@@ -155,7 +159,7 @@ def bench_step(
         limit_cores(threads)
     from fireopd_jax.bench.step import Options, bench_step
 
-    options = Options(model, lengths, rows, layout, student_scores, compare)
+    options = Options(model, lengths, rows, fill, layout, student_scores, compare)
     bench_step(options, rounds, file, result_line=result_line)
 
 

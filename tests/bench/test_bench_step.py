@@ -70,6 +70,8 @@ def test_the_last_line_is_the_protocols_and_decoded_scores_cost_nothing(
     assert result["workload"]["response_tokens"] == 16
     assert result["workload"]["fill"] == pytest.approx((36 + 16) / (6 * 11))
     check_stages(result)
+    learning = sum(each["cpu_seconds"] for each in result["stages"][1:])
+    assert result["us_per_token"] == pytest.approx(1e6 * learning / (36 + 16))
     own = result["stages"][1]
     assert own["flops"] == own["floor_seconds"] == own["scratch_mib"] == 0
     word, _, line = capsys.readouterr().out.strip().splitlines()[-1].partition(" ")
@@ -115,6 +117,18 @@ def test_work_counts_what_a_row_cannot_do_without():
     assert work.flops(LanguageModel(STUDENT, 512)) == flops
 
 
+@pytest.mark.parametrize("fill", [0.1, 0.35, 1.0])
+def test_lengths_are_scaled_to_a_fill_and_rows_remain_as_wide(fill):
+    drawn = bench.heavy_tailed(64)
+    work = bench.Options(lengths="heavy-tailed", rows=64, fill=fill).work()
+    assert bench.describe(work)["fill"] == pytest.approx(fill, abs=0.005)
+    assert work.room == drawn.room and work.prompt.shape == drawn.prompt.shape
+    assert work.length.min() >= 1 and work.response.min() >= 1
+    if fill < 1:
+        shorter = drawn.response.argsort()
+        assert (np.diff(work.response[shorter]) >= 0).all() and len(set(work.response)) > 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -123,6 +137,7 @@ def test_work_counts_what_a_row_cannot_do_without():
         (("--layout", "rows"), "--layout rows: expected packed, padded, both"),
         (("--student-scores", "x"), "--student-scores x: expected decode, forward"),
         (("--rows", "4"), "--rows: expected at least 5, got 4"),
+        (("--fill", "0"), "--fill: expected a share above 0 and up to 1, got 0.0"),
         (("--compare", "verl"), "--compare verl: expected trl"),
     ],
 )
