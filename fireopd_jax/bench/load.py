@@ -12,7 +12,6 @@ for loaded parameters. Where new pages are expensive the two differ much.
 import dataclasses
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from fireopd_jax.models.hf_load import load, open_folder, read_config
 from fireopd_jax.models.language_model import LanguageModel, Params
 from fireopd_jax.recipe.optim import OptimConfig
 from fireopd_jax.runtime.compilation import compile_cache
+from fireopd_jax.runtime.memory import resident_bytes
 from fireopd_jax.training.optimizer import make_optimizer
 from fireopd_jax.training.state import init_state
 from fireopd_jax.training.update import make_update
@@ -155,20 +155,6 @@ def measure(folder: Path, dtype: str | None) -> Row:
 def on_host(params: Params) -> bool:
     """Return whether the parameters themselves are in the memory of the process."""
     return all(d.platform == "cpu" for leaf in jax.tree.leaves(params) for d in leaf.devices())
-
-
-def resident_bytes(key: str, process: str = "self") -> int:
-    """Return a process's resident memory in bytes, now (VmRSS) or at its peak (VmHWM).
-
-    Where the system does not tell: the peak of this process, or the largest of its ended children.
-    """
-    status = Path(f"/proc/{process}/status")
-    if status.is_file():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        return int(lines[key].split()[0]) * 1024
-    who = resource.RUSAGE_SELF if process == "self" else resource.RUSAGE_CHILDREN
-    largest = resource.getrusage(who).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024
 
 
 def load_row(rounds: list[Row]) -> Row:

@@ -27,7 +27,6 @@ from fireopd_jax.bench.floor import (
     pass_floor,
 )
 from fireopd_jax.bench.head import MIB, write_whole
-from fireopd_jax.bench.load import resident_bytes
 from fireopd_jax.bench.step_report import (
     layout_row,
     packed_to_padded,
@@ -63,6 +62,7 @@ from fireopd_jax.models.language_model import Params
 from fireopd_jax.models.work import Work
 from fireopd_jax.rollout.state import Shape
 from fireopd_jax.runtime.compilation import release_after_compilations
+from fireopd_jax.runtime.memory import resident_bytes
 from fireopd_jax.session.setup import Setup
 
 Row = dict[str, Any]

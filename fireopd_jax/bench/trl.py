@@ -21,7 +21,6 @@ from typing import IO, Any
 import jax
 
 from fireopd_jax.bench.head import MIB
-from fireopd_jax.bench.load import resident_bytes
 from fireopd_jax.bench.step_report import usable_cores
 from fireopd_jax.bench.trl_process import STEP
 from fireopd_jax.bench.workload import Workload
@@ -29,6 +28,7 @@ from fireopd_jax.config import UserError
 from fireopd_jax.models.hf_config import hf_config_json
 from fireopd_jax.models.hf_export import MAX_SHARD_BYTES, write_json, write_weights
 from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.runtime.memory import resident_bytes
 from fireopd_jax.session.setup import Setup
 
 THREADS = (1, 2)

@@ -83,6 +83,8 @@ def _print(made: Any) -> None:
         parts = ", ".join(f"{name} {seconds:.3g}" for name, seconds in made.seconds.items())
         say(f"a step: about {sum(made.seconds.values()):.3g} s ({parts}), if {'; '.join(ASSUMED)}")
     say(f"{len(made.programs)} programs, compiled in {made.compiled_s:.0f} s")
+    if made.process_bytes is not None:
+        say(f"the whole process, with libraries and the compiler: about {size(made.process_bytes)}")
     share = f"{made.largest} needs {size(made.programs[made.largest].peak)} of {size(made.memory)}"
     smaller = "" if made.fits else f"; expected a smaller {keys_of(made.largest)}, or more fsdp"
     say(f"{made.verdict}: {share}{smaller}")

@@ -219,7 +219,7 @@ VERL = {
     "resume_from_path": "run.dir",
     "n_gpus_per_node": "all devices are used; their axes are mesh.data, fsdp and tensor",
     "nnodes": "all devices are used; their axes are mesh.data, fsdp and tensor",
-    "param_offload": "weights stay on the device; a smaller optim.micro_batch_tokens saves memory",
+    "param_offload": "a frozen teacher's weights wait on the host with teachers.NAME.offload=true",
     "optimizer_offload": "weights stay on the device; optim.moment_dtype=bfloat16 saves memory",
     "custom_reward_function": "data.grader",
     "reward_manager": "data.grader",

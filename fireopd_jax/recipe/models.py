@@ -55,6 +55,11 @@ class ModelConfig(Section):
         """Whether the model scores with its EOS swapped with the student's."""
         return False
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether the parameters are on the devices only while a program needs them."""
+        return False
+
     def without_effect(self) -> Iterator[tuple[str, str]]:
         """Yield keys that `path` overrides, or that need it: tokenizer and dtypes."""
         if self.path is not None:
@@ -89,6 +94,9 @@ class TeacherConfig(ModelConfig):
     ids must be the student's where a method needs log-probabilities."""
     quantize: Quantize | None = None
     """Store the kernels of its layers in eight bits, after `sft` if any; null keeps their dtype."""
+    offload: bool = False
+    """Keep the parameters in the host's memory, on the devices only while they score, write or are
+    graded: room for rollouts and updates, for the time of a copy each step."""
     eos_alias: bool = False
     """For a teacher whose EOS token differs from the student's: its probability of its own EOS is
     used for the student's EOS, and vice versa."""
@@ -97,6 +105,11 @@ class TeacherConfig(ModelConfig):
     def swaps_eos(self) -> bool:
         """Whether the teacher scores with its EOS swapped with the student's."""
         return self.eos_alias
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the parameters are on the devices only while a program needs them."""
+        return self.offload
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         """Yield the keys of a model on this machine where the teacher is served."""
@@ -107,4 +120,5 @@ class TeacherConfig(ModelConfig):
                      "ignore_config_keys"):  # fmt: skip
             yield name, "with served"
         yield "quantize", "with served"
+        yield "offload", "with served"
         yield "eos_alias", "with served"

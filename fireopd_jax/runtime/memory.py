@@ -7,6 +7,8 @@ import ctypes
 import dataclasses
 import functools
 import os
+import resource
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,20 @@ def device_memory(devices: Sequence[Any]) -> Memory:
         return Memory(stats["bytes_limit"], stats["bytes_limit"])
     machine = machine_memory()
     return Memory(machine.free // len(own), machine.total // len(own))
+
+
+def resident_bytes(key: str, process: str = "self") -> int:
+    """Return a process's resident memory in bytes, now (VmRSS) or at its peak (VmHWM).
+
+    Where the system does not tell: the peak of this process, or the largest of its ended children.
+    """
+    status = Path(f"/proc/{process}/status")
+    if status.is_file():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        return int(lines[key].split()[0]) * 1024
+    who = resource.RUSAGE_SELF if process == "self" else resource.RUSAGE_CHILDREN
+    largest = resource.getrusage(who).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
 
 
 def release_freed() -> None:

@@ -22,6 +22,7 @@ from fireopd_jax.models.quantized import quantize_params
 from fireopd_jax.rollout.sampling import seed_for
 from fireopd_jax.runs.checkpoints import restore_params
 from fireopd_jax.session.specs import ModelSpec
+from fireopd_jax.sharding.offload import in_host_memory
 from fireopd_jax.types import Array
 
 Place = Sharding | Placement
@@ -85,6 +86,11 @@ def load_own(folder: Path, spec: ModelSpec, place: Place) -> Params:
     params = restore_params(folder, abstract_params(stored, place))
     refuse_nonfinite(folder, params)
     return quantized(spec, params, place) if spec.stored is None else params
+
+
+def waiting(spec: ModelSpec, params: Params) -> Params:
+    """Return the parameters of a frozen model where they wait: on the devices, or offloaded."""
+    return in_host_memory(params) if spec.config.offloaded else params
 
 
 def refuse_nonfinite(folder: Path, params: Params) -> None:

@@ -30,6 +30,7 @@ from fireopd_jax.session.eval_sets import OpenSet
 from fireopd_jax.session.setup import Setup
 from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.sharding.mesh import by_rows, replicate, shard_rows
+from fireopd_jax.sharding.offload import on_devices
 from fireopd_jax.terminal.progress import progress
 from fireopd_jax.text.chat import decode
 from fireopd_jax.types import Array, Prompts, Rollout
@@ -86,7 +87,7 @@ class Session:
         # Replicated like the training state's counter: another sharding would compile again.
         mesh = self.setup.mesh
         counter = replicate(mesh, jnp.int32(0) if version is None else version)
-        asked = shard_rows(mesh, prompts)
+        asked, params = shard_rows(mesh, prompts), on_devices(params)
         drawn = self.sampler(spec, max_tokens)(params, student_side(asked), sampling, counter)
         return dataclasses.replace(drawn, prompts=asked, policy=drawn.policy if policy else None)
 

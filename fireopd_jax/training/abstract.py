@@ -51,6 +51,11 @@ def abstract_state(begin: Callable[[Params], TrainState], params: Params) -> Tra
     return placed(jax.eval_shape(begin, params), Placement(mesh_of(params)))
 
 
+def staying(models: Sequence[ModelSpec], place: Placement) -> list[Params]:
+    """Return the shapes of those models that are on the devices throughout: not offloaded."""
+    return [abstract_params(each.model, place) for each in models if not each.config.offloaded]
+
+
 def mesh_of(params: Params) -> Mesh:
     """Return the mesh that parameters, or their shapes, lie on."""
     return jax.tree.leaves(params)[0].sharding.mesh
@@ -144,18 +149,23 @@ class MethodShapes:
         return student, [student if state.average is None else merged(state.average)], state
 
     def resident(self, programs: Programs) -> int:
-        """Return the bytes of all parameters and states that are in memory in a step."""
+        """Return the bytes of all parameters and states that are in memory throughout a step."""
         student, _, state = self._of_step(programs)
         place = Placement(self.setup.mesh)
         held = self.adapted is not None or self.method.teacher.at_start or self.base is not None
-        teachers = [abstract_params(each.model, place) for each in self.setup.teachers]
         parts = [
             state,
-            teachers,
+            *staying(self.setup.teachers, place),
             *([student] if self.adapted else []),
             *([self.start] if held else []),
         ]
         return nbytes(parts)
+
+    @property
+    def offloaded(self) -> list[Params | None]:
+        """The teachers that are on the devices for a score only, None in place of others."""
+        pairs = zip(self.setup.teachers, self.teachers, strict=False)
+        return [params if spec.config.offloaded else None for spec, params in pairs]
 
     def draw(self, programs: Programs) -> tuple[Any, ...]:
         """Return the inputs of the sampler with rows in flight."""

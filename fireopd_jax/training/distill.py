@@ -32,10 +32,12 @@ from fireopd_jax.runtime.compilation import CompileCounter
 from fireopd_jax.runtime.signals import Interrupted
 from fireopd_jax.session.contexts import teacher_specs
 from fireopd_jax.session.host import Policies
-from fireopd_jax.session.parameters import placed
+from fireopd_jax.session.parameters import placed, waiting
 from fireopd_jax.session.refining import host_stages
 from fireopd_jax.session.session import Session
+from fireopd_jax.session.specs import ModelSpec
 from fireopd_jax.sharding.mesh import by_rows, replicate, shard_rows
+from fireopd_jax.sharding.offload import on_devices
 from fireopd_jax.terminal.progress import progress
 from fireopd_jax.terminal.working import LONG_S, working
 from fireopd_jax.training.evaluations import StepEvaluations
@@ -69,7 +71,7 @@ class Distillation:
         self.teachers: Sequence[Params] = teachers if method.teacher.resident else ()
         self.specs = teacher_specs(setup, method)
         self.scorers = [
-            spec.scoring(setup.student).exchanged(params)
+            self._scorer(spec, params)
             for spec, params in zip(self.specs, self.teachers, strict=not method.teacher.own)
         ]
         """Parameters of frozen teachers, with EOS rows swapped where an alias asks for it."""
@@ -181,6 +183,13 @@ class Distillation:
         report.guard.end(int(state.updates), int(state.skipped))
         return self.programs.merged_params(self.adapted, state.params)
 
+    def _scorer(self, spec: ModelSpec, params: Params) -> Params:
+        """Return the parameters that a frozen teacher scores with, where they wait."""
+        model = spec.scoring(self.session.setup.student)
+        if model.exchange is None:
+            return params
+        return waiting(spec, model.exchanged(on_devices(params)))
+
     def _begin(self) -> tuple[int, TrainState]:
         """Return steps done and state: of the newest checkpoint, else of the start parameters."""
         run = self.config.run
@@ -262,7 +271,7 @@ class Distillation:
         with self.clock.stage("score") as ready:
             scored = self.programs.score(
                 policies.student,
-                self.scorers or list(policies.teachers),
+                [on_devices(params) for params in self.scorers or policies.teachers],
                 rollout,
                 self.temperature,
                 state.updates,
@@ -277,7 +286,7 @@ class Distillation:
         judge = self.method.loss.judge(self.scorers or teachers, self.base)
         if judge is not None and self.moving:  # its buffers are donated with the state
             judge = jax.tree.map(jnp.copy, judge)
-        return judge
+        return judge if judge is None else on_devices(judge)
 
     def update(
         self, judge: Params | None, state: TrainState, scored: Assembled

@@ -23,7 +23,8 @@ from fireopd_jax.recipe.models import ModelConfig
 from fireopd_jax.recipe.schema import Config, methods
 from fireopd_jax.rollout.meshes import replica_count
 from fireopd_jax.rollout.state import Shape
-from fireopd_jax.runtime.memory import Memory
+from fireopd_jax.runtime.compilation import release_after_compilations
+from fireopd_jax.runtime.memory import Memory, release_freed, resident_bytes
 from fireopd_jax.runtime.target import made_for
 from fireopd_jax.runtime.topologies import Chip, Topology
 from fireopd_jax.session.outline import outlined
@@ -98,6 +99,8 @@ class Forecast:
     """Tokens of the largest `optim.micro_batch_tokens` that fits; None for padded rows."""
     seconds: Mapping[str, float] | None
     """Of a step by stage; None where the speed of the devices is not known."""
+    process_bytes: int | None
+    """On a CPU, what the whole process takes at its peak; None elsewhere."""
     notes: tuple[str, ...]
     compiled_s: float
 
@@ -125,6 +128,7 @@ def forecast(
     Raises UserError for what a run would refuse: a mesh, a batch or a model that does not fit.
     """
     begun = time.monotonic()
+    release_after_compilations()  # as a run does
     with made_for(topology.devices):
         given, (config, notes) = config, outlined(config)
         setup = set_up(config, devices=topology.devices)
@@ -155,9 +159,22 @@ def forecast(
             choices=plan.choices,
             largest_tokens=largest,
             seconds=topology.chip and step_seconds(setup, topology.chip, plan.choices["optim"]),
+            process_bytes=process_bytes(setup.mesh.size * max(peaks.values()))
+            if topology.devices[0].platform == "cpu"
+            else None,
             notes=tuple(notes),
             compiled_s=time.monotonic() - begun,
         )
+
+
+def process_bytes(arrays: int) -> int:
+    """Return the peak of a process that runs what this one has compiled, with so many bytes.
+
+    This one has loaded the same libraries and compiled the same programs, and has no arrays. A run
+    compiles before it has most of them.
+    """
+    release_freed()
+    return max(resident_bytes("VmHWM"), resident_bytes("VmRSS") + arrays)
 
 
 def largest_update(plan: Plan, log: Callable[[str], object]) -> int | None:

@@ -35,6 +35,7 @@ from fireopd_jax.training.abstract import (
     abstract_state,
     nbytes,
     sampler_inputs,
+    staying,
 )
 from fireopd_jax.training.ahead import Ahead, Need, gib, too_large
 from fireopd_jax.training.fitting import (
@@ -234,7 +235,7 @@ class Plan:
                 self.ahead.add(f"init of {spec.name}", program, key)
             if not made and spec.config.sft is not None:
                 self._add_sft(spec, spec.config.sft, held)
-            held += nbytes(abstract_params(spec.model, place))
+            held += nbytes(staying([spec], place))
 
     def _add_sft(self, spec: ModelSpec, sft: SftConfig, held: int) -> None:
         """Add the supervised training of a model; `held` are the bytes of the models before it."""
@@ -295,7 +296,11 @@ class Plan:
         first = programs(Choice(), Choice())
         resident = shapes.resident(first)
         count = parameter_count(shapes.state(first).params) // setup.mesh.shape["fsdp"]
-        self._resident |= {f"score of {name}": resident, f"update of {name}": resident}
+        judge = method.loss.judge(shapes.offloaded, None)
+        self._resident |= {
+            f"score of {name}": resident + nbytes(shapes.offloaded),
+            f"update of {name}": resident + nbytes(judge),
+        }
         score = self._fit(
             f"score of {name}",
             "method.score",
@@ -339,11 +344,13 @@ class Plan:
         if config.eval.problems or copied:
             models += setup.teachers
         params = {spec.name: abstract_params(spec.model, place) for spec in models}
-        held = sum(nbytes(abstract_params(each.model, place)) for each in setup.teachers)
+        held = nbytes(staying(setup.teachers, place))
         states = [size for name, size in self._resident.items() if name.startswith("update")]
         for spec in models:
             name = f"rollout of {spec.name}"
-            self._resident[name] = max([held + nbytes(params[setup.student.name]), *states])
+            fetched = nbytes(params[spec.name]) if spec.config.offloaded else 0
+            begun = held + nbytes(params[setup.student.name])
+            self._resident[name] = fetched + max([begun, *states])
             own = spec is setup.student and config.rollout.overprovision > 0
             batches = [] if own else [(config.rollout.batch_size, setup.encoded, None)]
             if config.eval.problems:

@@ -49,6 +49,7 @@ from fireopd_jax.session.identity import (
     check_templates,
     recorded_templates,
 )
+from fireopd_jax.session.parameters import waiting
 from fireopd_jax.session.served import check_served
 from fireopd_jax.session.session import Figures, Session
 from fireopd_jax.session.setup import Setup
@@ -214,7 +215,10 @@ def _prepare(session: Session, plan: Plan) -> tuple[list[Params], StudentStart, 
     Programs are compared with the memory of the device before the first evaluation.
     """
     setup = session.setup
-    teachers = [make_teacher(session, index, plan.ready) for index in range(len(setup.teachers))]
+    teachers = [
+        waiting(spec, make_teacher(session, index, plan.ready))
+        for index, spec in enumerate(setup.teachers)
+    ]
     start = StudentStart(session, teachers, plan.ready)
     if not start.finished:
         start.read()

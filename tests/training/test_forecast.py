@@ -15,6 +15,7 @@ from fireopd_jax.models.architecture import DecoderConfig
 from fireopd_jax.models.hf_export import export_model
 from fireopd_jax.models.placement import Placement
 from fireopd_jax.recipe.schema import load_config
+from fireopd_jax.runtime.memory import resident_bytes
 from fireopd_jax.runtime.topologies import CHIPS, Topology, find_topology
 from fireopd_jax.session.outline import outlined
 from fireopd_jax.session.parameters import load_or_make
@@ -100,6 +101,8 @@ def test_programs_have_memory_and_collectives(planned):
     assert planned.largest_tokens >= planned.choices["optim"].micro_batch_tokens / 2
     written = json.loads(json.dumps(as_json(planned)))
     assert written["verdict"] == "fits" and written["seconds"] is None
+    arrays = planned.devices * max(each.peak for each in planned.programs.values())
+    assert written["process_bytes"] > resident_bytes("VmRSS") / 2 + arrays
     assert written["programs"]["update of student"]["collectives"]["all-gather"]["bytes"] > 0
 
 
@@ -156,7 +159,7 @@ def test_devices_are_planned_without_them(topology):
     config = load_config([*ABSENT, "mesh.fsdp=4"])
     found = find_topology(topology)
     made = forecast(config, found)
-    assert made.devices == len(found.devices) and made.fits
+    assert made.devices == len(found.devices) and made.fits and made.process_bytes is None
     assert made.seconds is not None and all(np.isfinite(s) for s in made.seconds.values())
     assert made.models["student"].bytes_per_device < made.models["student"].bytes
     assert "all-gather" in made.programs["update of student"].collectives
