@@ -30,14 +30,19 @@ class Course:
     """Mean over the first steps."""
     now: float = 0.0
     """Exponential moving mean."""
+    first: float = 0.0
+    """Value of the first step."""
     last: float = 0.0
     """Value of the newest step."""
+    previous: float = 0.0
+    """Value of the step before it."""
 
     def add(self, value: float | int) -> None:
         """Add the value of a step; values that are not finite are ignored."""
         if not math.isfinite(value):
             return
-        self.steps, self.last = self.steps + 1, value
+        self.first = self.first if self.steps else value
+        self.steps, self.last, self.previous = self.steps + 1, value, self.last
         if self.steps <= FIRST:
             self.start += (value - self.start) / self.steps
         self.now = value if self.steps == 1 else DECAY * self.now + (1 - DECAY) * value
@@ -132,6 +137,22 @@ def _collapsing(get: Get) -> str | None:
             f"responses collapse in length, {length.start:.0f} to {length.last:.0f} tokens: read "
             "completions/; lower optim.learning_rate, and where the teacher is terse, give each "
             "token the same weight with method.aggregate=token"
+        )
+    return None
+
+
+def _leaving(get: Get) -> str | None:
+    names = "completions/mean_length", "completions/clipped_ratio", "distill/reverse_kl"
+    length, cut, gap = (get(name) for name in names)
+    if length.steps < EARLY or cut.start > 0.5:
+        return None
+    shorter = max(length.last, length.previous) < 0.5 * length.first
+    if shorter and min(gap.last, gap.previous) > 1.5 * gap.first > 0:
+        return (
+            f"responses shrink, {length.first:.0f} to {length.last:.0f} tokens, while the "
+            f"divergence of a token grows, {gap.first:.2f} to {gap.last:.2f} nats: the student "
+            "leaves what it could write and does not come nearer to the teacher; train it first "
+            "on responses of the task (student.sft), or lower optim.learning_rate"
         )
     return None
 
@@ -265,6 +286,7 @@ RULES: dict[str, Callable[[Get], str | None]] = {
     "looping": _looping,
     "always cut": _always_cut,
     "collapsing": _collapsing,
+    "leaving": _leaving,
     "empty": _empty,
     "equal": _equal,
     "still": _still,

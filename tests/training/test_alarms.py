@@ -37,6 +37,10 @@ COURSES = {
     ),
     "always cut": ({"completions/clipped_ratio": (1.0, 1.0)}, "rollout.max_tokens"),
     "collapsing": ({"completions/mean_length": (100.0, 3.0)}, "completions/"),
+    "leaving": (
+        {"completions/mean_length": (100.0, 45.0), "distill/reverse_kl": (0.5, 1.2)},
+        "student.sft",
+    ),
     "empty": ({"completions/mean_length": (1.0, 1.0)}, "student.chat_template"),
     "equal": (
         {"distill/reverse_kl": (0.0, 0.0), "distill/log_ratio_max": (0.0, 0.0)},
@@ -83,6 +87,7 @@ def test_each_rule_rings_once_and_names_what_to_do(name):
         {"completions/clipped_ratio": (0.9, 0.9)},
         {"completions/clipped_ratio": (1.0, 0.1), "completions/mean_length": (500.0, 30.0)},
         {"completions/mean_length": (100.0, 45.0)},
+        {"completions/mean_length": (100.0, 45.0), "distill/reverse_kl": (0.5, 0.2)},
         # Answers of one letter, cut by their limit of one token.
         {"completions/mean_length": (2.0, 2.0)},
         # A converged student, and one whose entropy falls with a teacher that has none.
@@ -108,6 +113,23 @@ def test_short_runs_are_long_enough():
     lengths = [100.0] * 10 + [2.0] * 10
     lines = [x for n in lengths for x in alarms.check(CALM | {"completions/mean_length": n})]
     assert len(lines) == 1 and "100 to 2 tokens" in lines[0]
+
+
+def test_five_steps_without_a_cold_start_are_enough():
+    """A student that answers in prose, by adapters at a learning rate of 1e-3."""
+    alarms, lines = Alarms(), []
+    for length, gap in ((37, 0.6), (29, 0.7), (20, 0.9), (13, 1.1), (9, 1.2)):
+        values = {"completions/mean_length": float(length), "distill/reverse_kl": gap}
+        lines += alarms.check(CALM | values)
+    assert len(lines) == 1 and "37 to 9 tokens" in lines[0] and "0.60 to 1.20 nats" in lines[0]
+
+
+def test_one_short_step_is_no_departure():
+    alarms = Alarms()
+    courses = [(100.0, 0.5)] * 6 + [(30.0, 1.5)] + [(100.0, 0.5)] * 6
+    for length, gap in courses:
+        values = {"completions/mean_length": length, "distill/reverse_kl": gap}
+        assert list(alarms.check(CALM | values)) == []
 
 
 def test_one_step_of_a_collapse_is_none():
