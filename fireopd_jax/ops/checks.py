@@ -107,8 +107,8 @@ def check_valid(valid: int | None, rows: int) -> int:
     return columns
 
 
-def check_sharding(sharding: HeadSharding | None, rows: int) -> None:
-    """Raise ValueError for unknown or doubly used mesh axes, or an indivisible vocabulary."""
+def check_sharding(sharding: HeadSharding | None) -> None:
+    """Raise ValueError for unknown or doubly used mesh axes."""
     if sharding is None:
         return
     for axis in (*sharding.tokens, *filter(None, [sharding.vocabulary])):
@@ -119,10 +119,4 @@ def check_sharding(sharding: HeadSharding | None, rows: int) -> None:
     if sharding.vocabulary in sharding.tokens:
         raise ValueError(
             f"sharding: axis {sharding.vocabulary!r} shards both tokens and vocabulary"
-        )
-    shards = sharding.vocabulary_shards
-    if rows % shards:
-        raise ValueError(
-            f"head has {rows} token ids, not divisible by the {shards} shards of axis "
-            f"{sharding.vocabulary!r}; pad it to {rows + -rows % shards} and pass valid={rows}"
         )

@@ -10,7 +10,6 @@ on every platform, has no array of size [N, V]. No gradient reaches the teacher.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from fireopd_jax.ops.blocks import default_chunk
 from fireopd_jax.ops.checks import check_pair, check_sharding, check_valid
 from fireopd_jax.ops.dispatch import PLAIN
 from fireopd_jax.ops.formulas import AdaptiveKL, Divergence
-from fireopd_jax.ops.logits import HeadSettings, HeadSharding, dot, head_rows
+from fireopd_jax.ops.logits import HeadSettings, HeadSharding, dot, head_rows, with_rows
 from fireopd_jax.ops.partials import LOWEST
 from fireopd_jax.ops.reference import all_logits
 from fireopd_jax.types import Array
@@ -72,9 +71,8 @@ def head_divergence(
     affects that position only, and no gradient if the cotangent there is 0. Options as in
     `HeadOptions`; both heads have the same `head_layout`.
 
-    Raises TypeError or ValueError for arguments that do not fit, for sharding with `reference`, and
-    for a sharded vocabulary with heads of different sizes or with `adaptive_kl`. The divergences
-    and their references are in `formulas`.
+    Raises TypeError or ValueError for arguments that do not fit, and for sharding with `reference`.
+    The divergences and their references are in `formulas`.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         known = ", ".join(IMPLEMENTATIONS)
@@ -84,7 +82,11 @@ def head_divergence(
     transposed = head_layout == "dv"
     rows = head.shape[int(transposed)], teacher_head.shape[int(transposed)]
     shape = hidden.shape[:-1]
-    _check_sharding(divergence, sharding, rows, implementation)
+    check_sharding(sharding)
+    if sharding is not None and implementation == PLAIN:
+        raise ValueError(
+            f"implementation {PLAIN!r} computes full logits and does not support sharding"
+        )
     count = math.prod(shape)
     tokens = -(-count // (sharding.token_shards if sharding else 1))
     # Seven arrays (logits, log-probabilities, mixture, terms, slopes) exist for each chunk: smaller
@@ -100,36 +102,19 @@ def head_divergence(
     )
     pair = PairSettings(divergence, common, dataclasses.replace(common, softcap=teacher_softcap))
     scale = jnp.asarray(logit_scale, jnp.float32)
+    if sharding is not None and sharding.vocabulary is not None:
+        # A device compares the same token ids of both.
+        even = rows[0] + -rows[0] % sharding.vocabulary_shards
+        head, teacher_head = (with_rows(each, even, transposed) for each in (head, teacher_head))
     flat, of_teacher = _flat_padded(hidden, sharding), _flat_padded(teacher_hidden, sharding)
     operands = (flat, head, of_teacher, teacher_head, scale)
     values: Any = (_reference if implementation == PLAIN else _chunked)(*operands, pair)
     return values[:count].reshape(shape)
 
 
-def _check_sharding(
-    divergence: Divergence,
-    sharding: HeadSharding | None,
-    rows: tuple[int, int],
-    implementation: str | None,
-) -> None:
-    """Raise ValueError for a sharding that the heads, implementation or divergence exclude."""
-    for each in rows:
-        check_sharding(sharding, each)
-    if sharding is not None:
-        if implementation == PLAIN:
-            raise ValueError(
-                f"implementation {PLAIN!r} computes full logits and does not support sharding"
-            )
-        if sharding.vocabulary and (rows[0] != rows[1] or divergence.adaptive):
-            raise ValueError(
-                "a sharded vocabulary needs heads of one size, and does not support adaptive_kl, "
-                "whose threshold is computed from whole rows of logits"
-            )
-
-
 def _flat_padded(states: Array, sharding: HeadSharding | None) -> Array:
     flat = jnp.reshape(states, (-1, states.shape[-1]))
-    missing = -flat.shape[0] % (sharding.token_shards if sharding else 1)
+    missing = -flat.shape[0] % (sharding.token_multiple if sharding else 1)
     return jnp.pad(flat, ((0, missing), (0, 0))) if missing else flat
 
 
@@ -185,11 +170,11 @@ def _on_shards(run, operands: Operands, rest: tuple, pair: PairSettings):
         *_, limit, local_settings = fused.local_inputs(head, no_ids, no_ids, pair.student)
         teacher = dataclasses.replace(local_settings, softcap=pair.teacher.softcap)
         own = PairSettings(pair.divergence, local_settings, teacher)
-        axis = sharding.vocabulary if sharding else None
         operands = (hidden, head, teacher_hidden, teacher_head, scale)
-        found = run(operands, limit, own, axis, *rest, tokens=sharding.tokens if sharding else ())
+        found = run(operands, limit, own, sharding, *rest)
         if run is _backward:
-            return found[0], fused.sum_of_devices(found[1], width, settings)
+            d_hidden = fused.sum_of_columns(found[0], settings)
+            return d_hidden, fused.sum_of_devices(found[1], width, settings)
         return found
 
     if sharding is None:
@@ -197,17 +182,17 @@ def _on_shards(run, operands: Operands, rest: tuple, pair: PairSettings):
     by_token = fused.by_token(settings)
     of_head = fused.head_spec(settings)
     inputs = (by_token, of_head, by_token, of_head, P(), *(by_token for _ in rest))
-    outputs = (by_token, fused.head_spec(settings, width)) if run is _backward else by_token
+    d_head = fused.head_spec(settings, width)
+    outputs = (fused.own_tokens(settings), d_head) if run is _backward else by_token
     sharded = jax.shard_map(
         local, mesh=sharding.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
     )
     return sharded(*operands, *rest)
 
 
-def _forward(
-    operands: Operands, limit, pair: PairSettings, axis: str | None, *, tokens: Sequence[str]
-):
+def _forward(operands: Operands, limit, pair: PairSettings, sharding: HeadSharding | None):
     """Return the divergence [N], and the residuals: both log-sum-exps, sum a and w."""
+    axis = sharding.vocabulary if sharding else None
     zero = jnp.zeros(operands[0].shape[0], jnp.float32)
 
     def statistics(sums, first, width):
@@ -217,7 +202,9 @@ def _forward(
     start = (chunked.empty(zero.size), chunked.empty(zero.size))
     both = chunked.scan_chunks(statistics, start, pair.student, pair.student.chunk)
     normaliser = tuple(_merge_logsumexp(m, s, axis) for m, s, _ in both)
-    share = _adaptive_share(operands, normaliser, limit, pair) if pair.divergence.adaptive else zero
+    share = zero
+    if pair.divergence.adaptive:
+        share = _adaptive_share(operands, normaliser, limit, pair, axis)
 
     def terms(sums, first, width):
         (z, _, _), z_q = _chunk_logits(operands, first, width, limit, pair)
@@ -231,16 +218,16 @@ def _forward(
 
 
 def _backward(
-    operands: Operands, limit, pair: PairSettings, axis: str | None, saved, cotangent, *, tokens
+    operands: Operands, limit, pair: PairSettings, sharding: HeadSharding | None, saved, cotangent
 ) -> tuple[Array, Array]:
-    """Return d hidden, summed over the shards of the columns, and d head of the own tokens."""
+    """Return d hidden of a device's columns, and d head of its tokens."""
     hidden, head, *_ = operands
     normaliser, slopes, share = saved
     used = (cotangent != 0)[:, None]
     used_hidden = jnp.where(used, hidden, 0)
     operand = jnp.promote_types(hidden.dtype, head.dtype)
     # The sum over devices is in float32, so that d head is rounded once.
-    dtype = jnp.float32 if tokens else head.dtype
+    dtype = jnp.float32 if sharding and sharding.tokens else head.dtype
     settings = pair.student
 
     def step(carry, first, width):
@@ -258,10 +245,7 @@ def _backward(
         return d_hidden, d_head
 
     start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, dtype))
-    d_hidden, d_head = chunked.scan_chunks(step, start, settings, settings.chunk)
-    if axis:
-        d_hidden = lax.psum(d_hidden, axis)
-    return d_hidden, d_head
+    return chunked.scan_chunks(step, start, settings, settings.chunk)
 
 
 def _chunk_logits(operands: Operands, first, width: int, limit, pair: PairSettings):
@@ -300,25 +284,30 @@ def _terms(
 
 
 def _adaptive_share(
-    operands: Operands, normaliser, limit, pair: PairSettings
+    operands: Operands, normaliser, limit, pair: PairSettings, axis: str | None
 ) -> Float32[Array, " N"]:
     """Return w = sum_H |q - p| / sum_V |q - p| of each position.
 
-    The threshold of H needs whole rows of teacher logits, so it is computed for some rows at a
-    time.
+    The threshold of H needs whole rows of teacher logits, gathered over `axis`, so it is computed
+    for some rows at a time.
     """
     divergence, settings = pair.divergence, pair.teacher
     assert isinstance(divergence, AdaptiveKL)
     _, _, teacher_hidden, teacher_head, scale = operands
     count = teacher_hidden.shape[0]
     # As many whole rows as together have the elements of a chunk.
-    size = max(1, count * settings.chunk // settings.vocabulary)
+    shards = lax.axis_size(axis) if axis else 1
+    size = max(1, count * settings.chunk // (settings.vocabulary * shards))
     missing = -count % size
     blocks = jnp.pad(teacher_hidden, ((0, missing), (0, 0))).reshape(-1, size, operands[2].shape[1])
-    threshold = lax.map(
-        lambda block: divergence.head_threshold(all_logits(block, teacher_head, scale, settings)),
-        blocks,
-    ).reshape(-1)[:count]
+
+    def threshold_of(block: Array) -> Array:
+        z = all_logits(block, teacher_head, scale, settings)
+        if limit is not None:
+            z = jnp.where((jnp.arange(z.shape[1]) < limit)[None], z, -jnp.inf)
+        return divergence.head_threshold(lax.all_gather(z, axis, axis=1, tiled=True) if axis else z)
+
+    threshold = lax.map(threshold_of, blocks).reshape(-1)[:count]
 
     def gaps(sums, first, width):
         (z, _, _), z_q = _chunk_logits(operands, first, width, limit, pair)
@@ -329,7 +318,8 @@ def _adaptive_share(
         return sums[0] + inside.sum(axis=1), sums[1] + gap.sum(axis=1)
 
     zero = jnp.zeros(count, jnp.float32)
-    return _ratio(*chunked.scan_chunks(gaps, (zero, zero), pair.student, pair.student.chunk))
+    sums = chunked.scan_chunks(gaps, (zero, zero), pair.student, pair.student.chunk)
+    return _ratio(*(lax.psum(sums, axis) if axis else sums))
 
 
 def _ratio(part: Array, whole: Array) -> Array:

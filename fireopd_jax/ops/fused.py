@@ -109,9 +109,7 @@ def _gradients(forward, settings, residuals, cotangents):
         d_hidden, d_head = chunked.backward(
             hidden, head, ids, support_ids, scale, limit, local_settings, saved, cotangents, dtype
         )
-        if sharding and sharding.vocabulary:
-            d_hidden = lax.psum(d_hidden, sharding.vocabulary)
-        return d_hidden, sum_of_devices(d_head, axis, settings)
+        return sum_of_columns(d_hidden, settings), sum_of_devices(d_head, axis, settings)
 
     if sharding:
         tokens = by_token(settings)
@@ -119,7 +117,7 @@ def _gradients(forward, settings, residuals, cotangents):
             local,
             mesh=sharding.mesh,
             in_specs=(tokens, head_spec(settings), tokens, tokens, P(), tokens, tokens),
-            out_specs=(tokens, head_spec(settings, axis)),
+            out_specs=(own_tokens(settings), head_spec(settings, axis)),
             check_vma=False,
         )
     d_hidden, d_head = local(hidden, head, ids, support_ids, scale, saved, (*to_values, to_support))
@@ -169,6 +167,15 @@ def by_token(settings: HeadSettings) -> P:
     return P(settings.sharding.tokens)
 
 
+def own_tokens(settings: HeadSettings) -> P:
+    """Return the partition spec of the gradient of the states."""
+    sharding = settings.sharding
+    assert sharding is not None
+    if sharding.vocabulary is None or not sharding.own_tokens:
+        return P(sharding.tokens)
+    return P((*sharding.tokens, sharding.vocabulary))
+
+
 def width_axis(head: Array, settings: HeadSettings) -> str | None:
     """Return the mesh axis over which the width of a head's gradient lies; None if it does not."""
     sharding, width = settings.sharding, head.shape[int(not settings.transposed)]
@@ -185,9 +192,22 @@ def head_spec(settings: HeadSettings, width: str | None = None) -> P:
     return P(width, columns) if settings.transposed else P(columns, width)
 
 
+def sum_of_columns(d_hidden: Array, settings: HeadSettings) -> Array:
+    """Return the gradient of a device's tokens, summed over the shards of the columns."""
+    sharding = settings.sharding
+    if sharding is None or sharding.vocabulary is None:
+        return d_hidden
+    if sharding.own_tokens:
+        return lax.psum_scatter(d_hidden, sharding.vocabulary, scatter_dimension=0, tiled=True)
+    return lax.psum(d_hidden, sharding.vocabulary)
+
+
 def sum_of_devices(d_head: Array, axis: str | None, settings: HeadSettings) -> Array:
     """Return the gradient of a device's part of the head, summed over the shards of the tokens."""
-    others = settings.sharding.tokens if settings.sharding else ()
+    others: tuple[str, ...] = ()
+    if settings.sharding:
+        shape = settings.sharding.mesh.shape
+        others = tuple(name for name in settings.sharding.tokens if shape[name] > 1)
     if axis is not None:
         at = int(not settings.transposed)
         # Without the barrier libtpu's compiler fails where a loop adds up such sums.

@@ -29,7 +29,7 @@ from fireopd_jax.ops.checks import (
     check_valid,
 )
 from fireopd_jax.ops.dispatch import FORWARDS, IMPLEMENTATIONS, PLAIN, check_supported
-from fireopd_jax.ops.logits import HeadSettings, HeadSharding
+from fireopd_jax.ops.logits import HeadSettings, HeadSharding, with_rows
 from fireopd_jax.ops.partials import student_factor
 from fireopd_jax.types import Array, pytree
 
@@ -203,7 +203,7 @@ def _prepare(
     check_arrays(hidden, head, ids, support_ids, transposed)
     sharding = options.get("sharding")
     vocabulary = head.shape[int(transposed)]
-    check_sharding(sharding, vocabulary)
+    check_sharding(sharding)
     tokens = -(-ids.size // (sharding.token_shards if sharding else 1))
     width = hidden.shape[-1]
     settings = HeadSettings(
@@ -219,7 +219,9 @@ def _prepare(
         interpret=options.get("interpret", False),
     )
     scale = jnp.asarray(options.get("logit_scale", 1.0), jnp.float32)
-    flat = (_flat(hidden, ids, settings), jnp.asarray(head), _flat(ids, ids, settings))
+    shards = sharding.vocabulary_shards if sharding else 1
+    head = with_rows(jnp.asarray(head), vocabulary + -vocabulary % shards, transposed)
+    flat = (_flat(hidden, ids, settings), head, _flat(ids, ids, settings))
     inputs = (*flat, _flat(support_ids, ids, settings), scale)
     check_supported(settings, *flat[:2], support_ids.shape[-1])
     return inputs, settings
@@ -228,8 +230,8 @@ def _prepare(
 def _flat(array: Array, ids: Array, settings: HeadSettings) -> Array:
     """Return `array` with flattened leading axes, padded to a multiple of the token shards."""
     flat = jnp.reshape(array, (ids.size, *array.shape[ids.ndim :]))
-    shards = settings.sharding.token_shards if settings.sharding else 1
-    missing = -ids.size % shards
+    multiple = settings.sharding.token_multiple if settings.sharding else 1
+    missing = -ids.size % multiple
     return jnp.pad(flat, ((0, missing), *((0, 0) for _ in flat.shape[1:]))) if missing else flat
 
 

@@ -23,10 +23,13 @@ class HeadSharding:
     tokens: tuple[str, ...] = ()
     """Axes that shard the tokens."""
     vocabulary: str | None = None
-    """Axis that shards the columns of the head."""
+    """Axis that shards the columns of the head, padded where it does not divide them."""
     width: str | None = None
     """One of `tokens`: the axis over which the width of the head's gradient lies, if it divides it:
     the sum over the tokens is a reduce-scatter."""
+    own_tokens: bool = False
+    """Whether the caller's tokens are sharded over `vocabulary`, too: the sum of the gradient of
+    the states is a reduce-scatter."""
 
     @property
     def token_shards(self) -> int:
@@ -40,6 +43,11 @@ class HeadSharding:
     def vocabulary_shards(self) -> int:
         """Number of shards of the vocabulary."""
         return self.mesh.shape[self.vocabulary] if self.vocabulary else 1
+
+    @property
+    def token_multiple(self) -> int:
+        """What the number of tokens is padded to a multiple of."""
+        return self.token_shards * (self.vocabulary_shards if self.own_tokens else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +114,16 @@ def logits(
         return x * scale, scale
     capped = jnp.tanh(x / softcap)
     return softcap * capped * scale, scale * (1.0 - capped * capped)
+
+
+def with_rows(head: Array, rows: int, transposed: bool) -> Array:
+    """Return a head with so many token ids: cut off, or padded with zeros."""
+    axis, missing = int(transposed), rows - head.shape[int(transposed)]
+    if missing <= 0:
+        return lax.slice_in_dim(head, 0, rows, axis=axis) if missing else head
+    padding = [(0, 0), (0, 0)]
+    padding[axis] = (0, missing)
+    return jnp.pad(head, padding)
 
 
 def exists(ids: Int32[Array, "*N"], vocabulary: int | Array) -> Bool[Array, "*N"]:

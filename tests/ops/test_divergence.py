@@ -244,19 +244,25 @@ def test_a_broken_state_spoils_its_own_position(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    ("name", "shape", "rows", "more", "valid"),
     [
-        ("adaptive", (8, 1)),
-        ("gkd_jsd_0.1", (4, 2)),
-        ("reverse_kl", (1, 8)),
-        ("clipped forward_kl 0", (2, 4)),
+        ("adaptive", (8, 1), 24, 0, 22),
+        ("adaptive", (2, 4), 24, 0, 22),
+        ("adaptive", (4, 2), 21, 4, None),
+        ("gkd_jsd_0.1", (4, 2), 24, 0, 22),
+        ("reverse_kl", (1, 8), 24, 0, 22),
+        ("reverse_kl", (2, 4), 37, 3, None),  # neither divides; the teacher has more token ids
+        ("skewed_reverse_kl_0.1", (2, 4), 24, -3, None),  # the student has more
+        ("clipped forward_kl 0", (2, 4), 24, 0, 22),
     ],
 )
-def test_shards_equal_one_device(name, shape):
+def test_shards_equal_one_device(name, shape, rows, more, valid):
     mesh = jax.make_mesh(shape, ("data", "tensor"), (AxisType.Auto,) * 2)
-    inputs, cotangent = make_inputs(6, 24)
-    sharding = HeadSharding(mesh, ("data",), "tensor" if shape[1] > 1 else None)
-    check(name, inputs, cotangent, gradient_tolerance=2e-5, sharding=sharding, chunk=3, valid=22)
+    inputs, cotangent = make_inputs(6, rows, more=more)
+    columns = "tensor" if shape[1] > 1 else None
+    sharding = HeadSharding(mesh, ("data",), columns, own_tokens=shape[0] == 2)
+    options = {"chunk": 3} | ({} if valid is None else {"valid": valid})
+    check(name, inputs, cotangent, gradient_tolerance=2e-5, sharding=sharding, **options)
 
 
 def test_leading_axes_and_no_position_at_all():
@@ -279,9 +285,9 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="head_layout='dv'"):
         head_divergence(ReverseKL(), hidden, head.T, of_teacher, teacher_head)
     mesh = jax.make_mesh((8,), ("tensor",), (AxisType.Auto,))
-    with pytest.raises(ValueError, match="adaptive_kl"):
-        wide = (hidden, jnp.ones((16, 5)), of_teacher, jnp.ones((16, 7)))
-        head_divergence(AdaptiveKL(), *wide, sharding=HeadSharding(mesh, (), "tensor"))
+    with pytest.raises(ValueError, match="does not support sharding"):
+        sharding = HeadSharding(mesh, (), "tensor")
+        head_divergence(ReverseKL(), *both, sharding=sharding, implementation="reference")
 
 
 def scratch(function, tokens, width, vocabulary):

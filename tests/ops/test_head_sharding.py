@@ -11,10 +11,10 @@ from fireopd_jax.ops.logits import HeadSharding
 from fireopd_jax.verify import reference_batch as oracle
 
 
-def make_sharding(tokens, vocabulary):
+def make_sharding(tokens, vocabulary, own_tokens=False):
     devices = np.array(jax.devices()[: tokens * vocabulary]).reshape(tokens, vocabulary)
     mesh = Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    return HeadSharding(mesh, ("data",), "tensor")
+    return HeadSharding(mesh, ("data",), "tensor", own_tokens=own_tokens)
 
 
 def make_inputs(tokens, vocabulary, support=3, width=6, dtype=jnp.float32, seed=0):
@@ -32,7 +32,7 @@ MESHES = pytest.mark.parametrize(("data", "tensor"), [(1, 4), (2, 4), (2, 2), (4
 @MESHES
 @pytest.mark.parametrize(
     ("tokens", "rows", "valid", "layout"),
-    [(8, 40, 40, "vd"), (7, 40, 33, "vd"), (3, 40, 9, "dv"), (0, 12, 12, "vd")],
+    [(8, 40, 40, "vd"), (7, 40, 33, "vd"), (3, 40, 9, "dv"), (0, 12, 12, "vd"), (5, 37, 37, "vd")],
 )
 def test_values_and_gradients_equal_the_oracle(data, tensor, tokens, rows, valid, layout):
     hidden, head, ids, support = make_inputs(tokens, rows)
@@ -54,7 +54,7 @@ def test_values_and_gradients_equal_the_oracle(data, tensor, tokens, rows, valid
             softcap=4.0,
             chunk=4,
             head_layout=layout,
-            sharding=make_sharding(data, tensor),
+            sharding=make_sharding(data, tensor, own_tokens=tokens % 2 == 1),
         )
         values = (found.logprob, found.entropy, found.logsumexp, found.support_logprob)
         shares = (
@@ -72,7 +72,7 @@ def test_values_and_gradients_equal_the_oracle(data, tensor, tokens, rows, valid
 
 
 @MESHES
-@pytest.mark.parametrize(("rows", "valid", "k"), [(40, 40, 5), (40, 33, 12), (40, 7, 9)])
+@pytest.mark.parametrize(("rows", "valid", "k"), [(40, 40, 5), (39, 33, 12), (40, 7, 9)])
 def test_top_k_equals_the_oracle_and_ties_fall_to_the_lowest_id(data, tensor, rows, valid, k):
     # Whole numbers: equal columns are equal bits in every shard.
     rng = np.random.default_rng(k)
@@ -146,13 +146,22 @@ def test_no_device_holds_the_whole_head_or_all_tokens():
     assert "all-gather" not in text
 
 
+def test_the_gradient_of_states_is_scattered_to_the_devices_that_have_their_tokens():
+    hidden, head, ids, _ = make_inputs(32, 4096, width=16)
+    sharding = make_sharding(2, 4, own_tokens=True)
+    place = jax.NamedSharding(sharding.mesh, jax.P(("data", "tensor")))
+
+    def outcome(hidden):
+        return head_stats(hidden, head, ids, chunk=64, sharding=sharding).entropy.sum()
+
+    program = jax.jit(jax.grad(outcome), in_shardings=place, out_shardings=place)
+    text = program.lower(hidden).compile().as_text()
+    assert "reduce-scatter" in text and "f32[4,16]" in text
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (
-            {"rows": 42},
-            r"42 token ids, not divisible by the 4 shards of axis 'tensor'; pad it to 44",
-        ),
         ({"tokens": ("rows",)}, "no axis 'rows'; it has data, tensor"),
         ({"tokens": ("tensor",)}, "axis 'tensor' shards both tokens and vocabulary"),
         (
