@@ -23,18 +23,18 @@ def divergence_from(
     The vocabulary is the part that both models have. `options` belong to the student's head; their
     temperature applies to the teacher, too. Differentiable in `hidden` and `head`.
     """
-    model, params = teacher
+    (model, params), sharding = teacher, options.get("sharding")
     return head_divergence(
         divergence,
         hidden,
         head,
         teacher_hidden,
-        model.bind(params).head,
+        model.head(params, None if sharding is None else sharding.mesh),
         logit_scale=options.get("logit_scale", 1.0),
         softcap=options.get("softcap"),
         teacher_softcap=model.config.final_logit_softcapping,
         valid=min(options.get("valid") or head.shape[0], model.size),
-        sharding=options.get("sharding"),
+        sharding=sharding,
         # No kernel computes divergences: all implementations but the reference use chunks.
         implementation=PLAIN if options.get("implementation") == PLAIN else None,
         chunk=options.get("chunk"),

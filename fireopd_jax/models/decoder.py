@@ -22,9 +22,10 @@ from fireopd_jax.models.architecture import AttentionKind, DecoderConfig
 from fireopd_jax.models.layers import MLP, Attention, AttentionFn, norm
 from fireopd_jax.models.lora import Adapters, add
 from fireopd_jax.models.moe import MoE
-from fireopd_jax.models.placement import Placement, of_own_rows, on_own_rows, sharing
+from fireopd_jax.models.placement import Placement
 from fireopd_jax.models.quantized import is_quantized
 from fireopd_jax.models.rope import rotary
+from fireopd_jax.models.shares import Shares, of_own_rows, of_team, on_own_rows, sharing
 from fireopd_jax.ops.attention import SAVED, attention
 from fireopd_jax.types import Array
 
@@ -36,6 +37,7 @@ CachedAttention = Callable[..., tuple[Array, Any]]
 Remat = Literal["none", "full", "dots"]
 """What the backward pass recomputes: nothing, whole layers, or all but matrix products."""
 
+WHOLE = Shares()
 NO_WINDOW = 2**30
 """A window larger than any distance, where layers with and without one are scanned over."""
 
@@ -64,15 +66,19 @@ class Layer(nnx.Module):
             self.post_feedforward_layernorm = norm(c, c.hidden_size, rngs=rngs)
         self.mlp = MLP(c, rngs=rngs) if c.moe is None else MoE(c, rngs=rngs)
 
-    def __call__(self, x: Array, rope, attention: AttentionFn):
-        """Return the hidden states and the updated cache."""
-        out, cache = self.self_attn(self.input_layernorm(x), rope, attention)
+    def __call__(self, x: Array, rope, attention: AttentionFn, shares: Shares = WHOLE):
+        """Return the hidden states and the updated cache; `shares` are those of devices."""
+        of_attention, of_mlp = shares.attention, shares.mlp
+        rows = of_attention.gathered(self.input_layernorm(x))
+        out, cache = self.self_attn(rows, rope, attention)
+        out = of_attention.summed(out)
         if self.post_norms:
             x = x + self.post_attention_layernorm(out)
-            out = self.mlp(self.pre_feedforward_layernorm(x))
-            return x + self.post_feedforward_layernorm(out), cache
+            out = self.mlp(of_mlp.gathered(self.pre_feedforward_layernorm(x)))
+            return x + self.post_feedforward_layernorm(of_mlp.summed(out)), cache
         x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        out = self.mlp(of_mlp.gathered(self.post_attention_layernorm(x)))
+        return x + of_mlp.summed(out), cache
 
 
 class Decoder(nnx.Module):
@@ -137,7 +143,10 @@ class Decoder(nnx.Module):
         stacked = nnx.to_pure_dict(stacked)
         low_rank = {} if adapters is None else adapters["layers"]
         kinds = list(dict.fromkeys(self.config.kinds))
-        on = sharing(mesh, tokens.shape[0])
+        on, shares = sharing(mesh, tokens.shape[0]), WHOLE
+        if on is not None:
+            shares = Shares.of(self.config, on)
+            segments, positions = of_team((segments, positions), shares, on)
 
         windows = [kind.window for kind in kinds]
         ropes = [self.rope(kind, positions) for kind in kinds]
@@ -148,15 +157,15 @@ class Decoder(nnx.Module):
             layer = add(layer, low_rank) if low_rank else layer
             places = Places(segments, positions, attention, on is not None)
             attend = uncached(places, static if window is None else window)
-            return nnx.merge(graph, layer)(x, rope, attend)[0]
+            return nnx.merge(graph, layer)(x, rope, attend, shares)[0]
 
         if on is not None:
-            apply = on_own_rows(apply, on, stacked)
+            apply = on_own_rows(apply, self.config, on, stacked, low_rank)
 
         def run(x, layer, low_rank, rope, window=None):
             return apply(x, layer, low_rank, rope, segments, positions, window)
 
-        run = with_remat(run, remat, sharded=on is not None and Placement(on).shards)
+        run = with_remat(run, remat, sharded=on is not None and Placement(on).parts > 1)
         if len(kinds) == 1:
 
             def body(x, layer):
@@ -237,20 +246,20 @@ _ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
 
 
 def of_products(primitive: Any, *operands: Any, **params: Any) -> bool:
-    """Return whether a value is the result of a matrix product, or of attention.
+    """Return whether a value is the result of a matrix product, summed over devices, or attention.
 
     Scores of attention have batch axes: they are the largest, and recomputed.
     """
     return (
-        primitive.name == "ragged_dot_general"
+        primitive.name in ("ragged_dot_general", "reduce_scatter")
         or _DENSE(primitive, *operands, **params)
         or _ATTENTION(primitive, *operands, **params)
     )
 
 
 def not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Return whether a value may be saved: neither a gathered matrix nor its cast."""
-    return primitive.name not in ("all_gather", "convert_element_type")
+    """Return whether a value may be saved: not what is gathered, cast or in another shape."""
+    return primitive.name not in ("all_gather", "convert_element_type", "reshape")
 
 
 def parameter_count(params: dict[str, Any]) -> int:

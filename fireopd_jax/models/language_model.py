@@ -22,13 +22,13 @@ from fireopd_jax.models.layers import TransposedKernel
 from fireopd_jax.models.lora import Adapters
 from fireopd_jax.models.placement import shard_decode_layout, tensor_devices
 from fireopd_jax.models.quantized import Quantize, is_quantized, quantize_params
+from fireopd_jax.models.shares import head_in_parts
 from fireopd_jax.ops.dispatch import PLAIN
 from fireopd_jax.ops.few_rows import few_rows_product
 from fireopd_jax.ops.head import HeadOptions
 from fireopd_jax.ops.logits import HeadSharding
 from fireopd_jax.runtime.target import platform
-from fireopd_jax.sharding.mesh import AXES
-from fireopd_jax.sharding.rules import TRAIN
+from fireopd_jax.sharding.mesh import REPLICAS
 from fireopd_jax.types import Array
 
 Params = dict[str, Any]
@@ -150,15 +150,17 @@ class LanguageModel:
         """Return the options of `ops.head` for this model at a temperature.
 
         `implementation` and `chunk` None: chosen by platform and shape. With a mesh of several
-        devices, rows are sharded over all of them, except for the reference implementation.
+        devices, rows are sharded over all of them; the devices of `tensor` share their tokens, and
+        each has a part of the vocabulary. Not so the reference implementation.
         """
         sharding = None
         if mesh is not None and mesh.size > 1 and implementation != PLAIN:
-            sharding = HeadSharding(mesh, AXES, width=TRAIN["embed"])
+            columns = "tensor" if tensor_devices(mesh) > 1 else None
+            sharding = HeadSharding(mesh, REPLICAS, columns, width="fsdp", own_tokens=True)
         return {
             "logit_scale": 1.0 / temperature,
             "softcap": self.config.final_logit_softcapping,
-            "valid": self.valid,
+            "valid": self.size if self.vocab_size % tensor_devices(mesh) else self.valid,
             "implementation": implementation,
             "chunk": chunk,
             "sharding": sharding,
@@ -211,7 +213,8 @@ class LanguageModel:
     ) -> tuple[Float[Array, "B S D"], Float[Array, "V D"]]:
         """Return the final hidden states of whole sequences, and the head matrix.
 
-        A token attends to the tokens before it that have the same value, not 0, in `segments`.
+        A token attends to the tokens before it that have the same value, not 0, in `segments`. The
+        head has rows of zeros at its end where the devices of `tensor` do not divide it.
         """
         decoder = self.bind(params)
         if self.exchange is not None and self.config.tie_word_embeddings:
@@ -229,7 +232,11 @@ class LanguageModel:
             attention=attention,
             mesh=mesh,
         )
-        return hidden, decoder.head
+        return hidden, head_in_parts(decoder.head, mesh)
+
+    def head(self, params: Params, mesh: Mesh | None = None) -> Float[Array, "V D"]:
+        """Return the head matrix, as `hidden` does."""
+        return head_in_parts(self.bind(params).head, mesh)
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,7 +1,8 @@
 """Sharding of parameters over a mesh, derived from the table of `models.weights`.
 
-In scoring and training, and for whatever is made of parameters (`Placement`), by the rules `TRAIN`.
-In the decode layout, over the `tensor` axis, by the rules `DECODE`:
+In scoring and training, and for whatever is made of parameters (`Placement`), by the rules `TRAIN`;
+`models.shares` computes with the parts. In the decode layout, over the `tensor` axis, by the rules
+`DECODE`:
 
     q, k, v, gate, up    sharded by columns: whole heads, and a part of the MLP, on each device
     o, down              sharded by rows: their products are summed over the axis
@@ -12,7 +13,6 @@ fewer key heads than devices.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fireopd_jax.models.architecture import DecoderConfig
-from fireopd_jax.models.weights import BY_PATH, Path
-from fireopd_jax.sharding.rules import DECODE, TRAIN, Axis, spec_of
-from fireopd_jax.types import Array
+from fireopd_jax.models.quantized import is_quantized, scale_place
+from fireopd_jax.models.weights import BY_PATH, axes_of, names_in
+from fireopd_jax.sharding.rules import DECODE, TRAIN, WIDE, Axis, spec_of
 
 TOKENS = 128
 """Each device's number of token ids is a multiple of this: the sampler's block."""
@@ -35,89 +35,35 @@ class Placement:
     mesh: Mesh
 
     @property
-    def shards(self) -> bool:
-        """Whether any parameter is divided over devices."""
-        return self.mesh.shape["fsdp"] > 1
+    def parts(self) -> int:
+        """Number of parts that a matrix is divided into."""
+        return self.mesh.shape["fsdp"] * tensor_devices(self.mesh)
 
     def of(self, tree: Any) -> Any:
         """Return the sharding of each array, or shape, of a tree.
 
-        A leaf is known by the end of its path, which is that of a parameter. Others, such as the
-        small matrices of adapters, are replicated.
+        A leaf is known by the end of its path, which is that of a parameter or adapter. Others are
+        replicated.
         """
-        return jax.tree.map_with_path(self._of_leaf, tree)
+        return jax.tree.map_with_path(self._of_leaf, tree, is_leaf=is_quantized)
 
     def constrain(self, tree: Any) -> Any:
         """Return the arrays of a traced tree, sharded."""
-        return jax.lax.with_sharding_constraint(tree, self.of(tree)) if self.shards else tree
+        return jax.lax.with_sharding_constraint(tree, self.of(tree)) if self.parts > 1 else tree
 
-    def _of_leaf(self, path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        axes = _logical_axes(tuple(str(key.key) for key in path if hasattr(key, "key")))
-        if axes is None:
-            return NamedSharding(self.mesh, PartitionSpec())
-        return NamedSharding(self.mesh, spec_of(axes, leaf.shape, TRAIN, self.mesh))
-
-
-def sharing(mesh: Mesh | None, rows: int) -> Mesh | None:
-    """Return the mesh if it has several devices that share the rows evenly; else None."""
-    return mesh if mesh is not None and mesh.size > 1 and rows % mesh.size == 0 else None
-
-
-def on_own_rows(layer: Callable[..., Array], mesh: Mesh, stacked: Any) -> Callable[..., Array]:
-    """Return a decoder layer that each device applies to its own rows.
-
-    `layer` takes states, a layer's parameters, its adapters, and what there is of each row: RoPE
-    tables, segments, positions; last a window, the same for all. A matrix is gathered over `fsdp`
-    before it is used; its gradient is summed and divided by one reduce-scatter.
-    """
-    rows, whole, specs = PartitionSpec(mesh.axis_names), PartitionSpec(), _of_layer(mesh, stacked)
-
-    def own(x: Array, part: Any, *others: Any) -> Array:
-        return layer(x, _gathered(part, specs), *others)
-
-    return jax.shard_map(
-        own,
-        mesh=mesh,
-        in_specs=(rows, specs, whole, rows, rows, rows, whole),
-        out_specs=rows,
-        check_vma=False,
-    )
-
-
-def of_own_rows(table: Array, tokens: Array, mesh: Mesh, dtype: str) -> Array:
-    """Return the rows of the embedding for the tokens of each device."""
-    rows = PartitionSpec(mesh.axis_names)
-    spec = spec_of(("vocab", "embed"), table.shape, TRAIN, mesh)
-
-    def own(part: Array, ids: Array) -> Array:
-        return _gathered(part.astype(dtype), spec)[ids]
-
-    run = jax.shard_map(own, mesh=mesh, in_specs=(spec, rows), out_specs=rows, check_vma=False)
-    return run(table, tokens)
-
-
-def _of_layer(mesh: Mesh, stacked: Any) -> Any:
-    """Return the specs of one layer's parameters, from the shapes of all layers'."""
-    places = Placement(mesh).of({"layers": stacked})["layers"]
-    return jax.tree.map(lambda each: PartitionSpec(*each.spec[1:]), places)
-
-
-def _gathered(tree: Any, specs: Any) -> Any:
-    """Return parameters, of which this device has a part, whole."""
-
-    def one(leaf: Array, spec: PartitionSpec) -> Array:
-        for axis, name in enumerate(spec):
-            if name is not None:
-                leaf = jax.lax.all_gather(leaf, name, axis=axis, tiled=True)
-        return leaf
-
-    return jax.tree.map(one, tree, specs)
-
-
-def _logical_axes(names: Path) -> tuple[Axis | None, ...] | None:
-    """Return the axes of the parameter that a path ends in; None for any other array."""
-    rows = (BY_PATH.get(names[start:]) for start in range(len(names)))
-    return next((row.axes for row in rows if row is not None), None)
+    def _of_leaf(self, path: tuple[Any, ...], leaf: Any) -> Any:
+        axes, spec = axes_of(names_in(path)), PartitionSpec()
+        if axes is not None:
+            spec = spec_of(axes, leaf.shape, TRAIN, self.mesh)
+            if tensor_devices(self.mesh) > 1 and "tensor" not in spec:
+                wide = spec_of(axes, leaf.shape, WIDE, self.mesh)
+                spec = wide if any(wide) else spec
+        place = NamedSharding(self.mesh, spec)
+        if not is_quantized(leaf):
+            return place
+        return jax.tree.map(
+            lambda x: place if x.shape == leaf.shape else scale_place(place, x.ndim), leaf
+        )
 
 
 def tensor_devices(mesh: Mesh | None) -> int:
@@ -135,8 +81,7 @@ def shard_decode_layout(
     }  # fmt: skip
 
     def place(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        # A path has dict keys, fields of a `Quantized` and layer indices; only keys have `key`.
-        row = BY_PATH[tuple(key.key for key in path if hasattr(key, "key"))]
+        row = BY_PATH[names_in(path)]
         axes = row.axes[row.axes[:1] == ("layers",) :]  # one array a layer
         if axes[0] == "vocab":
             leaf = jnp.pad(leaf, ((0, -leaf.shape[0] % (TOKENS * devices)), (0, 0)))

@@ -105,9 +105,36 @@ TABLE = (
 BY_PATH: Mapping[Path, Weight] = {row.path: row for row in TABLE}
 
 
+def _adapters(row: Weight) -> dict[Path, tuple[Axis | None, ...]]:
+    """Return the axes of a linear map's adapters: A [inputs, rank], B [rank, outputs]."""
+    *stacks, inputs, outputs = row.axes
+    path = row.path[:-1] if row.path[-1] == "kernel" else row.path
+    return {(*path, "a"): (*stacks, inputs, None), (*path, "b"): (*stacks, None, outputs)}
+
+
+AXES: Mapping[Path, tuple[Axis | None, ...]] = {row.path: row.axes for row in TABLE} | {
+    path: axes for row in TABLE if row.transposed for path, axes in _adapters(row).items()
+}
+"""Logical axes of every parameter, and of the adapters of every linear map."""
+
+
+def axes_of(names: Path) -> tuple[Axis | None, ...] | None:
+    """Return the axes of the parameter or adapter that a path ends in; None for another array."""
+    found = (AXES.get(names[start:]) for start in range(len(names)))
+    return next((axes for axes in found if axes is not None), None)
+
+
 def flat(path: tuple) -> Path:
     """Return a leaf's path of `jax.tree` as a tuple of names."""
     return tuple(str(key.key) for key in path)
+
+
+def names_in(path: tuple) -> Path:
+    """Return the names in a leaf's path that has layer indices and fields, too.
+
+    Such fields are those of a `Quantized`, or of an optimizer's state.
+    """
+    return tuple(str(key.key) for key in path if hasattr(key, "key"))
 
 
 def indices(row: Weight, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

@@ -119,5 +119,5 @@ def check_divisible(sizes: Mapping[str, int | None], mesh: Mesh) -> None:
         if size is not None and size % mesh.size:
             raise UserError(
                 f"{key}={size} is not divisible by the {mesh.size} devices of the mesh (mesh.data, "
-                "mesh.tensor)"
+                "mesh.fsdp, mesh.tensor)"
             )

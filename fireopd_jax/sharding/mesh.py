@@ -5,9 +5,10 @@
     tensor    devices of a replica; attention heads, MLPs and vocabulary are sharded over them
 
 In scoring and training all devices share the rows; parameters, gradients and optimizer state are
-sharded over `fsdp` (`sharding.rules`) and replicated over the other axes. A layer's matrices are
-gathered where they are used. The axes are Auto: the compiler inserts the collectives, so statistics
-over the row axis are global by construction.
+sharded over `fsdp` and `tensor` (`sharding.rules`) and replicated over `data`. A layer's matrices
+are gathered over `fsdp` where they are used; the devices of `tensor` compute parts of a layer, each
+for the rows of all of them (`models.shares`). The axes are Auto: the compiler inserts the other
+collectives, so statistics over the row axis are global by construction.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,8 @@ class MeshConfig:
     """Replicas that share the parameters, gradients and optimizer state in training: each holds a
     part of every matrix. During rollouts each has a whole copy in the compute dtype."""
     tensor: PositiveInt = 1
-    """Devices per replica; during rollouts the model and its KV cache are sharded over them."""
+    """Devices per replica, over which heads, MLPs and vocabulary are sharded: parameters, gradients
+    and optimizer state in training, the model and its KV cache during rollouts."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -58,6 +58,8 @@ class Pass:
     """Width of a row: of prompt and response."""
     devices: int = 1
     platform: str = "cpu"
+    tensor: int = 1
+    """Devices that share a layer, each for the rows of all (`models.shares`)."""
 
     @property
     def itemsize(self) -> int:
@@ -74,6 +76,10 @@ class Pass:
             return self.shape(choice.micro_batch_tokens).tokens
         rows = choice.micro_batch_size or self.rows
         return -(-rows // self.devices) * self.tokens
+
+    def gathered(self, tokens: int) -> int:
+        """Return the bytes of a block's inputs and outputs for the rows of other devices."""
+        return 2 * (self.tensor - 1) * tokens * self.model.hidden_size * self.itemsize
 
     def update(self, choice: Choice, trained: int) -> int:
         """Return the bytes that one update takes besides parameters and optimizer state.
@@ -92,7 +98,7 @@ class Pass:
         attended = c.num_attention_heads * c.head_dim
         products = tokens * (heads + attended + width + 2 * inner) * size
         saved = {"none": layer, "dots": carried + products, "full": carried}[choice.remat]
-        working = 0 if choice.remat == "none" else layer
+        working = (0 if choice.remat == "none" else layer) + self.gathered(tokens)
         whole = choice.micro_batch_tokens is None and choice.micro_batch_size in (None, self.rows)
         gradients = trained * 4 * (1 if whole else 2)
         # The optimizer's step is not written before it is known to be finite.
@@ -102,7 +108,8 @@ class Pass:
     def score(self, choice: Choice) -> int:
         """Return the bytes that a forward pass takes besides the parameters."""
         tokens, c = self.per_device(choice), self.model
-        return tokens * self.itemsize * (6 * c.hidden_size + 2 * c.intermediate_size)
+        own = tokens * self.itemsize * (6 * c.hidden_size + 2 * c.intermediate_size)
+        return own + self.gathered(tokens)
 
 
 def token_sizes(of: Pass) -> list[int]:

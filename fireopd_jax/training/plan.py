@@ -16,7 +16,7 @@ from fireopd_jax.data.pipeline import Encoded
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.models.decoder import parameter_count
 from fireopd_jax.models.language_model import LanguageModel
-from fireopd_jax.models.placement import Placement
+from fireopd_jax.models.placement import Placement, tensor_devices
 from fireopd_jax.recipe.optim import SftConfig
 from fireopd_jax.recipe.student_scores import with_student_scores
 from fireopd_jax.runtime import files
@@ -220,7 +220,8 @@ class Plan:
             )
 
     def _pass(self, model: LanguageModel, rows: int, tokens: int) -> Pass:
-        return Pass(model.config, rows, tokens, self.setup.mesh.size, platform())
+        mesh = self.setup.mesh
+        return Pass(model.config, rows, tokens, mesh.size, platform(), tensor_devices(mesh))
 
     def _add_models(self) -> None:
         """Add random initialisation and supervised training of the models that need them."""
@@ -240,9 +241,9 @@ class Plan:
     def _add_sft(self, spec: ModelSpec, sft: SftConfig, held: int) -> None:
         """Add the supervised training of a model; `held` are the bytes of the models before it."""
         setup, encoded, name = self.setup, self.setup.encoded, f"sft of {spec.name}"
-        model = dataclasses.replace(spec.model, quantize=None)
-        params = abstract_params(model, Placement(setup.mesh))
-        count = parameter_count(params) // setup.mesh.shape["fsdp"]
+        model, place = dataclasses.replace(spec.model, quantize=None), Placement(setup.mesh)
+        params = abstract_params(model, place)
+        count = parameter_count(params) // place.parts
         width = max(encoded.max_prompt_tokens, encoded.max_teacher_prompt_tokens)
         passed = self._pass(model, sft.batch_size, width + encoded.max_reference_tokens)
         # Parameters and two moments, in float32 at most.
@@ -295,7 +296,7 @@ class Plan:
 
         first = programs(Choice(), Choice())
         resident = shapes.resident(first)
-        count = parameter_count(shapes.state(first).params) // setup.mesh.shape["fsdp"]
+        count = parameter_count(shapes.state(first).params) // Placement(setup.mesh).parts
         judge = method.loss.judge(shapes.offloaded, None)
         self._resident |= {
             f"score of {name}": resident + nbytes(shapes.offloaded),

@@ -21,9 +21,10 @@ from fireopd_jax.method.batch import assemble
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.method.scoring import ChunkAgreement, Resident, ScoreInputs
 from fireopd_jax.models.language_model import LanguageModel, Params
+from fireopd_jax.models.placement import Placement
 from fireopd_jax.recipe.layers import SHIPPED
 from fireopd_jax.recipe.schema import load_config
-from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, replicate, shard_rows
+from fireopd_jax.sharding.mesh import MeshConfig, make_mesh, shard_rows
 from fireopd_jax.training.update import gradients
 from fireopd_jax.types import Array, Batch, Rollout, Scores
 from fireopd_jax.verify import cases, expected, reference, reference_batch, reference_stages
@@ -51,8 +52,11 @@ class Models:
     mesh: Mesh | None = dataclasses.field(default=None, kw_only=True)
 
     def on(self, mesh: Mesh) -> "Models":
-        """Return the models replicated on each device."""
-        params = (replicate(mesh, each) for each in (self.student, self.teacher, self.base))
+        """Return the models on the devices, as training shards them."""
+        place = Placement(mesh)
+        params = (
+            jax.device_put(each, place.of(each)) for each in (self.student, self.teacher, self.base)
+        )
         return Models(self.model, *params, mesh=mesh)
 
 

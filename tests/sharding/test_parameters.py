@@ -3,6 +3,7 @@
 Whole runs on eight virtual devices are slow.
 """
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -13,30 +14,23 @@ import numpy as np
 import pytest
 
 from fireopd_jax.method.losses.sampled_token import SampledReverseKL
-from fireopd_jax.models.architecture import MoEConfig
 from fireopd_jax.models.lora import LoraConfig
 from fireopd_jax.models.placement import Placement
 from fireopd_jax.models.quantized import quantize_params
+from fireopd_jax.ops.head import head_stats
 from fireopd_jax.recipe.optim import OptimConfig
 from fireopd_jax.recipe.schema import load_config
 from fireopd_jax.rollout.engine import generate
 from fireopd_jax.rollout.sampling import Sampling
-from fireopd_jax.session.parameters import placed
+from fireopd_jax.session.parameters import abstract_params, placed
 from fireopd_jax.sharding.mesh import MeshConfig, by_rows, make_mesh, replicated, shard_rows
 from fireopd_jax.training.optimizer import make_optimizer
 from fireopd_jax.training.run import train
 from fireopd_jax.training.state import init_state
 from fireopd_jax.training.update import gradients, make_update
 from tests.cases import make_prompts, random_params, tiny_model
-from tests.models.test_lora import BATCH
-
-MESHES = {
-    "fsdp": {"fsdp": 8},
-    "data": {"data": 8},
-    "all": {"data": 2, "fsdp": 2, "tensor": 2},
-}
-MODEL = tiny_model(num_hidden_layers=2, attention_bias=True)
-EXPERTS = MoEConfig(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8)
+from tests.models.test_lora import BATCH, LORA, learnt
+from tests.sharding.meshes import EXPERTS, MESHES, MODEL, MODELS, assert_close
 
 
 def bytes_of(tree):
@@ -48,10 +42,20 @@ def bytes_of(tree):
     return max(devices.values()), sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_each_device_holds_its_part_of_parameters_and_optimizer_state(optimizer, dtype):
-    mesh = make_mesh(MeshConfig(fsdp=8))
+@pytest.mark.parametrize(
+    ("mesh", "parts", "optimizer", "dtype"),
+    [
+        ("fsdp", 8, "adamw", "bfloat16"),
+        ("fsdp", 8, "muon", "float32"),
+        ("all", 4, "adamw", "float32"),
+        ("all", 4, "muon", "bfloat16"),
+        ("tensor", 4, "adamw", "bfloat16"),
+    ],
+)
+def test_each_device_holds_its_part_of_parameters_and_optimizer_state(
+    mesh, parts, optimizer, dtype
+):
+    mesh = make_mesh(MeshConfig(**MESHES[mesh]))
     model = tiny_model(num_hidden_layers=2, hidden_size=64, param_dtype=dtype, moe=EXPERTS)
     params = random_params(model)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
@@ -70,46 +74,118 @@ def test_each_device_holds_its_part_of_parameters_and_optimizer_state(optimizer,
             if "'scale'" in jax.tree_util.keystr(path) or leaf.ndim < 2
         )
         assert norms < whole / 10
-        assert most == (whole - norms) / 8 + norms
+        assert most == (whole - norms) / parts + norms
 
 
-def test_int8_kernels_are_sharded_like_kernels_and_adapters_are_whole():
-    place = Placement(make_mesh(MeshConfig(fsdp=8)))
+def specs_of(tree, mesh):
+    """Return the specs of a layer's attention, by path, without the axis of the layers."""
+    places = Placement(make_mesh(MeshConfig(**MESHES[mesh]))).of(tree)["layers"]["self_attn"]
+    leaves = jax.tree.leaves_with_path(places)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.spec)[1:]
+            for path, leaf in leaves}  # fmt: skip
+
+
+def test_int8_kernels_and_adapters_are_sharded_like_kernels():
     shapes = tiny_model(hidden_size=16).shapes()
-    attention = place.of(shapes)["layers"]["self_attn"]
-    q, o = (tuple(attention[n]["kernel"].spec) for n in ("q_proj", "o_proj"))
-    assert (q, o) == ((None, "fsdp", None), (None, None, "fsdp"))
+    eight = jax.eval_shape(quantize_params, shapes)
     adapters = jax.eval_shape(lambda: LoraConfig(rank=2).init(jax.random.key(0), shapes))
-    assert all(not any(each.spec) for each in jax.tree.leaves(place.of(adapters)))
-    eight = place.of(jax.eval_shape(quantize_params, shapes))["layers"]["self_attn"]
-    assert tuple(eight["q_proj"]["kernel"].values.spec) == q
-    assert tuple(eight["q_proj"]["kernel"].scale.spec) == (None, None, None)
-    assert tuple(eight["o_proj"]["kernel"].scale.spec) == o
+    q, o = "q_proj.kernel", "o_proj.kernel"
+    specs = specs_of(shapes, "fsdp")
+    assert (specs[q], specs[o]) == (("fsdp", None), (None, "fsdp"))
+    specs = specs_of(eight, "fsdp")
+    assert (specs[f"{q}.values"], specs[f"{q}.scale"]) == (("fsdp", None), (None, None))
+    assert (specs[f"{o}.values"], specs[f"{o}.scale"]) == ((None, "fsdp"), (None, "fsdp"))
+    specs = specs_of(eight, "all")
+    assert (specs[f"{q}.values"], specs[f"{q}.scale"]) == (("fsdp", "tensor"), (None, "tensor"))
+    assert (specs[f"{o}.values"], specs[f"{o}.scale"]) == (("tensor", "fsdp"), (None, "fsdp"))
+    specs, both = specs_of(adapters, "all"), ("fsdp", "tensor")
+    assert (specs["q_proj.a"], specs["q_proj.b"]) == ((both, None), (None, "tensor"))
+    assert (specs["o_proj.a"], specs["o_proj.b"]) == (("tensor", None), (None, both))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("passes", [{}, {"micro_batch_size": 2}, {"micro_batch_tokens": 16}])
-@pytest.mark.parametrize("mesh", MESHES)
-def test_gradients_are_those_of_one_device(mesh, passes):
-    params, loss = random_params(MODEL), SampledReverseKL()
+def test_a_table_that_the_devices_do_not_divide_lies_along_the_hidden_size():
+    place = Placement(make_mesh(MeshConfig(**MESHES["all"])))
+    wide = ("fsdp", "tensor")
+    for rows, width, spec in ((32, 16, ("tensor", "fsdp")), (31, 16, (None, wide)), (31, 17, ())):
+        table = place.of(tiny_model(rows, hidden_size=width).shapes())["embed_tokens"]
+        assert tuple(axis for axis in table.spec if spec or axis) == spec
+
+
+SLOW = pytest.mark.slow
+PADDED, SPLIT, PACKED = {}, {"micro_batch_size": 16}, {"micro_batch_tokens": 16}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "name", "passes"),
+    [
+        ("all", "dense", PACKED),
+        ("tensor", "dense", PACKED),
+        ("tensor", "odd", PACKED),
+        pytest.param("tensor", "experts", PACKED, marks=SLOW),
+        pytest.param("all", "odd", PADDED, marks=SLOW),
+        pytest.param("all", "experts", SPLIT, marks=SLOW),
+        *(
+            pytest.param(mesh, "dense", passes, marks=SLOW)
+            for mesh in ("fsdp", "data", "all")
+            for passes in (PADDED, SPLIT, PACKED)
+            if (mesh, passes) != ("all", PACKED)
+        ),
+    ],
+)
+def test_gradients_are_those_of_one_device(mesh, name, passes):
+    model, loss = MODELS[name], SampledReverseKL()
+    params = random_params(model)
     rows = jax.tree.map(lambda x: jnp.concatenate([x] * 8), BATCH)
-    passes = {k: v * 8 if k == "micro_batch_size" else v for k, v in passes.items()}
-    wanted, _ = jax.jit(lambda p, b: gradients(MODEL, loss, p, b, **passes))(params, rows)
+    last = model.vocab_size - 1
+    given = jnp.minimum(rows.rollout.tokens, last)
+    rows = dataclasses.replace(rows, rollout=dataclasses.replace(rows.rollout, tokens=given))
+    wanted, _ = jax.jit(lambda p, b: gradients(model, loss, p, b, **passes))(params, rows)
     on = make_mesh(MeshConfig(**MESHES[mesh]))
     places = Placement(on).of(params)
     found, _ = jax.jit(
-        lambda p, b: gradients(MODEL, loss, p, b, mesh=on, **passes), out_shardings=(places, None)
+        lambda p, b: gradients(model, loss, p, b, mesh=on, **passes), out_shardings=(places, None)
     )(jax.device_put(params, places), shard_rows(on, rows))
-    for (path, one), other in zip(
-        jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True
-    ):
-        one, other = np.asarray(one), np.asarray(other)
-        assert np.abs(one - other).max() <= 2e-5 * np.abs(other).max(), path
+    assert_close(found, wanted, 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "experts"])
+@pytest.mark.parametrize("mesh", ["all", "tensor"])
+def test_gradients_of_adapters_are_those_of_one_device(mesh, name):
+    model, loss, passes = MODELS[name], SampledReverseKL(), {"lora": LORA, **PACKED}
+    base = random_params(model)
+    adapters, rows = learnt(base), jax.tree.map(lambda x: jnp.concatenate([x] * 8), BATCH)
+
+    def run(on):
+        return jax.jit(
+            lambda a, p, b: gradients(model, loss, a, b, base=p, mesh=on, **passes)[0],
+            out_shardings=None if on is None else Placement(on).of(adapters),
+        )
+
+    wanted, on = run(None)(adapters, base, rows), make_mesh(MeshConfig(**MESHES[mesh]))
+    trees = (jax.device_put(x, Placement(on).of(x)) for x in (adapters, base))
+    assert_close(run(on)(*trees, shard_rows(on, rows)), wanted, 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_int8_kernels_and_recomputation_give_the_states_of_one_device(remat):
+    model = MODELS["dense"]
+    params = quantize_params(random_params(model))
+    tokens = jnp.arange(8 * 6, dtype=jnp.int32).reshape(8, 6) % 32
+    places = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), tokens.shape)
+    inputs = tokens, places, jnp.ones_like(tokens)
+    on = make_mesh(MeshConfig(**MESHES["all"]))
+    wanted = jax.jit(model.hidden)(params, *inputs)
+    given = jax.device_put(params, Placement(on).of(params)), *shard_rows(on, inputs)
+    found = jax.jit(lambda *x: model.hidden(*x, mesh=on, remat=remat))(*given)
+    assert_close(found, wanted, 1e-5)
 
 
 def compiled_update(mesh):
     """Return the compiled update of a model of four layers, as text."""
-    model = tiny_model(num_hidden_layers=4, hidden_size=64, intermediate_size=128)
+    four = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    model = tiny_model(num_hidden_layers=4, hidden_size=64, intermediate_size=128, **four)
     on, rule = make_mesh(MeshConfig(**MESHES[mesh])), make_optimizer(OptimConfig(), 10)
     update = make_update(model, SampledReverseKL(), rule, micro_batch_tokens=32, mesh=on)
     state = jax.eval_shape(lambda key: init_state(model.init(key), rule), jax.random.key(0))
@@ -119,32 +195,67 @@ def compiled_update(mesh):
     return jitted.lower(state, placed(rows, by_rows(on)), jnp.float32(1)).compile().as_text()
 
 
+LAYER = {"q": (64, 32), "k": (64, 32), "v": (64, 32), "o": (32, 64),
+         "gate": (64, 128), "up": (64, 128), "down": (128, 64)}  # fmt: skip
+HELD = 32
+"""Tokens of a pass on each device."""
+
+
+def cut(shape, on):
+    """Return a matrix's part on a device: of the hidden size, 64, over fsdp; else over tensor."""
+    return tuple(n // on["fsdp"] if n == 64 else n // on["tensor"] for n in shape)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
-def test_an_update_gathers_each_matrix_of_a_layer_once_a_pass_and_nothing_else_of_size(mesh):
+def test_an_update_has_the_collectives_of_its_mesh_and_no_others_of_size(mesh):
     text = compiled_update(mesh)
+    on = {"fsdp": 1, "tensor": 1} | MESHES[mesh]
+    whole_over_fsdp = {"fsdp": 1, "tensor": on["tensor"]}
 
     def shapes_of(kind):
         found = re.findall(rf"= \w+\[([\d,]*)\]\S* {kind}\(", text)
         shapes = Counter(tuple(map(int, each.split(","))) for each in found)
         return {shape: count for shape, count in shapes.items() if np.prod(shape) > 128}
 
-    gathered, scattered = shapes_of("all-gather"), shapes_of("reduce-scatter")
-    if mesh == "data":
-        assert not gathered and not scattered
-        return
-    # Forward and backward; of the hidden size, 64, each device holds a part.
-    kernels = {(128, 64): 1, (16, 64): 1, (64, 128): 2, (64, 16): 1, (64, 8): 2}
-    tables = {(32, 64): 2}  # embedding and head
-    assert gathered == {shape: 2 * count for shape, count in kernels.items()} | tables
-    parts = MESHES[mesh]["fsdp"]
-    cut = Counter()
-    for shape, count in (kernels | tables).items():
-        cut[tuple(n // parts if n == 64 else n for n in shape)] += count
-    assert scattered == {shape: count for shape, count in cut.items() if np.prod(shape) > 128}
+    gathered, scattered = Counter(), Counter()
+    if on["fsdp"] > 1:
+        for shape in LAYER.values():  # forward and backward, and one gradient
+            gathered[cut(shape, whole_over_fsdp)] += 2
+            scattered[cut(shape, on)] += 1
+        gathered[cut((32, 64), whole_over_fsdp)] += 2  # embedding and head
+        scattered[cut((32, 64), on)] += 2
+    if on["tensor"] > 1:
+        rows, own = (on["tensor"], HELD, 64), (1, HELD, 64)
+        gathered[rows] += 2 + 2 + 2  # of attention and MLP: forward, again, of the gradient
+        scattered[own] += 2 + 2
+        gathered[rows] += 1 + 1  # of the gradient of embeddings, and states before the head
+        scattered[own] += 1  # embeddings
+        scattered[(HELD, 64)] += 1  # the gradient of the states before the head
+    sized = ({s: n for s, n in each.items() if np.prod(s) > 128} for each in (gathered, scattered))
+    assert (shapes_of("all-gather"), shapes_of("reduce-scatter")) == tuple(sized)
+    assert not shapes_of("all-to-all") and not shapes_of("collective-permute")
+
+
+def test_a_head_that_the_devices_do_not_divide_changes_hands_without_a_whole_copy():
+    mesh = make_mesh(MeshConfig(**MESHES["all"]))
+    model = tiny_model(3001, hidden_size=64, num_hidden_layers=1)
+    params = abstract_params(model, Placement(mesh))
+    inputs = placed((jnp.zeros((8, 16), jnp.int32),) * 3, by_rows(mesh))
+
+    def outcome(params, tokens, positions, segments):
+        hidden, head = model.hidden(params, tokens, positions, segments, mesh=mesh)
+        assert head.shape == (3002, 64)
+        return head_stats(hidden, head, tokens, **model.head_options(mesh=mesh)).entropy.sum()
+
+    grad = jax.jit(jax.grad(outcome), out_shardings=Placement(mesh).of(params))
+    text = grad.lower(params, *inputs).compile().as_text()
+    assert len(re.findall(r" all-to-all\(", text)) == 2  # forward and backward
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
+    assert gathered.count("3001,64") == 1  # the embedding
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["fsdp", "all"])
+@pytest.mark.parametrize("mesh", ["fsdp", "all", "tensor"])
 def test_rollouts_are_those_of_one_device(mesh):
     params = random_params(MODEL)
     prompts = make_prompts([3, 5, 1, 4, 2, 5, 3, 1], 5)
@@ -198,7 +309,7 @@ def test_a_run_learns_the_same_on_any_mesh(tmp_path, kind):
         "int8": ["teacher.quantize=int8"],
     }[kind]
     wanted = metrics_of(tmp_path / "one", "mesh.data=1", *own)
-    for name in ("fsdp", "all"):
+    for name in ("fsdp", "all", "tensor"):
         mesh = [f"mesh.{axis}={size}" for axis, size in MESHES[name].items()]
         found = metrics_of(tmp_path / name, *mesh, *own)
         assert len(found) == len(wanted) == 3

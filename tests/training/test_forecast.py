@@ -153,10 +153,13 @@ def test_the_command_writes_what_it_prints(tmp_path):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("topology", ["v5p:2x2x2", "v6e:8", "v5e:4", "h100:4"])
-def test_devices_are_planned_without_them(topology):
+@pytest.mark.parametrize(
+    ("topology", "fsdp", "tensor"),
+    [("v5p:2x2x2", 4, 1), ("v5p:2x2x2", 2, 2), ("v6e:8", 2, 4), ("v5e:4", 4, 1), ("h100:4", 4, 1)],
+)
+def test_devices_are_planned_without_them(topology, fsdp, tensor):
     pytest.importorskip("jax_plugins.xla_cuda13" if topology.startswith("h") else "libtpu")
-    config = load_config([*ABSENT, "mesh.fsdp=4"])
+    config = load_config([*ABSENT, f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}"])
     found = find_topology(topology)
     made = forecast(config, found)
     assert made.devices == len(found.devices) and made.fits and made.process_bytes is None

@@ -157,7 +157,7 @@ class WholeVocabulary(ScoreConfig):
             teacher.hidden,
             ReverseKL(),
             student.hidden,
-            inputs.student.head,
+            inputs.student.head(inputs.mesh),
             inputs.student.head_options(inputs.temperature, options),
         )
         return dataclasses.replace(scores, reverse_kl=exact)

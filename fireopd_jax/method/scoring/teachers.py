@@ -80,10 +80,9 @@ class Resident:
     model: LanguageModel
     params: Params
 
-    @property
-    def head(self) -> Float[Array, "V D"]:
-        """The output projection from hidden states to logits."""
-        return self.model.bind(self.params).head
+    def head(self, mesh: Mesh | None) -> Float[Array, "V D"]:
+        """Return the output projection from hidden states to logits."""
+        return self.model.head(self.params, mesh)
 
     def head_options(self, temperature: Array | float, options: ScoreOptions):
         """Return the keyword arguments of the head functions for this model."""
