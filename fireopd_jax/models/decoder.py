@@ -25,7 +25,7 @@ from fireopd_jax.models.moe import MoE
 from fireopd_jax.models.placement import Placement
 from fireopd_jax.models.quantized import is_quantized
 from fireopd_jax.models.rope import rotary
-from fireopd_jax.models.shares import Shares, of_own_rows, of_team, on_own_rows, sharing
+from fireopd_jax.models.shares import Shares, of_own_rows, of_replica, on_own_rows, sharing
 from fireopd_jax.ops.attention import SAVED, attention
 from fireopd_jax.types import Array
 
@@ -67,7 +67,7 @@ class Layer(nnx.Module):
         self.mlp = MLP(c, rngs=rngs) if c.moe is None else MoE(c, rngs=rngs)
 
     def __call__(self, x: Array, rope, attention: AttentionFn, shares: Shares = WHOLE):
-        """Return the hidden states and the updated cache; `shares` are those of devices."""
+        """Return the hidden states and the updated cache; a device computes its `shares`."""
         of_attention, of_mlp = shares.attention, shares.mlp
         rows = of_attention.gathered(self.input_layernorm(x))
         out, cache = self.self_attn(rows, rope, attention)
@@ -146,7 +146,7 @@ class Decoder(nnx.Module):
         on, shares = sharing(mesh, tokens.shape[0]), WHOLE
         if on is not None:
             shares = Shares.of(self.config, on)
-            segments, positions = of_team((segments, positions), shares, on)
+            segments, positions = of_replica((segments, positions), shares, on)
 
         windows = [kind.window for kind in kinds]
         ropes = [self.rope(kind, positions) for kind in kinds]
@@ -160,7 +160,7 @@ class Decoder(nnx.Module):
             return nnx.merge(graph, layer)(x, rope, attend, shares)[0]
 
         if on is not None:
-            apply = on_own_rows(apply, self.config, on, stacked, low_rank)
+            apply = on_own_rows(apply, shares, on, stacked, low_rank)
 
         def run(x, layer, low_rank, rope, window=None):
             return apply(x, layer, low_rank, rope, segments, positions, window)
@@ -246,7 +246,7 @@ _ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
 
 
 def of_products(primitive: Any, *operands: Any, **params: Any) -> bool:
-    """Return whether a value is the result of a matrix product, summed over devices, or attention.
+    """Return whether a value is the result of a matrix product or its sum, or of attention.
 
     Scores of attention have batch axes: they are the largest, and recomputed.
     """

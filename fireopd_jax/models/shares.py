@@ -3,8 +3,8 @@
     states of own rows -> norm -> gathered over `tensor` -> own heads, or own part of the MLP
                        -> summed over `tensor`, each device receives its rows -> residual
 
-The devices of `tensor` share a layer: each has a part of its heads and of its MLP, and computes it
-for the rows of all of them. Between two blocks a device has its own rows alone, so norms and saved
+The devices of a replica share a layer: each has a part of its heads and of its MLP, and computes it
+for the rows of the replica. Between two blocks a device has its own rows alone, so norms and saved
 states cost each a part. Where the parts are not whole heads, a device computes the whole block for
 its own rows. A matrix is gathered over `fsdp` before it is used; the sum of its gradient is a
 reduce-scatter.
@@ -34,7 +34,7 @@ TENSOR = "tensor"
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """How devices compute a block: each all of it, or one of `parts` for the rows of all."""
+    """How a device computes a block: all of it, or one of `parts` for the rows of its replica."""
 
     parts: int = 1
 
@@ -49,10 +49,12 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """How devices compute a layer."""
+    """How a device computes a layer."""
 
     attention: Share = Share()
     mlp: Share = Share()
+    key_heads: int = 1
+    """Of the layer; fewer than the parts of attention where several devices read the same one."""
 
     @classmethod
     def of(cls, c: DecoderConfig, mesh: Mesh) -> "Shares":
@@ -63,7 +65,7 @@ class Shares:
         parts, heads = tensor_devices(mesh), c.num_key_value_heads
         whole = c.num_attention_heads % parts == 0 and (heads % parts == 0 or parts % heads == 0)
         inner = c.intermediate_size if c.moe is None else c.moe.moe_intermediate_size
-        return cls(Share(parts if whole else 1), Share(parts if inner % parts == 0 else 1))
+        return cls(Share(parts if whole else 1), Share(parts if inner % parts == 0 else 1), heads)
 
 
 def sharing(mesh: Mesh | None, rows: int) -> Mesh | None:
@@ -71,7 +73,7 @@ def sharing(mesh: Mesh | None, rows: int) -> Mesh | None:
     return mesh if mesh is not None and mesh.size > 1 and rows % mesh.size == 0 else None
 
 
-def of_team(tree: Any, shares: Shares, mesh: Mesh) -> Any:
+def of_replica(tree: Any, shares: Shares, mesh: Mesh) -> Any:
     """Return what attention reads of each row, on every device that computes a part of it."""
     if shares.attention.parts == 1:
         return tree
@@ -79,7 +81,7 @@ def of_team(tree: Any, shares: Shares, mesh: Mesh) -> Any:
 
 
 def on_own_rows(
-    layer: Callable[..., Array], c: DecoderConfig, mesh: Mesh, stacked: Any, low_rank: Any
+    layer: Callable[..., Array], shares: Shares, mesh: Mesh, stacked: Any, low_rank: Any
 ) -> Callable[..., Array]:
     """Return a decoder layer that each device applies to its own rows.
 
@@ -87,11 +89,11 @@ def on_own_rows(
     RoPE tables, segments, positions; last a window, the same for all. `stacked` and `low_rank` have
     the shapes of all layers' parameters and adapters.
     """
-    shares, rows = Shares.of(c, mesh), PartitionSpec(mesh.axis_names)
+    rows = PartitionSpec(mesh.axis_names)
     read = PartitionSpec(REPLICAS) if shares.attention.parts > 1 else rows
     trees = {"layers": stacked}, {"layers": low_rank}
     specs = [_of_layer(mesh, tree) for tree in trees]
-    uses = [_uses(tree, own, c, shares) for tree, own in zip(trees, specs, strict=True)]
+    uses = [_uses(own, shares) for own in specs]
 
     def own(x: Array, part: Any, adapters: Any, *others: Any) -> Array:
         ready = (
@@ -112,7 +114,7 @@ def on_own_rows(
 def of_own_rows(table: Array, tokens: Array, mesh: Mesh, dtype: str) -> Array:
     """Return the rows of the embedding for the tokens of each device.
 
-    The devices of `tensor` look the tokens of all up in their own parts of the table.
+    Each device of a replica looks up the tokens of all in its own part of the table.
     """
     rows = PartitionSpec(mesh.axis_names)
     spec = Placement(mesh).of({"embed_tokens": table})["embed_tokens"].spec
@@ -175,7 +177,7 @@ def _of_layer(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda each: PartitionSpec(*each.spec[1:]), places)
 
 
-def _uses(tree: Any, specs: Any, c: DecoderConfig, shares: Shares) -> Any:
+def _uses(specs: Any, shares: Shares) -> Any:
     """Return, for each array of a layer, the function from a device's part of it to what is used.
 
     That is a part where the device's share of the block is one, and else the whole.
@@ -189,11 +191,11 @@ def _uses(tree: Any, specs: Any, c: DecoderConfig, shares: Shares) -> Any:
 
         def use(leaf: Array) -> Array:
             for axis, (logical, to) in enumerate(zip(axes, spec, strict=True)):
-                one_head = logical == "kv_heads" and c.num_key_value_heads % share.parts > 0
+                one_head = logical == "kv_heads" and shares.key_heads % share.parts > 0
                 if to != TENSOR or share.parts == 1 or one_head:
                     leaf = _gathered(leaf, axis, to)
                 if one_head:
-                    leaf = _of_own_key_head(leaf, axis, c, share)
+                    leaf = _of_own_key_head(leaf, axis, shares)
             if added and share.parts > 1:  # to the sum of all parts, by one of them
                 leaf = jnp.where(lax.axis_index(TENSOR) == 0, leaf, 0)
             return leaf
@@ -203,10 +205,11 @@ def _uses(tree: Any, specs: Any, c: DecoderConfig, shares: Shares) -> Any:
     return jax.tree.map_with_path(of_leaf, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def _of_own_key_head(leaf: Array, axis: int, c: DecoderConfig, share: Share) -> Array:
+def _of_own_key_head(leaf: Array, axis: int, shares: Shares) -> Array:
     """Return the columns of the one key head that a device's query heads read."""
-    head = lax.axis_index(TENSOR) * c.num_key_value_heads // share.parts
-    return lax.dynamic_slice_in_dim(leaf, head * c.head_dim, c.head_dim, axis)
+    head = lax.axis_index(TENSOR) * shares.key_heads // shares.attention.parts
+    width = leaf.shape[axis] // shares.key_heads
+    return lax.dynamic_slice_in_dim(leaf, head * width, width, axis)
 
 
 def _gathered(leaf: Array, axis: int, to: Any) -> Array:

@@ -24,6 +24,11 @@ MODELS = {
         31, num_hidden_layers=2, intermediate_size=25, num_attention_heads=3,
         tie_word_embeddings=True, **BIASES,
     ),
+    "windows": tiny_model(
+        num_hidden_layers=2, sliding_window=3, layer_types=("sliding_attention", "full_attention"),
+        post_norms=True, zero_centered_norms=True, scale_embeddings=True,
+        final_logit_softcapping=4.0, tie_word_embeddings=True, **HEADS,
+    ),
 }  # fmt: skip
 MODEL = MODELS["dense"]
 

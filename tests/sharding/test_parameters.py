@@ -124,6 +124,7 @@ PADDED, SPLIT, PACKED = {}, {"micro_batch_size": 16}, {"micro_batch_tokens": 16}
         pytest.param("tensor", "experts", PACKED, marks=SLOW),
         pytest.param("all", "odd", PADDED, marks=SLOW),
         pytest.param("all", "experts", SPLIT, marks=SLOW),
+        pytest.param("tensor", "windows", PACKED, marks=SLOW),
         *(
             pytest.param(mesh, "dense", passes, marks=SLOW)
             for mesh in ("fsdp", "data", "all")

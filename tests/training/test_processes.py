@@ -18,6 +18,7 @@ from fireopd_jax.runtime.processes import ADDRESS, COUNT, RANK, join
 from fireopd_jax.training.run import train
 
 SMALL = ["smoke", "eval.problems=0", "run.save_every=2"]
+MESH = ["mesh.data=2", "mesh.fsdp=2"]
 METRICS = ("loss", "grad_norm", "completions/mean_length", "num_tokens", "student_entropy")
 FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_force_host_platform_device_count=2")
 
@@ -63,9 +64,9 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def alone(arguments):
+def alone(arguments, mesh=MESH):
     """Train in this process, on four devices."""
-    return train(load_config([*arguments, "mesh.data=2", "mesh.fsdp=2"]))
+    return train(load_config([*arguments, *mesh]))
 
 
 def check_equal(got, wanted):
@@ -77,21 +78,30 @@ def check_equal(got, wanted):
             assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
 
 
-def run_both(tmp_path, own):
+def run_both(tmp_path, own, mesh=MESH):
     """Train in two processes and in one, to equal metrics; return folders and output."""
     together, by_itself = tmp_path / "together", tmp_path / "alone"
-    started = begin([*own, "mesh.data=2", "mesh.fsdp=2", f"run.dir={together}"])
-    alone([*own, f"run.dir={by_itself}"])
+    started = begin([*own, *mesh, f"run.dir={together}"])
+    alone([*own, f"run.dir={by_itself}"], mesh)
     (said, status), (follower, other) = ended(started)
     assert status == other == 0, said + follower
     check_equal(metrics(together), metrics(by_itself))
     return together, by_itself, (said, follower)
 
 
-def test_two_processes_learn_what_one_does(tmp_path):
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MESH,
+        pytest.param(["mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2"], marks=pytest.mark.slow),
+        pytest.param(["mesh.data=1", "mesh.tensor=4"], marks=pytest.mark.slow),
+    ],
+    ids=", ".join,
+)
+def test_two_processes_learn_what_one_does(tmp_path, mesh):
     """Parameters are sharded over the devices of both; only the first writes."""
     own = [*SMALL, "run.steps=2", "student.lora={rank: 4}"]
-    together, _, (said, follower) = run_both(tmp_path, own)
+    together, _, (said, follower) = run_both(tmp_path, own, mesh)
     assert "done in" in said and "done in" not in follower
     logs = {file.name for file in (together / "logs").iterdir()}
     assert logs == {"run.log", "process-1.log"}
