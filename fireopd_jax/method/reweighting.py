@@ -9,7 +9,7 @@ the global batch, never over a micro-batch.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
 import jax
@@ -94,6 +94,18 @@ class ConfidenceConfusion(Section, StatelessReweighting):
         length = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
         mean = jnp.sum(weight, axis=1, keepdims=True) / length
         return jax.lax.stop_gradient(weight / jnp.where(mean == 0.0, 1.0, mean))
+
+    def measured(
+        self, scores: Scores, context: StageContext, keep: Keep
+    ) -> Mapping[str, Float32[Array, " B"]]:
+        """Return the maxima of both entropies for each row: `teacher_top` and `student_top`."""
+        rows = (context.mask.shape[0],)
+
+        def top(entropy: Array) -> Array:
+            return jnp.broadcast_to(self._top(entropy, context, keep)[:, 0], rows)
+
+        teacher, student = scores.teacher_stats.entropy, scores.student.entropy
+        return {"teacher_top": top(teacher), "student_top": top(student)}
 
     def _top(
         self, entropy: Array, context: StageContext, keep: Keep
@@ -186,6 +198,12 @@ class SoftTrajectories(StatelessReweighting):
         share = jax.nn.softmax(score / self.temperature, where=usable)
         share = jnp.where(usable, share * jnp.sum(valid), 0.0)
         return jax.lax.stop_gradient(share[:, None] * self.tokens.weight(scores, context, keep))
+
+    def measured(
+        self, scores: Scores, context: StageContext, keep: Keep
+    ) -> Mapping[str, Float32[Array, " B"]]:
+        """Return those of the reweighting of tokens."""
+        return self.tokens.measured(scores, context, keep)
 
 
 def _known(vocab_size: int | None) -> int:

@@ -8,7 +8,8 @@ A stage is a frozen dataclass; other code uses these attributes and never checks
 """
 
 import abc
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Bool, Float32
@@ -44,6 +45,18 @@ class Stage:
         return iter(())
 
 
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What a filter has kept, and the number that it judged each row by; for reports."""
+
+    kind: str
+    keep: Keep
+    score: Float32[Array, " B"] | None = None
+    """None for filters of single tokens."""
+    threshold: Float32[Array, " B"] | None = None
+    """The last score that is kept among the rows that a row is ranked with, or a fixed limit."""
+
+
 class Filter(Stage, abc.ABC):
     """A stage that chooses the trajectories, or tokens, that are trained on."""
 
@@ -63,6 +76,21 @@ class Filter(Stage, abc.ABC):
     ) -> dict[str, Metric]:
         """Return metrics specific to this filter, by name."""
         return {}
+
+    def judged(
+        self, scores: Scores, context: StageContext, keep: Keep, state: StageState = ()
+    ) -> list[Judged]:
+        """Return how each filter in this one has judged the rows; `keep` is what it has returned.
+
+        No part of a step's program: only called for the batches that are written to files.
+        """
+        return [Judged(self.kind, keep, *self.measured(scores, context, keep))]
+
+    def measured(
+        self, scores: Scores, context: StageContext, keep: Keep
+    ) -> tuple[Float32[Array, " B"] | None, Float32[Array, " B"] | None]:
+        """Return score and threshold of each row, for `judged`; None where there is none."""
+        return None, None
 
 
 class StatelessFilter(Filter):
@@ -90,6 +118,15 @@ class Reweighting(Stage, abc.ABC):
         self, scores: Scores, context: StageContext, keep: Keep, state: StageState = ()
     ) -> tuple[Float32[Array, "B T"], StageState]:
         """Return the weight of each token, 0 where masked, and the state for the next step."""
+
+    def measured(
+        self, scores: Scores, context: StageContext, keep: Keep
+    ) -> Mapping[str, Float32[Array, " B"]]:
+        """Return the numbers of each row that its tokens' weights are made of, by name.
+
+        No part of a step's program: only called for the batches that are written to files.
+        """
+        return {}
 
 
 class StatelessReweighting(Reweighting):

@@ -2,8 +2,8 @@
 
     run.dir or runs/<name> -> lock -> new, resume or complete -> RunFolder
 
-    config.yaml  env.json  metrics.jsonl  completions/  eval/  checkpoints/  logs/  summary.json
-    README.md
+    config.yaml  env.json  memory.json  metrics.jsonl  alarms.jsonl  completions/  eval/
+    checkpoints/  logs/  summary.json  README.md  report.html
 
 A folder with `config.yaml` is a run, one with `summary.json` a complete run; a live process that
 writes to it holds a lock of the operating system on `.lock`. Files of another run are never

@@ -103,5 +103,17 @@ class Tracker:
         write_atomically(self.path, "".join(f"{line}\n" for line in self._lines(end)))
 
 
+def record_alarm(folder: Path, alarm: Mapping[str, Any]) -> None:
+    """Append an alarm to `folder/alarms.jsonl`; a resumed run may append the same one again."""
+    if not leads():
+        return
+    file = folder / "alarms.jsonl"
+    try:
+        with file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(plain(alarm), allow_nan=False) + "\n")
+    except OSError as error:
+        warn_once(f"{file}: alarms cannot be written ({error.strerror})")
+
+
 def _values(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != "step"}

@@ -1,6 +1,6 @@
 """Warnings about known failures of on-policy distillation, from the metrics, with likely causes.
 
-    {metric: value} of a step -> lines for the log, each rule once
+    {metric: value} of a step -> alarms, each rule once
 
 A rule compares a moving mean with the mean over the first steps of the process, or judges these
 first steps themselves; a resumed run starts afresh. References: arXiv 2603.25562, 2604.13016;
@@ -48,6 +48,17 @@ class Course:
         self.now = value if self.steps == 1 else DECAY * self.now + (1 - DECAY) * value
 
 
+@dataclasses.dataclass(frozen=True)
+class Alarm:
+    """A rule that has fired."""
+
+    rule: str
+    metrics: tuple[str, ...]
+    """Metrics that the rule looks at."""
+    text: str
+    """Values, likely cause, and what to do."""
+
+
 class Alarms:
     """Running statistics of the metrics, and the rules that have fired."""
 
@@ -55,14 +66,20 @@ class Alarms:
         self.courses: dict[str, Course] = {}
         self.fired: set[str] = set()
 
-    def check(self, values: Mapping[str, float | int]) -> Iterator[str]:
-        """Add a step's metrics, and yield a line for each rule that fires for the first time."""
+    def check(self, values: Mapping[str, float | int]) -> Iterator[Alarm]:
+        """Add a step's metrics, and yield each rule that fires for the first time."""
         for name, value in values.items():
             self.courses.setdefault(name, Course()).add(value)
         for name, rule in RULES.items():
-            if name not in self.fired and (line := rule(self._get)):
+            seen: list[str] = []
+
+            def get(metric: str, seen: list[str] = seen) -> Course:
+                seen.append(metric)
+                return self._get(metric)
+
+            if name not in self.fired and (line := rule(get)):
                 self.fired.add(name)
-                yield line
+                yield Alarm(name, tuple(dict.fromkeys(seen)), line)
 
     def _get(self, name: str) -> Course:
         """Return the statistics of a metric; an absent metric has no steps."""

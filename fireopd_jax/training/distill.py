@@ -161,11 +161,12 @@ class Distillation:
                     with compiling if step == done else nullcontext():
                         scored = self.score(policies, rollout, state)
                         judge = self.judge(policies.teachers)
+                stages = state.stages
                 del policies  # frees merged copies of the adapters before the update
                 state, metrics = self.update(judge, state, scored)
                 del judge
                 served = self.session.served_stats()
-                left = Step(metrics, scored, self.counter.count - compiled, served)
+                left = Step(metrics, scored, stages, self.counter.count - compiled, served)
                 try:
                     due = self._saves(step + 1) or self.evaluations.any_due(step + 1)
                     loop.dispatched(step + 1, left, flush=due)

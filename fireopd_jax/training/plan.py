@@ -130,8 +130,11 @@ class Plan:
         write_atomically(file, json.dumps(choices, indent=2) + "\n")
         return plan
 
-    def check(self) -> None:
-        """Wait for the programs; log their memory, or raise UserError for one that does not fit."""
+    def check(self) -> dict[str, int]:
+        """Wait for the programs; log their memory, or raise UserError for one that does not fit.
+
+        Returns the bytes of a device that each stage needs, and those that it has: `device`.
+        """
         for notable in self._notable:
             self._say(*notable)
         peaks: dict[str, int] = {}
@@ -144,6 +147,7 @@ class Plan:
         if shown:
             total = gib(self.memory.free)
             self._log(f"memory: {', '.join(shown)} GiB of {total} GiB on each device")
+        return {kind: peaks[kind] for kind in SHOWN if kind in peaks} | {"device": self.memory.free}
 
     def peaks(self) -> dict[str, int]:
         """Wait for the programs; return the bytes of a device that are in use while each runs."""

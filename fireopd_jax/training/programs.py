@@ -30,7 +30,7 @@ from fireopd_jax.training.in_flight import make_draw
 from fireopd_jax.training.optimizer import make_optimizer
 from fireopd_jax.training.state import TrainState, init_state
 from fireopd_jax.training.update import Update, make_update
-from fireopd_jax.types import Array, Batch, Rollout
+from fireopd_jax.types import Array, Batch, Rollout, StageContext
 
 PASSES: Any = {"micro_batch_tokens": None, "micro_batch_size": None, "remat": None}
 """Settings of an optimizer that its state does not depend on."""
@@ -164,8 +164,6 @@ def _make_score(setup: Setup, method: MethodConfig) -> ScoreProgram:
     student = setup.student.model
     teachers = [spec.scoring(setup.student) for spec in teacher_specs(setup, method)]
     base_model = base_policy(setup)
-    updates = _updates(setup)
-    special = special_ids(method.texts, setup.student.tokenizer)
     rows, everywhere = by_rows(setup.mesh), replicated(setup.mesh)
 
     def score(params, teacher_params, rollout, temperature, done, stages, base):
@@ -178,14 +176,7 @@ def _make_score(setup: Setup, method: MethodConfig) -> ScoreProgram:
             None if base is None else Resident(base_model, base),
             method.reweight.kernel_strengths,
         )
-        context = stage_context(
-            rollout,
-            max(len(teacher_names(setup, method)), 1),
-            student.vocab_size,
-            progress=done / jnp.float32(updates),
-            special=special,
-            stop=setup.student.stop,
-        )
+        context = context_of(setup, method, rollout, done)
         out = assemble(
             rollout,
             method.score(inputs),
@@ -198,6 +189,20 @@ def _make_score(setup: Setup, method: MethodConfig) -> ScoreProgram:
         return out.batch, out.keep, out.states, out.metrics
 
     return ScoreProgram(jax.jit(score, out_shardings=(rows, rows, everywhere, everywhere)))
+
+
+def context_of(
+    setup: Setup, method: MethodConfig, rollout: Rollout, updates: Array | int
+) -> StageContext:
+    """Return the context of the stages for a rollout that is scored after so many updates."""
+    return stage_context(
+        rollout,
+        max(len(teacher_names(setup, method)), 1),
+        setup.student.model.vocab_size,
+        progress=jnp.float32(updates) / jnp.float32(_updates(setup)),
+        special=special_ids(method.texts, setup.student.tokenizer),
+        stop=setup.student.stop,
+    )
 
 
 def base_policy(setup: Setup) -> LanguageModel:

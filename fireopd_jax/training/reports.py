@@ -8,21 +8,25 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fireopd_jax.method.batch import Assembled
+from fireopd_jax.method.batch import Assembled, StageStates
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.metrics import Metrics, results
-from fireopd_jax.runs.completions import write_completions
-from fireopd_jax.runs.tracking import Tracker
+from fireopd_jax.runs.completions import Texts, on_host, write_completions
+from fireopd_jax.runs.tracking import Tracker, record_alarm
 from fireopd_jax.runtime.clock import StageClock
+from fireopd_jax.runtime.processes import fetched
 from fireopd_jax.session.contexts import teacher_names
 from fireopd_jax.session.session import Session
 from fireopd_jax.text.chat import decode
+from fireopd_jax.text.pieces import Pieces
 from fireopd_jax.training.alarms import Alarms
 from fireopd_jax.training.guard import Guard
 from fireopd_jax.training.optimizer import learning_rate
+from fireopd_jax.training.programs import context_of
 from fireopd_jax.training.samples import Samples, samples
 from fireopd_jax.training.update import skip_reason
 
@@ -36,6 +40,8 @@ class Step:
 
     metrics: Metrics
     scored: Assembled
+    stages: StageStates
+    """States of the filter and the reweighting that the batch was assembled with."""
     compilations: int
     served: Mapping[str, float]
     """Counters of requests to served teachers so far."""
@@ -59,7 +65,7 @@ class StepReports:
         self.tracker, self.clock, self.alarms = tracker, clock, Alarms()
         self.guard = Guard(name, self.config.run.max_nonfinite)
         self.reporter = session.trackers.reporter(name)
-        self.samples = Samples()
+        self.samples, self.pieces = Samples(), Pieces(session.setup.student.tokenizer)
         self.applied = applied
         """Number of updates that were not skipped."""
         updates = self.config.run.steps * self.config.run.updates_per_rollout
@@ -72,7 +78,8 @@ class StepReports:
         values = results(step.metrics)
         values.update(self._derived(done, values, step))
         for alarm in self.alarms.check(values):
-            self.log(f"{self.name}: step {done}: {alarm}")
+            self.log(f"{self.name}: step {done}: {alarm.text}")
+            record_alarm(self.home, {"step": done} | dataclasses.asdict(alarm))
         if values["skipped"]:
             self.log(f"{self.name}: step {done} skipped: {skip_reason(values)}")
         if done % run.log_every == 0 or done == run.steps:
@@ -84,15 +91,7 @@ class StepReports:
             for text in samples(step.scored.batch, setup.rows, own, setup.grader):
                 self.log(f"{self.name}: a response of step {done}:\n{text}")
         if asked:
-            responses = write_completions(
-                self.home / "completions" / f"step_{done:06d}.parquet",
-                step.scored.batch,
-                step.scored.keep,
-                rows=setup.rows,
-                teachers=teacher_names(setup, self.method) or [""],
-                decode=partial(decode, setup.student.tokenizer),
-                grader=setup.grader,
-            )
+            responses = self._write_completions(done, step)
             if self.reporter is not None:
                 self.reporter.table(done, responses)
         shown: dict[str, object] = {}
@@ -101,6 +100,30 @@ class StepReports:
         shown["length"] = values["completions/mean_length"]
         self.guard.check(done, values)
         return shown | {"tok/s": values["perf/tokens_per_s"]}
+
+    def _write_completions(self, done: int, step: Step) -> list[dict[str, Any]]:
+        """Write the trajectories of a step; return its rows."""
+        setup, method = self.session.setup, self.method
+        batch, keep = on_host(step.scored.batch), fetched(step.scored.keep)
+        updates = (done - 1) * self.config.run.updates_per_rollout
+        context = context_of(setup, method, batch.rollout, updates)
+        states = fetched(step.stages)
+        judged = method.filter.judged(batch.scores, context, keep, states.filter)
+        texts = Texts(
+            rows=setup.rows,
+            teachers=teacher_names(setup, method) or [""],
+            decode=partial(decode, setup.student.tokenizer),
+            pieces=self.pieces,
+            grader=setup.grader,
+        )
+        return write_completions(
+            self.home / "completions" / f"step_{done:06d}.parquet",
+            batch,
+            keep,
+            texts,
+            judged=fetched(judged),
+            measured=fetched(method.reweight.measured(batch.scores, context, keep)),
+        )
 
     def _derived(self, done: int, values: dict[str, float], step: Step) -> dict[str, float]:
         """Return metrics derived on the host: rates, seconds, standard deviations."""

@@ -222,7 +222,7 @@ def _prepare(session: Session, plan: Plan) -> tuple[list[Params], StudentStart, 
     start = StudentStart(session, teachers, plan.ready)
     if not start.finished:
         start.read()
-    plan.check()
+    session.folder.write_json("memory.json", plan.check())
     summary: Summary = {}
     if setup.config.eval.problems:
         figures = session.graded_teachers([functools.partial(_same, params) for params in teachers])

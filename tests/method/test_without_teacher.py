@@ -12,7 +12,7 @@ from fireopd_jax.method.diagnostics import of_batch
 from fireopd_jax.method.filtering import KeepAll, TeacherQuantile
 from fireopd_jax.method.reweighting import Uniform
 from fireopd_jax.metrics import results
-from fireopd_jax.runs.completions import write_completions
+from fireopd_jax.runs.completions import Texts, on_host, write_completions
 from fireopd_jax.training.alarms import Alarms
 from fireopd_jax.types import StageContext, Writer
 from tests import cases
@@ -48,7 +48,8 @@ def test_completions_have_no_column_of_the_teacher(tmp_path):
         Row(({"role": "user", "content": str(i)},), None, None, None, "rows:1") for i in range(7)
     ]
     file = tmp_path / "step.parquet"
-    write_completions(file, batch, keep, rows=rows, teachers=["a", "b"], decode=str, grader=str)
+    texts = Texts(rows, ("a", "b"), str, lambda ids: [str(i) for i in ids], str)
+    write_completions(file, on_host(batch), np.asarray(keep), texts)
     table = pyarrow.parquet.read_table(file)
     assert {"student_logprob", "weight", "kept"} <= set(table.column_names)
     assert not {"teacher_logprob", "teacher_score"} & set(table.column_names)

@@ -12,12 +12,13 @@ from fireopd_jax.evaluation.graders import grade
 from fireopd_jax.method.filtering import KeepAll
 from fireopd_jax.method.reweighting import Uniform
 from fireopd_jax.recipe.schema import load_config
-from fireopd_jax.runs.completions import write_completions
+from fireopd_jax.runs.completions import Texts, on_host, write_completions
 from fireopd_jax.session.described import unreadable_answers
 from fireopd_jax.session.host import correct
 from fireopd_jax.session.session import grade as evaluated
 from fireopd_jax.session.setup import set_up
 from fireopd_jax.text.chat import decode
+from fireopd_jax.text.pieces import Pieces
 from tests import cases
 
 ANSWERS = ["0.5", r"\frac{1}{2}", "7", "B", r"\frac{1}{"]
@@ -87,10 +88,12 @@ def test_completions_keep_which_rule_decided(tmp_path):
     scores = cases.make_scores(*np.zeros((4, *rollout.mask.shape), np.float32))
     batch, keep = cases.assembled(rollout, scores, KeepAll(), Uniform(), "seq", 2)
     file = tmp_path / "step.parquet"
-    write_completions(
-        file, batch, keep, rows=setup.rows, teachers=["a", "b"],
-        decode=lambda ids: decode(setup.student.tokenizer, ids), grader=setup.grader,
+    spec = setup.student
+    texts = Texts(
+        setup.rows, ("a", "b"), lambda ids: decode(spec.tokenizer, ids), Pieces(spec.tokenizer),
+        setup.grader,
     )  # fmt: skip
+    write_completions(file, on_host(batch), np.asarray(keep), texts)
     table = {line["row"]: line for line in pyarrow.parquet.read_table(file).to_pylist()}
     assert [int(table[i]["correct"]) for i in range(5)] == GRADES["math"]
     assert table[0]["rule"] == "box: number" and table[0]["plain"] is True

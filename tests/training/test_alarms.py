@@ -63,7 +63,7 @@ def run(changes, steps=120):
     for step in range(steps):
         share = min(1.0, step / 60)
         values = CALM | {k: a + share * (b - a) for k, (a, b) in changes.items()}
-        lines += alarms.check(values)
+        lines += [alarm.text for alarm in alarms.check(values)]
     return lines
 
 
@@ -111,7 +111,7 @@ def test_short_runs_are_long_enough():
     assert "same model" in run(COURSES["equal"][0], steps=2)[0]
     alarms = Alarms()
     lengths = [100.0] * 10 + [2.0] * 10
-    lines = [x for n in lengths for x in alarms.check(CALM | {"completions/mean_length": n})]
+    lines = [x.text for n in lengths for x in alarms.check(CALM | {"completions/mean_length": n})]
     assert len(lines) == 1 and "100 to 2 tokens" in lines[0]
 
 

@@ -17,7 +17,7 @@ from fireopd_jax.method.filtering.trajectories import (
     RandomDrop,
     TeacherQuantile,
 )
-from fireopd_jax.method.stage import Filter, StageState
+from fireopd_jax.method.stage import Filter, Judged, Keep, StageState
 from fireopd_jax.metrics import Mean, Metric
 from fireopd_jax.types import Array, Scores, StageContext
 
@@ -95,6 +95,17 @@ class AllOf(Filter):
             out[f"method/keep_fraction_by_{name}"] = Mean.of(after, before)
             before = after
         return out
+
+    def judged(
+        self, scores: Scores, context: StageContext, keep: Keep, state: StageState = ()
+    ) -> list[Judged]:
+        """Return how each filter has judged what the previous ones have kept."""
+        found: list[Judged] = []
+        masks, _ = self._successive(scores, context, state)
+        for each, mask in zip(self.filters, masks, strict=True):
+            found.append(Judged(each.kind, mask, *each.measured(scores, context, mask)))
+            context = context.masked(mask)
+        return found
 
     def _successive(
         self, scores: Scores, context: StageContext, state: StageState

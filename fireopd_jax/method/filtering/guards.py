@@ -6,11 +6,11 @@ scores, context -> keep bool[B], or bool[B, T]
 from typing import Annotated, ClassVar, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Bool
+from jaxtyping import Bool, Float32
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from fireopd_jax.config import config
-from fireopd_jax.method.stage import StatelessFilter
+from fireopd_jax.method.stage import Keep, StatelessFilter
 from fireopd_jax.ops.ranks import median_by_id, repetition_rate
 from fireopd_jax.types import Array, Scores, StageContext
 
@@ -31,10 +31,20 @@ class RepetitionGuard(StatelessFilter):
 
     def keep(self, scores: Scores, context: StageContext) -> Bool[Array, " B"]:
         """Return the rows that are kept."""
+        return jnp.any(context.mask, axis=1) & (self.rates(context) <= self.limit)
+
+    def rates(self, context: StageContext) -> Float32[Array, " B"]:
+        """Return the repetition rate of each row."""
         if context.tokens is None:
             raise ValueError("repetition_guard needs the response tokens: StageContext.tokens")
-        rate = repetition_rate(context.tokens, context.mask, self.ngram)
-        return jnp.any(context.mask, axis=1) & (rate <= self.limit)
+        return repetition_rate(context.tokens, context.mask, self.ngram)
+
+    def measured(
+        self, scores: Scores, context: StageContext, keep: Keep
+    ) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
+        """Return the repetition rates and their limit."""
+        rate = self.rates(context)
+        return rate, jnp.full_like(rate, self.limit)
 
 
 @config
@@ -131,6 +141,17 @@ class GapBound(StatelessFilter):
 
     def keep(self, scores: Scores, context: StageContext) -> Bool[Array, " B"]:
         """Return the rows that are kept."""
+        return jnp.any(context.mask, axis=1) & (self.gaps(scores) <= self.largest)
+
+    def gaps(self, scores: Scores) -> Float32[Array, " B"]:
+        """Return |mean s+ - mean s-| of each row's group."""
         if scores.margin is None:
             raise ValueError("gap_bound needs graded responses: method.score.margin")
-        return jnp.any(context.mask, axis=1) & (jnp.abs(scores.margin.gap) <= self.largest)
+        return jnp.abs(jnp.asarray(scores.margin.gap))
+
+    def measured(
+        self, scores: Scores, context: StageContext, keep: Keep
+    ) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
+        """Return the gaps and their limit."""
+        gap = self.gaps(scores)
+        return gap, jnp.full_like(gap, self.largest)

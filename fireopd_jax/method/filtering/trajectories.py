@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float32, Int32
 from pydantic import Field, NonNegativeInt
 
 from fireopd_jax.config import config
-from fireopd_jax.method.stage import Filter, StageState, StatelessFilter
+from fireopd_jax.method.stage import Filter, Keep, StageState, StatelessFilter
 from fireopd_jax.types import Array, Scores, StageContext
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -115,6 +115,14 @@ class TeacherQuantile(Filter):
         each = scores.advantage if relative else scores.teacher_stats.logprob
         return trajectory_score(each, context.mask)
 
+    def measured(
+        self, scores: Scores, context: StageContext, keep: Keep
+    ) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
+        """Return s_i, and the lowest one that is kept among the rows that a row is ranked with."""
+        score, route = self.scores(scores, context), np.asarray(context.teacher)
+        group = route if self.scope == "teacher" else np.zeros_like(route)
+        return score, lowest_kept(np.asarray(score), np.asarray(keep), group)
+
 
 @config
 class RandomDrop(StatelessFilter):
@@ -129,11 +137,21 @@ class RandomDrop(StatelessFilter):
 
     def keep(self, scores: Scores, context: StageContext) -> Bool[Array, " B"]:
         """Return the rows that are kept."""
+        return drop_lowest(self.draws(context), context.mask, self.drop_fraction)
+
+    def draws(self, context: StageContext) -> Float32[Array, " B"]:
+        """Return a uniform random number for each row."""
         if context.sample_id is None:
             raise ValueError("random_drop needs the sample ids: StageContext.sample_id")
         key = jax.random.key(self.seed, impl="threefry2x32")
-        draw = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(context.sample_id)
-        return drop_lowest(draw, context.mask, self.drop_fraction)
+        return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(context.sample_id)
+
+    def measured(
+        self, scores: Scores, context: StageContext, keep: Keep
+    ) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
+        """Return the random numbers, and the lowest one that is kept."""
+        draw, keep = np.asarray(self.draws(context)), np.asarray(keep)
+        return draw, lowest_kept(draw, keep, np.zeros(len(draw), np.int32))
 
 
 @config
@@ -155,6 +173,15 @@ class LengthDrop(StatelessFilter):
         length = jnp.sum(context.mask, axis=1).astype(jnp.float32)
         order = length if self.drop == "shortest" else -length
         return drop_lowest(order, context.mask, self.drop_fraction)
+
+    def measured(
+        self, scores: Scores, context: StageContext, keep: Keep
+    ) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
+        """Return the lengths, and the shortest (longest) one that is kept."""
+        length = np.asarray(context.mask).sum(axis=1).astype(np.float32)
+        sign = np.float32(1 if self.drop == "shortest" else -1)
+        group = np.zeros(len(length), np.int32)
+        return length, sign * lowest_kept(sign * length, np.asarray(keep), group)
 
 
 def drop_lowest(
@@ -181,6 +208,16 @@ def stays(
     # The 1e-9 absorbs the rounding of the binary fraction where rho n is a whole number.
     drops = np.floor(fraction * np.arange(score.shape[0] + 1) + 1e-9).astype(np.int32)
     return rank >= jnp.asarray(drops)[size][group]
+
+
+def lowest_kept(
+    score: Float32[np.ndarray, " B"], keep: Keep, group: Int32[np.ndarray, " B"]
+) -> Float32[np.ndarray, " B"]:
+    """Return, for each row, the lowest score that is kept in its group; NaN where none is."""
+    kept = np.asarray(keep) if keep.ndim == 1 else np.asarray(keep).any(axis=1)
+    lowest = np.full(int(group.max(initial=0)) + 1, np.inf, np.float32)
+    np.minimum.at(lowest, group[kept], score[kept])
+    return np.where(np.isinf(lowest), np.float32(np.nan), lowest)[group]
 
 
 def trajectory_score(
