@@ -14,13 +14,14 @@ RUNTIME := $(VENV)/.installed
 TEST := $(VENV)/.installed-test
 DEV := $(VENV)/.installed-dev
 AOT := $(VENV)-aot/.installed-aot
+AXE := $(VENV)/axe/node_modules/axe-core/axe.min.js
 PARITY_STAMP := $(if $(filter-out 0,$(PARITY)),$(VENV)/.installed-parity)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # Two installs into one environment must not meet.
 .NOTPARALLEL:
-.PHONY: help quickstart quickstart_multi smoke test test-all test-gpu schema lint format clean
+.PHONY: help quickstart quickstart_multi smoke test test-all test-gpu test-browser chromium schema lint format clean
 
 help: ## List the targets
 	@grep -E '^[a-z_-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -37,13 +38,16 @@ smoke: $(RUNTIME) ## The smallest complete run: does everything work at all
 test: $(TEST) $(PARITY_STAMP) ## Run the tests, without the slow ones
 	@$(BIN)/python -m pytest $(WORKERS) -m "not slow and not aot and not browser" $(ARGS)
 
-test-all: $(TEST) $(PARITY_STAMP) $(AOT) ## Run every test that needs no GPU, and compile for TPUs and GPUs
-	@$(BIN)/python -m pytest $(WORKERS) -m "not aot" $(ARGS)
+test-all: $(TEST) $(PARITY_STAMP) $(AOT) $(AXE) chromium ## Run every test that needs no GPU, and compile for TPUs and GPUs
+	@FIREOPD_AXE=$(CURDIR)/$(AXE) $(BIN)/python -m pytest $(WORKERS) -m "not aot" $(ARGS)
 	@XLA_FLAGS=--xla_backend_optimization_level=3 \
 	  $(VENV)-aot/bin/python -m pytest $(WORKERS) -m aot $(ARGS)
 
 test-gpu: $(TEST) $(VENV)/.installed-cuda ## Run the tests that need a GPU
 	@FIREOPD_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-browser: $(TEST) $(AXE) chromium ## Look at reports in Debian's Chromium, which it installs
+	@FIREOPD_AXE=$(CURDIR)/$(AXE) $(BIN)/python -m pytest -m browser $(ARGS)
 
 schema: $(RUNTIME) ## Write configs/schema.json anew, after a change of any setting
 	$(BIN)/fireopd schema configs/schema.json
@@ -76,6 +80,16 @@ $(AOT): pyproject.toml
 	$(PYTHON) -m venv $(VENV)-aot
 	$(VENV)-aot/bin/python -m pip install -q -e ".[test,aot]"
 	@touch $@
+
+# By the package manager of Debian or Ubuntu; as another user than root by sudo.
+chromium:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  run=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$run apt-get update -q && \
+	  $$run apt-get install -qy --no-install-recommends chromium chromium-driver; }
+
+$(AXE): $(VENV)/.installed-browser
+	@PATH="$(CURDIR)/$(BIN):$$PATH" npm install --silent --no-save --prefix $(VENV)/axe axe-core@4
 
 $(VENV)/.installed-%: pyproject.toml | $(CREATED)
 	$(PIP) -e ".[$*]"

@@ -1,4 +1,4 @@
-"""Commands about a run: train, sft, data, keys."""
+"""Commands about a run: train, sft, report, data, keys."""
 
 from pathlib import Path
 from typing import Annotated
@@ -85,6 +85,22 @@ def sft(settings: Layers = None, dry_run: DryRun = False, full: Full = False) ->
     from fireopd_jax.commands.train import launch
 
     launch("sft", settings or [], dry_run, full)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders of runs, finished or not.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write; by default report.html in the (first) run."),
+    ] = None,
+) -> None:
+    """Write one page on a run, or on several side by side: results, curves, filter, tokens."""
+    from fireopd_jax.commands.report import report
+
+    print(report(runs, out))
 
 
 @app.command(epilog=KEYS, context_settings=ANY)

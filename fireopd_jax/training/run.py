@@ -30,6 +30,7 @@ from fireopd_jax.data.identity import (
 from fireopd_jax.models.language_model import Params
 from fireopd_jax.recipe.paths import absolute
 from fireopd_jax.recipe.schema import Config, as_tree, methods
+from fireopd_jax.report.page import write_report
 from fireopd_jax.runs.folder import RunFolder, environment, state_of
 from fireopd_jax.runs.log import Log
 from fireopd_jax.runs.report import print_curve, print_results, write_card, write_failure
@@ -38,7 +39,7 @@ from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.runtime.devices import first_line
 from fireopd_jax.runtime.files import recorded
 from fireopd_jax.runtime.processes import by_leader, count, fetched, leads, wait_for_leader
-from fireopd_jax.runtime.signals import stop_on_signal
+from fireopd_jax.runtime.signals import Interrupted, stop_on_signal
 from fireopd_jax.session.described import log_setup
 from fireopd_jax.session.exporting import export
 from fireopd_jax.session.identity import (
@@ -161,6 +162,10 @@ def _recorded(
                         summary = work(session)
                 except NothingLearnt as failed:
                     write_failure(folder, str(failed))
+                    write_page(folder, log)
+                    raise
+                except Interrupted:
+                    write_page(folder, log)
                     raise
                 finally:
                     if session.connections is not None:
@@ -168,8 +173,20 @@ def _recorded(
                 summary |= {"seconds": round(time.monotonic() - start, 1)}
                 folder.write_json(record, summary)
                 wait_for_leader()
+            write_page(folder, log)
             log(f"done in {summary['seconds']:.0f} s: {folder.path / record}")
     return summary
+
+
+def write_page(folder: RunFolder, log: Log) -> None:
+    """Write report.html of what a run has computed so far; a failure is one line of the log."""
+    if not leads() or not folder.metrics.exists():
+        return
+    try:
+        log(f"report: {write_report([str(folder.path)], live=False)}")
+    except Exception as error:  # a page is not worth the run, whose results are saved
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        log(f"warning: no report ({reason}); fireopd report {quoted(folder)} makes it again")
 
 
 def quoted(folder: RunFolder) -> str:

@@ -1,0 +1,67 @@
+"""Each run leaves a page on what it has done, however it ends."""
+
+import signal
+from unittest import mock
+
+import pytest
+
+from fireopd_jax.recipe.schema import load_config
+from fireopd_jax.runtime.signals import Interrupted
+from fireopd_jax.training.distill import Distillation
+from fireopd_jax.training.run import train
+
+MODEL = (
+    "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, "
+    "head_dim: 8, intermediate_size: 32}"
+)
+BASE = [
+    "mesh.data=1",
+    "data.path=builtin:addition-1",
+    "data.max_prompt_tokens=8",
+    "rollout.batch_size=8",
+    "rollout.max_tokens=12",
+    f"student.architecture={MODEL}",
+    f"teacher.architecture={MODEL}",
+    "run.steps=4",
+    "run.completions_every=2",
+    "eval.problems=4",
+    "eval.samples=1",
+    "eval.batch_size=8",
+]
+
+
+def run(folder, *settings):
+    return train(load_config([*BASE, *settings, f"run.dir={folder}"]))
+
+
+def test_a_run_ends_with_its_report(tmp_path, capsys):
+    folder = tmp_path / "run"
+    run(folder)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") and '"state":"complete"' in page
+    assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
+    assert '"steps":4' in page and '"name":"run"' in page
+
+
+def test_a_stopped_run_has_a_report_of_what_it_has_done(tmp_path, monkeypatch):
+    rollout = Distillation.rollout
+
+    def stopped(self, policies, step):
+        if step == 2:
+            self.session.stop(signal.SIGTERM, None)
+        return rollout(self, policies, step)
+
+    monkeypatch.setattr(Distillation, "rollout", stopped)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", "run.steps=9")
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert '"state":"stopped"' in page and '"of_steps":9' in page
+
+
+def test_a_report_that_cannot_be_written_costs_no_run(tmp_path, capsys):
+    folder = tmp_path / "run"
+    with mock.patch("fireopd_jax.training.run.write_report", side_effect=OSError("disk\nfull")):
+        run(folder)
+    assert (folder / "summary.json").exists() and not (folder / "report.html").exists()
+    said = capsys.readouterr().out
+    assert "warning: no report (OSError: disk full); fireopd report" in said
