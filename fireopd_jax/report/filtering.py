@@ -75,7 +75,7 @@ def score_name(filter: Mapping[str, Any]) -> str:
         return f"length, the {filter.get('drop', 'longest')} first"
     if filter.get("score") == "student_relative":
         return "mean log-ratio of teacher to student"
-    return "teacher's mean log-prob of a response"
+    return "teacher’s mean log-prob of a response"
 
 
 def _rows(

@@ -274,7 +274,7 @@ def test_pictures_show_something(size, scheme, page, pages, tmp_path):
     file = write_report(shown[:1], tmp_path / "shown.html") if shown else pages["one"]
     page.open(file, size, scheme)
     home = FIGURES if shown else tmp_path
-    for section in ("summary", "filter", "tokens"):
+    for section in ("summary", "curves", "filter", "tokens"):
         picture = home / f"{section}_{size}_{scheme}.webp"
         page.picture(picture, None if section == "summary" else section)
         assert 5_000 < picture.stat().st_size < 200_000
