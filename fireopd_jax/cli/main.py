@@ -25,7 +25,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 # transformers is used for tokenizers only; silence its warning that PyTorch is missing.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-FOR_FILES = ("train", "sft", "resume", "export", "report", "serve", "chat")
+FOR_FILES = ("train", "sft", "resume", "export", "report", "watch", "serve", "chat")
 """Commands whose output is a report: what they are for is in files, or answered elsewhere."""
 LONGEST_WORD, SHOWN = 500, 40
 """Characters of a word in an error, such as a path or a value, and those of its ends."""

@@ -1,4 +1,4 @@
-"""Commands about a run: train, sft, report, data, keys."""
+"""Commands about a run: train, sft, report, watch, data, keys."""
 
 from pathlib import Path
 from typing import Annotated
@@ -101,6 +101,17 @@ def report(
     from fireopd_jax.commands.report import report
 
     print(report(runs, out))
+
+
+@app.command()
+def watch(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free port.")] = 8100,
+) -> None:
+    """Show the page of a run while it goes on, in a browser on this machine; nothing is written."""
+    from fireopd_jax.commands.watch import watch
+
+    watch(runs, port)
 
 
 @app.command(epilog=KEYS, context_settings=ANY)

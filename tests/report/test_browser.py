@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ import pytest
 from fireopd_jax.method.batch import stage_context
 from fireopd_jax.method.filtering import TeacherQuantile
 from fireopd_jax.report.page import write_report
+from fireopd_jax.report.watching import WatchedPage, watching
+from fireopd_jax.runs.tracking import Tracker
 from tests.report.made import make_case, make_run
 
 pytestmark = pytest.mark.browser
@@ -24,7 +27,7 @@ from selenium import webdriver  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import Select  # noqa: E402
+from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FIGURES = Path(__file__).parents[2] / "docs" / "figures" / "report"
@@ -248,6 +251,21 @@ def test_a_hover_is_shown_within_a_frame_at_two_thousand_tokens(page, folder):
     )
     assert taken[0] > 1000
     assert taken[1] < 34  # two frames, of a machine that draws without a GPU
+
+
+def test_a_watched_page_says_that_its_run_has_gone_on(page, folder):
+    run = make_run(folder / "watched")
+    with watching(WatchedPage([str(run)]), 0) as address:
+        page.driver.get(address)
+        assert not page.one("button.news").is_displayed()
+        time.sleep(4)  # it has asked once
+        with Tracker(run) as tracker:
+            tracker.log(7, {"loss": 0.125})
+        wait = WebDriverWait(page.driver, 20)
+        wait.until(lambda _: page.one("button.news").is_displayed())
+        page.one("button.news").click()
+        assert page.errors() == []
+        assert {url.rpartition("/")[0] for url in page.requests()} >= {address.rstrip("/")}
 
 
 @pytest.mark.parametrize("name", ["one", "two", "empty"])
