@@ -120,7 +120,7 @@ def test_five_steps_without_a_cold_start_are_enough():
     alarms, lines = Alarms(), []
     for length, gap in ((37, 0.6), (29, 0.7), (20, 0.9), (13, 1.1), (9, 1.2)):
         values = {"completions/mean_length": float(length), "distill/reverse_kl": gap}
-        lines += alarms.check(CALM | values)
+        lines += [alarm.text for alarm in alarms.check(CALM | values)]
     assert len(lines) == 1 and "37 to 9 tokens" in lines[0] and "0.60 to 1.20 nats" in lines[0]
 
 
