@@ -22,7 +22,7 @@ MODELS = {
     # `tensor` divides neither heads, MLP nor token ids.
     "odd": tiny_model(
         31, num_hidden_layers=2, intermediate_size=25, num_attention_heads=3,
-        tie_word_embeddings=True, **BIASES,
+        tie_word_embeddings=False, **BIASES,
     ),
     "windows": tiny_model(
         num_hidden_layers=2, sliding_window=3, layer_types=("sliding_attention", "full_attention"),

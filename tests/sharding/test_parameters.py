@@ -324,7 +324,8 @@ def test_a_run_learns_the_same_on_any_mesh(tmp_path, kind):
 def test_a_checkpoint_of_one_mesh_resumes_on_another(tmp_path):
     wanted = metrics_of(tmp_path / "whole", "mesh.data=1", "run.steps=4")
     metrics_of(tmp_path / "moved", "mesh.fsdp=4", "mesh.data=2", "run.steps=2")
-    found = metrics_of(tmp_path / "moved", "mesh.fsdp=2", "mesh.data=1", "run.steps=4")
+    other = ["mesh.fsdp=2", "mesh.data=1", "mesh.tensor=2"]
+    found = metrics_of(tmp_path / "moved", *other, "run.steps=4")
     assert [row["step"] for row in found] == [1, 2, 3, 4]
     for one, other in zip(found, wanted, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-4, abs=1e-6)
