@@ -158,6 +158,17 @@ class ModelScores:
 
 
 @pytree
+class TopTokens:
+    """The K most probable token ids of student and teacher at each token, likeliest first."""
+
+    student_ids: Int32[Array, "B T K"]
+    student_logprob: Float32[Array, "B T K"]
+    teacher_ids: Int32[Array, "B T K"] | None = None
+    """None where no teacher is scored here."""
+    teacher_logprob: Float32[Array, "B T K"] | None = None
+
+
+@pytree
 class EarlyScores:
     """Scores that a host stage needed, or got from servers, before the score program."""
 

@@ -61,6 +61,9 @@ class RunConfig(Section):
     """Project of wandb and trackio. null: `WANDB_PROJECT` of the environment, else `fireopd`."""
     completions_every: NonNegativeInt = 50
     """Steps between saved batches of prompts and responses; 0 saves none."""
+    completions_topk: Annotated[int, Field(ge=0, le=64)] = 0
+    """Most probable token ids of student and teacher that are saved for each token of saved
+    responses, by another forward pass of both; 0: what the method itself scores, if anything."""
     max_nonfinite: PositiveInt = 20
     """Steps in a row whose loss or gradient is not finite, after which the run stops."""
     export: bool = False
@@ -75,8 +78,15 @@ class RunConfig(Section):
             raise ValueError("expected a path of UTF-8, without control characters")
         return value
 
+    def saves_responses(self, done: int) -> bool:
+        """Return whether the responses of the step that ends with `done` steps are saved."""
+        every = self.completions_every
+        return bool(every) and (done % every == 0 or done == self.steps)
+
     def without_effect(self) -> Iterator[tuple[str, str]]:
         """Yield `name` if `dir` is given, else `resume`: without `dir` every run is new."""
+        if not self.completions_every:
+            yield "completions_topk", "with run.completions_every=0"
         if self.dir is not None:
             yield "name", "with run.dir"
         else:

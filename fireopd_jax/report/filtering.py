@@ -21,6 +21,8 @@ MOST_ROWS = 4000
 """Rows of a page, of steps that lie evenly over the run."""
 RANKING = ("teacher_quantile", "random_drop", "length_drop")
 """Filters that drop a fraction of the rows by their rank."""
+SCORED = (*RANKING, "repetition_guard", "gap_bound")
+"""Filters that judge rows by a score."""
 COLUMNS = ("row", "prompt", "correct", "teacher", "kept", "tokens", "teacher_score")
 REASONS = ("dropped_by", "filter_score", "filter_threshold")
 """Columns that older versions did not write."""
@@ -29,7 +31,7 @@ REASONS = ("dropped_by", "filter_score", "filter_threshold")
 def filtering(run: RunFiles, files: Sequence[Path]) -> dict[str, Any]:
     """Return the filter's settings, and its rows as columns; no rows where none were saved."""
     filters = list(settings(run.setting("method.filter", {})))
-    ranking = next((each for each in filters if each.get("kind") in RANKING), None)
+    ranking = next((each for each in reversed(filters) if each.get("kind") in RANKING), None)
     own = ranking if ranking is not None else {"kind": "teacher_quantile", "drop_fraction": 0.0}
     found: dict[str, Any] = {
         "kind": run.setting("method.filter.kind"),
@@ -43,9 +45,11 @@ def filtering(run: RunFiles, files: Sequence[Path]) -> dict[str, Any]:
         "prompts": [],
         "rows": {},
     }
-    before = filters[: filters.index(ranking)] if ranking in filters else []
-    earlier = {str(each.get("kind")) for each in before}
-    parts = [part for file in files if (part := _rows(run, file, own, earlier)) is not None]
+    place = len(filters) if ranking is None else filters.index(ranking)
+    earlier = {str(each.get("kind")) for each in filters[:place]}
+    # Of a row that is kept the file has the score of the last filter with one.
+    last = ranking is not None and not any(x.get("kind") in SCORED for x in filters[place + 1 :])
+    parts = [part for file in files if (part := _rows(run, file, own, earlier, last)) is not None]
     if not parts:
         run.note("no trajectories were saved: run.completions_every is 0, or none was due yet")
         return found
@@ -79,9 +83,12 @@ def score_name(filter: Mapping[str, Any]) -> str:
 
 
 def _rows(
-    run: RunFiles, file: Path, ranking: Mapping[str, Any], earlier: set[str]
+    run: RunFiles, file: Path, ranking: Mapping[str, Any], earlier: set[str], last: bool
 ) -> dict[str, list[Any]] | None:
-    """Return the columns of a step's rows; None where its file is damaged."""
+    """Return the columns of a step's rows; None where its file is damaged.
+
+    `earlier` are the filters before the one that ranks, `last` whether none after it has a score.
+    """
     table = run.table(file, (*COLUMNS, *REASONS))
     step = step_of(file)
     if table is None or step is None or not {"kept", "tokens"} <= set(table.column_names):
@@ -93,12 +100,10 @@ def _rows(
         )
     rows = table.num_rows
     by = column(table, "dropped_by", [None] * rows)
-    score = np.asarray(
-        [np.nan if x is None else x for x in column(table, "filter_score", [None] * rows)]
-    )
-    if not np.isfinite(score).any() or not ranking_applies(run):
-        of_teacher = column(table, "teacher_score", [None] * rows)
-        score = np.asarray([np.nan if x is None else x for x in of_teacher], float)
+    score = _floats(column(table, "filter_score", [None] * rows))
+    if not np.isfinite(score).any() or not last:
+        score = _floats(column(table, "teacher_score", [None] * rows))
+    score[[each in earlier for each in by]] = np.nan
     length = pyarrow.compute.call_function("list_value_length", [table["tokens"]]).to_pylist()
     teacher = [str(x) for x in column(table, "teacher", [""] * rows)]
     ranked = np.asarray([x not in earlier and n > 0 for x, n in zip(by, length, strict=True)])
@@ -124,9 +129,8 @@ def _rows(
     }
 
 
-def ranking_applies(run: RunFiles) -> bool:
-    """Return whether the run's filter ranks rows, so that its scores are those of the ranking."""
-    return any(each.get("kind") in RANKING for each in settings(run.setting("method.filter", {})))
+def _floats(values: list[Any]) -> np.ndarray:
+    return np.asarray([np.nan if each is None else each for each in values], float)
 
 
 def ranks(

@@ -17,7 +17,7 @@ from fireopd_jax.evaluation.graders import verdict
 from fireopd_jax.method.stage import Judged, Keep
 from fireopd_jax.runtime.processes import fetched, leads
 from fireopd_jax.runtime.warnings import warn_once
-from fireopd_jax.types import Array, Batch, Rewritten, Rollout, Writer
+from fireopd_jax.types import Array, Batch, Rewritten, Rollout, TopTokens, Writer
 
 MOST_WORDS = 8
 """Token ids of a support that are written at each position, the teacher's likeliest first."""
@@ -54,11 +54,13 @@ def write_completions(
     *,
     judged: Sequence[Judged] = (),
     measured: Mapping[str, Array] | None = None,
+    top: TopTokens | None = None,
 ) -> list[dict[str, Any]]:
     """Write every trajectory of a batch, on the host, to a Parquet file; return its rows.
 
     Lists have one entry per response token, but for audited chunks. `judged` are the filters'
-    judgements, `measured` other numbers of each row by column. Rows without a token are left out,
+    judgements, `measured` other numbers of each row by column, `top` the most probable tokens where
+    they were computed; else those of the support are written. Rows without a token are left out,
     but for rewrites that were dropped; without any row no file is written.
     """
     original = batch.rollout.original
@@ -67,17 +69,18 @@ def write_completions(
     )
     which = np.flatnonzero(shown.any(axis=1))
     reasons = _reasons(judged, keep, len(shown))
+    numbers = {name: np.asarray(values) for name, values in (measured or {}).items()}
     lines = []
     for i in which:
         line = _texts_of(batch.rollout, int(i), shown[i], texts)
         line["kept"] = bool(np.any(keep[i]))
         line |= reasons[i] if batch.rollout.mask[i].any() else reasons[i] | {"dropped_by": "refine"}
-        line |= {name: float(values[i]) for name, values in (measured or {}).items()}
+        line |= {name: float(values[i]) for name, values in numbers.items()}
         lines.append(line | _chunks_of(batch.rollout, int(i)))
     if not lines:
         return lines
     table = pyarrow.Table.from_pylist(lines)
-    for name, column in _of_tokens(batch, keep, which, texts).items():
+    for name, column in _of_tokens(batch, keep, which, texts, top).items():
         table = table.append_column(name, column)
     if leads():
         _write(file, table)
@@ -145,6 +148,7 @@ def _reasons(judged: Sequence[Judged], keep: Keep, rows: int) -> list[dict[str, 
 
     Of a row that is kept these are those of the last filter with a score.
     """
+    judged = [_as_numpy(each) for each in judged]
     found = []
     for i in range(rows):
         scored = [each for each in judged if each.score is not None]
@@ -168,8 +172,16 @@ def _reasons(judged: Sequence[Judged], keep: Keep, rows: int) -> list[dict[str, 
     return found
 
 
+def _as_numpy(judged: Judged) -> Judged:
+    def plain(values: Array | None) -> np.ndarray | None:
+        return None if values is None else np.asarray(values)
+
+    keep = np.asarray(judged.keep)
+    return Judged(judged.kind, keep, plain(judged.score), plain(judged.threshold))
+
+
 def _of_tokens(
-    batch: Batch, keep: Keep, which: np.ndarray, texts: Texts
+    batch: Batch, keep: Keep, which: np.ndarray, texts: Texts, top: TopTokens | None
 ) -> dict[str, pyarrow.Array]:
     """Return the columns with one entry per response token of the rows `which`."""
     rollout, scores = batch.rollout, batch.scores
@@ -201,18 +213,26 @@ def _of_tokens(
         columns["teacher_score"] = pyarrow.array(mean, from_pandas=True)
         columns["teacher_logprob"] = each(logprob)
         columns["teacher_entropy"] = each(scores.teacher.entropy)
-    if scores.support is not None:
-        ids, logprob = np.asarray(scores.support.ids), np.asarray(scores.support.teacher)
-        columns |= _words(ids[which], logprob[which], real, texts)
+    likely: dict[str, tuple[Any, Any]] = {}
+    if top is not None:
+        likely = {"student": (top.student_ids, top.student_logprob)}
+        if top.teacher_ids is not None:
+            likely["teacher"] = top.teacher_ids, top.teacher_logprob
+    elif scores.support is not None:
+        likely = {"teacher": (scores.support.ids, scores.support.teacher)}
+    for who, pair in likely.items():
+        ids, logprob = (np.asarray(values)[which] for values in pair)
+        most = MOST_WORDS if top is None else ids.shape[-1]
+        columns |= _words(who, ids, logprob, real, texts, most)
     return columns
 
 
 def _words(
-    ids: np.ndarray, logprob: np.ndarray, real: np.ndarray, texts: Texts
+    who: str, ids: np.ndarray, logprob: np.ndarray, real: np.ndarray, texts: Texts, most: int
 ) -> dict[str, pyarrow.Array]:
-    """Return the teacher's likeliest token ids of the support at each token, and their texts."""
+    """Return a model's likeliest token ids at each token, likeliest first, and their texts."""
     order = np.argsort(np.where(ids >= 0, -logprob, np.inf), axis=-1, kind="stable")
-    order = order[..., :MOST_WORDS]
+    order = order[..., :most]
     ids = np.take_along_axis(ids, order, axis=-1)[real]
     logprob = np.take_along_axis(logprob, order, axis=-1)[real]
     there = ids >= 0
@@ -225,7 +245,7 @@ def _words(
         return pyarrow.ListArray.from_arrays(outer, pyarrow.ListArray.from_arrays(inner, values))
 
     return {
-        "teacher_top_ids": nested(pyarrow.array(ids[there])),
-        "teacher_top_logprob": nested(pyarrow.array(logprob[there])),
-        "teacher_top_text": nested(names.take(pyarrow.array(index))),
+        f"{who}_top_ids": nested(pyarrow.array(ids[there])),
+        f"{who}_top_logprob": nested(pyarrow.array(logprob[there])),
+        f"{who}_top_text": nested(names.take(pyarrow.array(index))),
     }

@@ -194,6 +194,12 @@ class MethodShapes:
         temperature = jnp.float32(1)
         return student, teachers, rollout, temperature, state.updates, state.stages, self.base
 
+    def top_tokens(self, programs: Programs) -> tuple[Any, ...]:
+        """Return the program of the most probable tokens, and its inputs."""
+        student, teachers, rollout, temperature, *_ = self.score(programs)
+        teachers = teachers if self.method.score.scores_teacher else []
+        return programs.top_tokens, student, teachers, rollout, temperature
+
     def update(self, programs: Programs) -> tuple[Any, ...]:
         """Return the inputs of the update program."""
         inputs = self.score(programs)

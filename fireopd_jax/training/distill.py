@@ -48,7 +48,7 @@ from fireopd_jax.training.prepare import StudentStart
 from fireopd_jax.training.reports import Step, StepReports
 from fireopd_jax.training.state import StateInFlight, TrainState
 from fireopd_jax.training.windows import Windows
-from fireopd_jax.types import Rollout
+from fireopd_jax.types import Rollout, TopTokens
 
 
 class Distillation:
@@ -161,12 +161,12 @@ class Distillation:
                     with compiling if step == done else nullcontext():
                         scored = self.score(policies, rollout, state)
                         judge = self.judge(policies.teachers)
-                stages = state.stages
+                stages, top = state.stages, self.top_tokens(policies, rollout, step + 1)
                 del policies  # frees merged copies of the adapters before the update
                 state, metrics = self.update(judge, state, scored)
                 del judge
                 served = self.session.served_stats()
-                left = Step(metrics, scored, stages, self.counter.count - compiled, served)
+                left = Step(metrics, scored, stages, self.counter.count - compiled, served, top)
                 try:
                     due = self._saves(step + 1) or self.evaluations.any_due(step + 1)
                     loop.dispatched(step + 1, left, flush=due)
@@ -281,6 +281,18 @@ class Distillation:
             )
             ready(scored.keep)
         return scored
+
+    def top_tokens(self, policies: Policies, rollout: Rollout, done: int) -> TopTokens | None:
+        """Return the models' most probable tokens in a step whose responses are saved with them."""
+        program = self.programs.top_tokens
+        if program is None or not self.config.run.saves_responses(done):
+            return None
+        scored = self.method.score.scores_teacher
+        teachers = (self.scorers or list(policies.teachers)) if scored else []
+        with self.clock.stage("top_tokens") as ready:
+            found = program(policies.student, teachers, rollout, self.temperature)
+            ready(found.student_ids)
+        return found
 
     def judge(self, teachers: Sequence[Params]) -> Params | None:
         """Return the parameters that the loss's exact divergence is from, if it has one."""

@@ -331,6 +331,11 @@ class Plan:
             build_update,
         )
         plan = MethodPlan(with_score(method, score), programs(score, update), shapes.encoded)
+        self._add_others(name, plan, shapes, resident)
+        self.methods[name] = plan
+
+    def _add_others(self, name: str, plan: MethodPlan, shapes: MethodShapes, resident: int) -> None:
+        """Add a method's programs without choices; `resident` bytes are in memory in a step."""
         if plan.programs.draw is not None:
             own = f"rollout of {name} in flight"
             self._resident[own] = resident
@@ -338,7 +343,9 @@ class Plan:
         self.ahead.add(f"begin of {name}", plan.programs.init, shapes.start)
         if shapes.known:
             self.ahead.add(f"describe of {name}", *shapes.describe(plan.programs))
-        self.methods[name] = plan
+            if plan.programs.top_tokens is not None:
+                self._resident[f"top tokens of {name}"] = resident
+                self.ahead.add(f"top tokens of {name}", *shapes.top_tokens(plan.programs))
 
     def _add_samplers(self) -> None:
         """Add the samplers of the student, and of the teachers where they are graded."""

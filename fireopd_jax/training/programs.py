@@ -17,6 +17,7 @@ from fireopd_jax.method import diagnostics
 from fireopd_jax.method.batch import Assembled, StageStates, assemble, stage_context
 from fireopd_jax.method.config import MethodConfig
 from fireopd_jax.method.scoring import Resident, ScoreInputs
+from fireopd_jax.method.scoring.teachers import score_student, score_teachers
 from fireopd_jax.method.stage import Keep
 from fireopd_jax.metrics import Metrics
 from fireopd_jax.models.language_model import LanguageModel, Params
@@ -30,7 +31,7 @@ from fireopd_jax.training.in_flight import make_draw
 from fireopd_jax.training.optimizer import make_optimizer
 from fireopd_jax.training.state import TrainState, init_state
 from fireopd_jax.training.update import Update, make_update
-from fireopd_jax.types import Array, Batch, Rollout, StageContext
+from fireopd_jax.types import Array, Batch, Rollout, StageContext, TopTokens
 
 PASSES: Any = {"micro_batch_tokens": None, "micro_batch_size": None, "remat": None}
 """Settings of an optimizer that its state does not depend on."""
@@ -78,6 +79,9 @@ class Programs:
     describe: Callable[[Batch, Keep], Metrics]
     """Returns the metrics of a batch; the same program for all methods."""
     update: Update
+    top_tokens: Any = None
+    """(student's parameters, teachers', rollout, temperature) -> TopTokens; None where
+    `run.completions_topk` is 0."""
 
 
 def make_programs(
@@ -124,7 +128,8 @@ def make_programs(
         *("describe", teacher_names(setup, method)),
     )
     draw = once(lambda: make_draw(setup), "draw") if config.rollout.overprovision else None
-    return Programs(init, merged_params, score, draw, described, update)
+    top = once(lambda: _make_top_tokens(setup, method), *("top tokens", options))
+    return Programs(init, merged_params, score, draw, described, update, top)
 
 
 def _updates(setup: Setup) -> int:
@@ -189,6 +194,27 @@ def _make_score(setup: Setup, method: MethodConfig) -> ScoreProgram:
         return out.batch, out.keep, out.states, out.metrics
 
     return ScoreProgram(jax.jit(score, out_shardings=(rows, rows, everywhere, everywhere)))
+
+
+def _make_top_tokens(setup: Setup, method: MethodConfig) -> Any:
+    run = setup.config.run
+    if not run.completions_topk or not run.completions_every:
+        return None
+    student, scored = setup.student.model, method.score.scores_teacher
+    teachers = [each.scoring(setup.student) for each in teacher_specs(setup, method) if scored]
+    size = method.score.micro_batch_size
+
+    def top_tokens(params, teacher_params, rollout, temperature):
+        options = dataclasses.replace(method.score.options(setup.mesh), k=run.completions_topk)
+        own = score_student(Resident(student, params), rollout, temperature, options, size)
+        assert own.top_ids is not None and own.top_logprob is not None
+        if not teachers:
+            return TopTokens(own.top_ids, own.top_logprob)
+        residents = [Resident(*pair) for pair in zip(teachers, teacher_params, strict=True)]
+        theirs = score_teachers(residents, rollout, temperature, options, size)
+        return TopTokens(own.top_ids, own.top_logprob, theirs.top_ids, theirs.top_logprob)
+
+    return jax.jit(top_tokens, out_shardings=by_rows(setup.mesh))
 
 
 def context_of(

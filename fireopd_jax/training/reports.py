@@ -29,6 +29,7 @@ from fireopd_jax.training.optimizer import learning_rate
 from fireopd_jax.training.programs import context_of
 from fireopd_jax.training.samples import Samples, samples
 from fireopd_jax.training.update import skip_reason
+from fireopd_jax.types import TopTokens
 
 STAGES = ("rollout", "refine", "score", "update")
 """The stages of a step; the time of evaluation, saving and compilation is counted separately."""
@@ -45,6 +46,7 @@ class Step:
     compilations: int
     served: Mapping[str, float]
     """Counters of requests to served teachers so far."""
+    top: TopTokens | None = None
 
 
 class StepReports:
@@ -84,8 +86,7 @@ class StepReports:
             self.log(f"{self.name}: step {done} skipped: {skip_reason(values)}")
         if done % run.log_every == 0 or done == run.steps:
             self.tracker.log(done, values)
-        setup, every = self.session.setup, run.completions_every
-        asked = bool(every) and (done % every == 0 or done == run.steps)
+        setup, asked = self.session.setup, run.saves_responses(done)
         if self.samples.due(asked):
             own = partial(decode, setup.student.tokenizer)
             for text in samples(step.scored.batch, setup.rows, own, setup.grader):
@@ -121,8 +122,9 @@ class StepReports:
             batch,
             keep,
             texts,
-            judged=fetched(judged),
-            measured=fetched(method.reweight.measured(batch.scores, context, keep)),
+            judged=judged,
+            measured=method.reweight.measured(batch.scores, context, keep),
+            top=fetched(step.top),
         )
 
     def _derived(self, done: int, values: dict[str, float], step: Step) -> dict[str, float]:

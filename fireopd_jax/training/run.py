@@ -10,8 +10,8 @@ import functools
 import hashlib
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -156,26 +156,33 @@ def _recorded(
             record_rows(setup, folder)
             session = Session(setup, folder, stop, log)
             log_setup(session)
-            with trackers_of(config, folder, log) as session.trackers:
+            with trackers_of(config, folder, log) as session.trackers, reported(folder, log):
                 try:
                     with naming_keys():
                         summary = work(session)
-                except NothingLearnt as failed:
-                    write_failure(folder, str(failed))
-                    write_page(folder, log)
-                    raise
-                except Interrupted:
-                    write_page(folder, log)
-                    raise
                 finally:
                     if session.connections is not None:
                         session.connections.close()
                 summary |= {"seconds": round(time.monotonic() - start, 1)}
                 folder.write_json(record, summary)
                 wait_for_leader()
-            write_page(folder, log)
             log(f"done in {summary['seconds']:.0f} s: {folder.path / record}")
     return summary
+
+
+@contextmanager
+def reported(folder: RunFolder, log: Log) -> Iterator[None]:
+    """Write report.html at the end of the block, also where a signal stops it or it is in vain."""
+    try:
+        yield
+    except NothingLearnt as failed:
+        write_failure(folder, str(failed))
+        write_page(folder, log)
+        raise
+    except Interrupted:
+        write_page(folder, log)
+        raise
+    write_page(folder, log)
 
 
 def write_page(folder: RunFolder, log: Log) -> None:

@@ -59,9 +59,27 @@ def test_rows_that_another_filter_dropped_are_not_ranked(tmp_path):
     files = RunFiles(run)
     found = filtering(files, files.completions())
     assert found["filters"] == ["length_drop", "teacher_quantile"]
-    assert found["ranking"] == "length_drop"
+    assert found["ranking"] == "teacher_quantile"
     rows = found["rows"]
     assert rows["by"].count("length_drop") == 5 and rows["by"].count("teacher_quantile") == 3
+    other = [by == "length_drop" for by in rows["by"]]
+    assert [rank == -1 for rank in rows["rank"]] == other
+    assert [score is None for score in rows["score"]] == other
+    assert max(rows["of"]) == 18  # floor(0.25 * 23) of 23 were dropped before
+    assert kept(rows["rank"], rows["of"], 0.2) == rows["kept"]
+
+
+def test_a_guard_after_the_ranking_filter_does_not_change_its_ranks(tmp_path):
+    guard = "{kind: repetition_guard, ngram: 1, limit: 0.4}"
+    filters = f"[{{kind: teacher_quantile}}, {guard}]"
+    run = make_run(
+        tmp_path / "x", f"method.filter={{kind: all_of, filters: {filters}}}", steps=1, every=1
+    )
+    files = RunFiles(run)
+    rows = filtering(files, files.completions())["rows"]
+    assert rows["by"].count("repetition_guard") > 0
+    dropped = [not each for each in kept(rows["rank"], rows["of"], 0.2)]
+    assert dropped == [by == "teacher_quantile" for by in rows["by"]]
 
 
 def test_a_method_without_a_ranking_filter_shows_what_one_would_drop(tmp_path):

@@ -1,8 +1,10 @@
 """Each run leaves a page on what it has done, however it ends."""
 
+import json
 import signal
 from unittest import mock
 
+import pyarrow.parquet
 import pytest
 
 from fireopd_jax.recipe.schema import load_config
@@ -41,6 +43,39 @@ def test_a_run_ends_with_its_report(tmp_path, capsys):
     assert page.startswith("<!doctype html>") and '"state":"complete"' in page
     assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
     assert '"steps":4' in page and '"name":"run"' in page
+
+
+ROUTED = (
+    "data.path=[builtin:addition-1, builtin:subtraction-1]",
+    "data.teacher_column=domain",
+    f"teachers={{addition: {{architecture: {MODEL}}}, subtraction: {{architecture: {MODEL}}}}}",
+)
+
+
+@pytest.mark.parametrize(
+    "settings", [(), ("mesh.data=2", "method/gkd", "method.score.micro_batch_size=4"), ROUTED]
+)
+def test_the_likeliest_words_of_both_models_are_saved_where_asked(settings, tmp_path):
+    base = [each for each in BASE if settings != ROUTED or not each.startswith("teacher.")]
+    run = ["run.completions_topk=3", f"run.dir={tmp_path / 'run'}"]
+    train(load_config([*base, *settings, *run]))
+    for step in (2, 4):
+        file = tmp_path / "run" / "completions" / f"step_{step:06d}.parquet"
+        for row in pyarrow.parquet.read_table(file).to_pylist():
+            for who in ("student", "teacher"):
+                ids, logprobs = row[f"{who}_top_ids"], row[f"{who}_top_logprob"]
+                assert len(ids) == len(row["tokens"]) and {len(each) for each in ids} == {3}
+                for token, logprob, near, values in zip(
+                    row["tokens"], row[f"{who}_logprob"], ids, logprobs, strict=True
+                ):
+                    assert values == sorted(values, reverse=True)
+                    if token in near:
+                        assert values[near.index(token)] == pytest.approx(logprob, abs=1e-4)
+                    else:
+                        assert logprob <= values[-1] + 1e-4
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in metrics]
+    assert [line["perf/compilations"] for line in lines if "loss" in line][1:] == [0, 0, 0]
 
 
 def test_a_stopped_run_has_a_report_of_what_it_has_done(tmp_path, monkeypatch):
