@@ -272,7 +272,7 @@ class Distillation:
         with self.clock.stage("score") as ready:
             scored = self.programs.score(
                 policies.student,
-                [on_devices(params) for params in self.scorers or policies.teachers],
+                self.scoring(policies),
                 rollout,
                 self.temperature,
                 state.updates,
@@ -282,13 +282,16 @@ class Distillation:
             ready(scored.keep)
         return scored
 
+    def scoring(self, policies: Policies) -> list[Params]:
+        """Return the parameters of the teachers that score, on the devices."""
+        return [on_devices(params) for params in self.scorers or policies.teachers]
+
     def top_tokens(self, policies: Policies, rollout: Rollout, done: int) -> TopTokens | None:
         """Return the models' most probable tokens in a step whose responses are saved with them."""
         program = self.programs.top_tokens
         if program is None or not self.config.run.saves_responses(done):
             return None
-        scored = self.method.score.scores_teacher
-        teachers = (self.scorers or list(policies.teachers)) if scored else []
+        teachers = self.scoring(policies) if self.method.score.scores_teacher else []
         with self.clock.stage("top_tokens") as ready:
             found = program(policies.student, teachers, rollout, self.temperature)
             ready(found.student_ids)

@@ -51,7 +51,7 @@ def kinds():
 
 @pytest.mark.parametrize("method", ["fire_opd", "gkd"])
 def test_a_run_is_the_same_and_its_devices_are_free_while_it_samples(method, tmp_path, monkeypatch):
-    own = [*BASE, f"method/{method}"]
+    own = [*BASE, f"method/{method}", "run.completions_every=2", "run.completions_topk=2"]
     there = run(tmp_path / "there", *own)
     seen = {}
 
