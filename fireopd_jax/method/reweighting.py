@@ -98,14 +98,14 @@ class ConfidenceConfusion(Section, StatelessReweighting):
     def measured(
         self, scores: Scores, context: StageContext, keep: Keep
     ) -> Mapping[str, Float32[Array, " B"]]:
-        """Return the maxima of both entropies for each row: `teacher_top` and `student_top`."""
+        """Return the maxima that both entropies of a row are divided by."""
         rows = (context.mask.shape[0],)
 
         def top(entropy: Array) -> Array:
             return jnp.broadcast_to(self._top(entropy, context, keep)[:, 0], rows)
 
         teacher, student = scores.teacher_stats.entropy, scores.student.entropy
-        return {"teacher_top": top(teacher), "student_top": top(student)}
+        return {"teacher_entropy_top": top(teacher), "student_entropy_top": top(student)}
 
     def _top(
         self, entropy: Array, context: StageContext, keep: Keep

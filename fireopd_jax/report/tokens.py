@@ -31,7 +31,7 @@ NUMBERS = {
 """Columns of numbers of tokens, by their short names in the page."""
 TEXTS = ("row", "prompt", "answer", "correct", "teacher", "writer", "finished", "kept")
 OF_ROWS = ("dropped_by", "filter_score", "filter_threshold", "teacher_score", "refined", "original",
-           "leaked", "teacher_top", "student_top", "response")  # fmt: skip
+           "leaked", "teacher_entropy_top", "student_entropy_top", "response")  # fmt: skip
 OF_TOKENS = ("tokens", "token_text", "token_kept", "token_writer", "coefficient",
              "audited_at", "audited_length", "agreement", "teacher_top_text",
              "teacher_top_logprob", "student_top_text", "student_top_logprob")  # fmt: skip
@@ -95,7 +95,13 @@ def _response(line: dict[str, Any], strengths: tuple[float, float]) -> dict[str,
     for key in ("answer", "original", "response"):
         value = found[key]
         found[key] = None if value is None else str(value)[:MOST_TEXT]
-    for key in ("filter_score", "filter_threshold", "teacher_score", "teacher_top", "student_top"):
+    for key in (
+        "filter_score",
+        "filter_threshold",
+        "teacher_score",
+        "teacher_entropy_top",
+        "student_entropy_top",
+    ):
         found[key] = shorter(found[key], 6)
     if text is not None:
         del found["response"]
@@ -145,11 +151,11 @@ def _words(line: dict[str, Any], who: str, shown: slice) -> dict[str, Any] | Non
 
 def raw_mean(line: dict[str, Any], strengths: tuple[float, float]) -> float | None:
     """Return the mean of (1 + alpha c^T)(1 + beta c^S) over a row; None without the maxima."""
-    if line.get("teacher_top") is None or line.get("teacher_entropy") is None:
+    if line.get("teacher_entropy_top") is None or line.get("teacher_entropy") is None:
         return None
     teacher, student = (np.asarray(line[f"{who}_entropy"], float) for who in WORDS)
-    sure = 1 - np.clip(teacher / max(line["teacher_top"], 1e-6), 0, 1)
-    unsure = np.clip(student / max(line["student_top"], 1e-6), 0, 1)
+    sure = 1 - np.clip(teacher / max(line["teacher_entropy_top"], 1e-6), 0, 1)
+    unsure = np.clip(student / max(line["student_entropy_top"], 1e-6), 0, 1)
     weights = (1 + strengths[0] * sure) * (1 + strengths[1] * unsure)
     return shorter(float(weights.mean()), 6) if len(weights) else None
 

@@ -37,8 +37,8 @@ def test_each_number_is_that_of_the_file(run):
 
 def test_the_formula_gives_the_weight(run):
     for each in responses(run, run.completions(), 10**6):
-        sure = 1 - np.asarray(each["te"]) / each["teacher_top"]
-        unsure = np.asarray(each["se"]) / each["student_top"]
+        sure = 1 - np.asarray(each["te"]) / each["teacher_entropy_top"]
+        unsure = np.asarray(each["se"]) / each["student_entropy_top"]
         np.testing.assert_allclose((1 + sure) * (1 + unsure) / each["raw"], each["w"], rtol=1e-3)
 
 

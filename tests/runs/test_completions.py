@@ -78,8 +78,8 @@ def test_each_token_has_its_numbers(tmp_path):
 def test_the_weight_can_be_computed_again_from_what_is_written(tmp_path):
     table, _, _ = written(tmp_path, *case(), reweight=ConfidenceConfusion(alpha=2.0, beta=0.5))
     for line in table:
-        sure = 1 - np.asarray(line["teacher_entropy"]) / line["teacher_top"]
-        unsure = np.asarray(line["student_entropy"]) / line["student_top"]
+        sure = 1 - np.asarray(line["teacher_entropy"]) / line["teacher_entropy_top"]
+        unsure = np.asarray(line["student_entropy"]) / line["student_entropy_top"]
         weight = (1 + 2.0 * sure) * (1 + 0.5 * unsure)
         np.testing.assert_allclose(weight / weight.mean(), line["weight"], rtol=1e-5)
 
