@@ -132,6 +132,7 @@ def forecast(
     with made_for(topology.devices):
         given, (config, notes) = config, outlined(config)
         setup = set_up(config, devices=topology.devices)
+        devices, on_cpu = setup.mesh.size, topology.devices[0].platform == "cpu"
         every = dict(zip((STUDENT, *config.run.compare), methods(setup.config), strict=True))
         with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):
             plan = Plan(
@@ -141,7 +142,8 @@ def forecast(
                 log=log,
                 memory=Memory(topology.bytes, topology.bytes),
                 kept=_loaded(given).__contains__,
-                ahead=Ahead(threads=1, look=Looked.of),
+                # On a CPU as many at a time as a run compiles, whose memory it stands for.
+                ahead=Ahead(threads=None if on_cpu else 1, look=Looked.of),
             )
             try:
                 peaks = plan.peaks()
@@ -151,7 +153,7 @@ def forecast(
             needs = plan.ahead.needs()
         return Forecast(
             topology=topology.name,
-            devices=setup.mesh.size,
+            devices=devices,
             memory=topology.bytes,
             mesh=dict(setup.mesh.shape),
             models={spec.name: _model(spec, setup) for spec in (setup.student, *setup.teachers)},
@@ -159,9 +161,7 @@ def forecast(
             choices=plan.choices,
             largest_tokens=largest,
             seconds=topology.chip and step_seconds(setup, topology.chip, plan.choices["optim"]),
-            process_bytes=process_bytes(setup.mesh.size * max(peaks.values()))
-            if topology.devices[0].platform == "cpu"
-            else None,
+            process_bytes=process_bytes(devices * max(peaks.values())) if on_cpu else None,
             notes=tuple(notes),
             compiled_s=time.monotonic() - begun,
         )
