@@ -164,7 +164,9 @@ class MethodShapes:
     @property
     def offloaded(self) -> list[Params | None]:
         """The teachers that are on the devices for a score only, None in place of others."""
-        pairs = zip(self.setup.teachers, self.teachers, strict=False)
+        if not self.teachers:  # the student itself
+            return [None]
+        pairs = zip(self.setup.teachers, self.teachers, strict=True)
         return [params if spec.config.offloaded else None for spec, params in pairs]
 
     def draw(self, programs: Programs) -> tuple[Any, ...]:
