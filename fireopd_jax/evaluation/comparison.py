@@ -15,6 +15,8 @@ from fireopd_jax.evaluation.statistics import by_cluster, interval_95, sign_flip
 
 Rows = list[list[Graded]]
 """The responses to each problem."""
+Problem = tuple[str, str, int]
+"""A problem: its question, its answer, and its number among those that are equal in both."""
 Figures = dict[str, float | int]
 
 
@@ -50,7 +52,7 @@ def pairs(ours: Rows, theirs: Rows, one: Side, other: Side) -> tuple[Rows, Rows]
     Problems are the same if prompt and answer are; where several are, they are paired in order.
     Raises UserError, with the problem's origin, where a problem has no partner.
     """
-    mine, yours = _numbered(ours), _numbered(theirs)
+    mine, yours = numbered(ours), numbered(theirs)
     for found, known, side, without in ((mine, yours, one, other), (yours, mine, other, one)):
         for key, row in found.items():
             if key not in known:
@@ -64,8 +66,8 @@ def pairs(ours: Rows, theirs: Rows, one: Side, other: Side) -> tuple[Rows, Rows]
     return list(mine.values()), [yours[key] for key in mine]
 
 
-def _numbered(rows: Rows) -> dict[tuple[str, str, int], list[Graded]]:
-    """Return the responses by question, answer and number among the equal ones."""
+def numbered(rows: Rows) -> dict[Problem, list[Graded]]:
+    """Return the responses by problem."""
     count: dict[tuple[str, str], int] = {}
     found = {}
     for row in rows:

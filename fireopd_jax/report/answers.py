@@ -5,6 +5,7 @@ eval/*.jsonl -> problems, each with the answers of every model and of every eval
 
 from typing import Any
 
+from fireopd_jax.evaluation.comparison import Problem
 from fireopd_jax.evaluation.responses import Graded
 from fireopd_jax.report.filtering import evenly
 from fireopd_jax.report.reading import RunFiles
@@ -13,8 +14,6 @@ from fireopd_jax.report.results import Rows, graded, labels
 MOST_PROBLEMS, MOST_STEPS = 24, 24
 MOST_TEXT = 1500
 """Characters of an answer, and of a prompt, from its end."""
-Key = tuple[str, str]
-"""A problem: its question and its answer."""
 
 
 def models(run: RunFiles) -> dict[str, Rows]:
@@ -39,8 +38,8 @@ def over_training(run: RunFiles) -> dict[int, Rows]:
 
 
 def chosen(
-    all_models: dict[str, Rows], steps: dict[int, Rows], common: set[Key] | None
-) -> list[Key]:
+    all_models: dict[str, Rows], steps: dict[int, Rows], common: set[Problem] | None
+) -> list[Problem]:
     """Return the problems that are shown: those whose verdict changes first.
 
     `common` are the problems of all runs of the page; None for one run.
@@ -51,14 +50,14 @@ def chosen(
     if common is not None:
         known = dict.fromkeys(key for key in known if key in common)
 
-    def rank(key: Key) -> tuple[bool, bool]:
+    def rank(key: Problem) -> tuple[bool, bool]:
         pair = [rows[key][0].correct for rows in (before, after) if key in rows]
         return key not in watched and bool(watched), len(set(pair)) < 2
 
     return sorted(known, key=rank)[:MOST_PROBLEMS]
 
 
-def answers(run: RunFiles, common: set[Key] | None = None) -> dict[str, Any]:
+def answers(run: RunFiles, common: set[Problem] | None = None) -> dict[str, Any]:
     """Return the problems, and the first answer of each model and step to each."""
     all_models, steps = models(run), over_training(run)
     problems = []
@@ -67,7 +66,7 @@ def answers(run: RunFiles, common: set[Key] | None = None) -> dict[str, Any]:
         first = every[0][0]
         problems.append(
             {
-                "key": "|".join(key),
+                "key": "|".join(str(part) for part in key),
                 "prompt": text_of(first.prompt)[-MOST_TEXT:],
                 "answer": first.answer,
                 "answers": {
@@ -96,9 +95,9 @@ def text_of(prompt: Any) -> str:
     return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
 
 
-def keys(run: RunFiles) -> set[Key]:
+def keys(run: RunFiles) -> set[Problem]:
     """Return the problems that a run's student has answered."""
-    found: set[Key] = set()
+    found: set[Problem] = set()
     for rows in models(run).values():
         found |= set(rows)
     return found

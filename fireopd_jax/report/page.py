@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fireopd_jax.config import UserError
+from fireopd_jax.evaluation.comparison import Problem
 from fireopd_jax.report import answers, curves, filtering, results, tokens
 from fireopd_jax.report.reading import RunFiles, open_run
 from fireopd_jax.runtime.files import write_atomically
@@ -82,7 +83,7 @@ def data(runs: Sequence[RunFiles]) -> dict[str, Any]:
     return {"runs": [of_run(run, common, BUDGET // len(runs)) for run in runs]}
 
 
-def of_run(run: RunFiles, common: set[answers.Key] | None, budget: int) -> dict[str, Any]:
+def of_run(run: RunFiles, common: set[Problem] | None, budget: int) -> dict[str, Any]:
     """Return what the page shows of a run, in at most `budget` bytes of JSON."""
     metrics = {name: run.metrics(name) for name in run.homes()}
     own = metrics["student"]

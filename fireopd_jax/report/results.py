@@ -10,13 +10,13 @@ from typing import Any
 from urllib.parse import unquote
 
 from fireopd_jax.config import UserError
-from fireopd_jax.evaluation.comparison import difference
+from fireopd_jax.evaluation.comparison import Problem, difference, numbered
 from fireopd_jax.evaluation.responses import Graded, read_responses, rectangle
 from fireopd_jax.report.curves import shorter
 from fireopd_jax.report.reading import MAIN, RunFiles, Series
 
-Rows = dict[tuple[str, str], list[Graded]]
-"""The responses to each problem: by question and answer."""
+Rows = dict[Problem, list[Graded]]
+"""The responses to each problem."""
 HELD_OUT = "held-out problems"
 
 
@@ -134,7 +134,7 @@ def _pairs(run: RunFiles, suffix: str, names: list[str]) -> Iterator[dict[str, A
 
 
 def graded(run: RunFiles, label: str) -> Rows | None:
-    """Return the graded responses of a model by question and answer; None where there are none."""
+    """Return the graded responses of a model by problem; None where there are none."""
     file = run.path / "eval" / f"{label}.jsonl"
     if not file.exists():
         return None
@@ -144,7 +144,7 @@ def graded(run: RunFiles, label: str) -> Rows | None:
     except (UserError, OSError):
         run.note(f"eval/{file.name} is damaged and left out")
         return None
-    return {(row[0].question, row[0].answer): row for row in rows}
+    return numbered(rows)
 
 
 def facts(run: RunFiles, metrics: Mapping[str, Series]) -> dict[str, Any]:

@@ -32,10 +32,6 @@ class Pieces:
             return alone
         return self._in_context(ids)
 
-    def one(self, token: int) -> str:
-        """Return the text of a token alone."""
-        return self._text((int(token),))
-
     def _in_context(self, ids: list[int]) -> list[str]:
         """Return the texts by decoding each token behind the one before it."""
         pieces, before, begun = [], 0, 0

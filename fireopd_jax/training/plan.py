@@ -344,7 +344,7 @@ class Plan:
         if shapes.known:
             self.ahead.add(f"describe of {name}", *shapes.describe(plan.programs))
             if plan.programs.top_tokens is not None:
-                self._resident[f"top tokens of {name}"] = resident
+                self._resident[f"top tokens of {name}"] = resident + nbytes(shapes.offloaded)
                 self.ahead.add(f"top tokens of {name}", *shapes.top_tokens(plan.programs))
 
     def _add_samplers(self) -> None:

@@ -106,13 +106,17 @@ def answers_of(rollout):
         yield response.strip() or "none" if i % 2 else "another"
 
 
-def evaluate(folder, label, share, problems=8, samples=2, figures=True, text="it is "):
-    """Write graded responses, of which the first share of the problems is right."""
+def evaluate(folder, label, share, problems=8, samples=2, figures=True, text="it is ", distinct=8):
+    """Write graded responses, of which the first share of the problems is right.
+
+    The problems from number `distinct` on are the first ones again.
+    """
     graded = [
         Graded(
-            row=i, response=f"{text}{i}", answer=str(i), correct=i < share * problems, sample=k,
+            row=i, response=f"{text}{i}", answer=str(i % distinct), sample=k,
+            correct=i < share * problems,
             final=str(i), rule="exact", plain=None, tokens=5, finished=True, set="held_out",
-            question=f"q{i}", origin=f"rows:{i}", prompt=f"problem {i}",
+            question=f"q{i % distinct}", origin=f"rows:{i}", prompt=f"problem {i}",
         )
         for i in range(problems)
         for k in range(samples)

@@ -22,7 +22,12 @@ def test_models_come_in_order_with_their_figures(run):
     assert found["rows"][0]["metric"] == "avg@2" and found["set"] == "held-out problems"
 
 
-def test_differences_are_those_of_fireopd_eval(run):
+@pytest.mark.parametrize("distinct", [8, 5], ids=["", "equal problems"])
+def test_differences_are_those_of_fireopd_eval(distinct, tmp_path):
+    run = RunFiles(make_run(tmp_path / "made"))
+    for label, share in (("student_before", 0.25), ("student_after", 0.625)):
+        evaluate(run.path, label, share, distinct=distinct)
+    evaluate(run.path, "teacher_default", 0.875, distinct=distinct)
     (found,) = results(run)
     assert [pair["against"] for pair in found["pairs"]] == ["student before", "teacher"]
     sides = [Side(name, read_responses(run.path / "eval" / f"{name}.jsonl"))
@@ -31,6 +36,7 @@ def test_differences_are_those_of_fireopd_eval(run):
     pair = found["pairs"][0]
     assert {key: pair[key] for key in expected} == pytest.approx(expected, rel=1e-4)
     assert pair["difference"] == 0.375 and (pair["better"], pair["worse"]) == (3, 0)
+    assert pair["questions"] == distinct
 
 
 def test_teachers_are_compared_on_their_own_problems(tmp_path):

@@ -9,17 +9,12 @@ from fireopd_jax.sharding.mesh import MeshConfig, by_rows, make_mesh
 from fireopd_jax.sharding.offload import HOST, in_host_memory, on_devices
 from fireopd_jax.training.distill import Distillation
 from fireopd_jax.training.forecast import forecast
-from tests.training.test_training import MODEL, lines, run
+from tests.training.test_training import BASE, MODEL, lines, run
 
 WIDTH = 24
-BASE = [
-    "mesh.data=1",
+OWN = [
+    *BASE,
     "mesh.fsdp=2",
-    "data.path=builtin:addition-1",
-    "data.max_prompt_tokens=8",
-    "rollout.batch_size=8",
-    "rollout.max_tokens=16",
-    f"student.architecture={MODEL}",
     f"teacher.architecture={MODEL.replace('hidden_size: 16', f'hidden_size: {WIDTH}')}",
     "run.steps=3",
     "eval.problems=4",
@@ -50,7 +45,7 @@ def matrices():
 
 @pytest.mark.parametrize("method", ["fire_opd", "gkd"])
 def test_a_run_is_the_same_and_its_devices_are_free_while_it_samples(method, tmp_path, monkeypatch):
-    own = [*BASE, f"method/{method}", "run.completions_every=2", "run.completions_topk=2"]
+    own = [*OWN, f"method/{method}", "run.completions_every=2", "run.completions_topk=2"]
     there = run(tmp_path / "there", *own)
     seen, others = {}, matrices()
 
@@ -75,7 +70,7 @@ def test_a_run_is_the_same_and_its_devices_are_free_while_it_samples(method, tmp
 
 def test_a_plan_counts_it_where_it_scores_or_writes_only():
     there, waiting = (
-        forecast(load_config([*BASE, f"teacher.offload={each}"]), find_topology(None))
+        forecast(load_config([*OWN, f"teacher.offload={each}"]), find_topology(None))
         for each in ("false", "true")
     )
     teacher = there.models["teacher default"].bytes_per_device

@@ -7,22 +7,13 @@ from unittest import mock
 import pyarrow.parquet
 import pytest
 
-from fireopd_jax.recipe.schema import load_config
 from fireopd_jax.runtime.signals import Interrupted
 from fireopd_jax.training.distill import Distillation
-from fireopd_jax.training.run import train
+from tests.training import test_training as training
+from tests.training.test_training import BASE, MODEL
 
-MODEL = (
-    "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, "
-    "head_dim: 8, intermediate_size: 32}"
-)
-BASE = [
-    "mesh.data=1",
-    "data.path=builtin:addition-1",
-    "data.max_prompt_tokens=8",
-    "rollout.batch_size=8",
-    "rollout.max_tokens=12",
-    f"student.architecture={MODEL}",
+OWN = [
+    *BASE,
     f"teacher.architecture={MODEL}",
     "run.steps=4",
     "run.completions_every=2",
@@ -33,7 +24,7 @@ BASE = [
 
 
 def run(folder, *settings):
-    return train(load_config([*BASE, *settings, f"run.dir={folder}"]))
+    return training.run(folder, *OWN, *settings)
 
 
 def test_a_run_ends_with_its_report(tmp_path, capsys):
@@ -56,9 +47,8 @@ ROUTED = (
     "settings", [(), ("mesh.data=2", "method/gkd", "method.score.micro_batch_size=4"), ROUTED]
 )
 def test_the_likeliest_words_of_both_models_are_saved_where_asked(settings, tmp_path):
-    base = [each for each in BASE if settings != ROUTED or not each.startswith("teacher.")]
-    run = ["run.completions_topk=3", f"run.dir={tmp_path / 'run'}"]
-    train(load_config([*base, *settings, *run]))
+    base = [each for each in OWN if settings != ROUTED or not each.startswith("teacher.")]
+    training.run(tmp_path / "run", *base, *settings, "run.completions_topk=3")
     for step in (2, 4):
         file = tmp_path / "run" / "completions" / f"step_{step:06d}.parquet"
         for row in pyarrow.parquet.read_table(file).to_pylist():
