@@ -6,6 +6,7 @@ from pathlib import Path
 from fireopd_jax.config import Key, UserError
 from fireopd_jax.recipe.keys import check_layers
 from fireopd_jax.recipe.layers import read_layers
+from fireopd_jax.runs.finding import find_run
 from fireopd_jax.runtime.limits import read_json
 from fireopd_jax.runtime.processes import join
 from fireopd_jax.terminal.record import recording, say
@@ -60,22 +61,9 @@ def go_on(folder: Path, settings: Sequence[str], extend: bool) -> None:
 
 def run_folder(run: str) -> Path:
     """Return the folder of a run; raise UserError, with the nearest right thing, for another."""
-    folder = Path(run).expanduser()
-    if (folder / "config.yaml").is_file():
-        # runs/latest is another run later.
-        return folder.resolve() if folder.is_symlink() else folder
-    if folder.suffix in (".yaml", ".yml"):
-        raise UserError(f"{run}: a configuration; fireopd train {run} begins a run with it")
-    above = next((each for each in folder.parents if (each / "config.yaml").is_file()), None)
-    if above is not None:
-        raise UserError(f"{run}: not the folder of a run, but in one: fireopd resume {above}")
-    if not folder.exists() and (Path("runs") / folder / "config.yaml").is_file():
-        raise UserError(f"{run}: no such folder (did you mean {'runs' / folder}?)")
-    if not folder.exists():
-        from fireopd_jax.runs.folder import no_run
-
-        raise no_run(folder)
-    raise UserError(f"{run}: no run is there (no config.yaml); expected such as runs/latest")
+    folder = find_run(run, "resume")
+    # runs/latest is another run later.
+    return folder.resolve() if folder.is_symlink() else folder
 
 
 def begun_by(folder: Path) -> str:

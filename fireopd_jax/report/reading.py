@@ -19,8 +19,7 @@ import pyarrow
 import pyarrow.parquet
 import yaml
 
-from fireopd_jax.config import UserError
-from fireopd_jax.runs.folder import no_run
+from fireopd_jax.runs.finding import find_run
 from fireopd_jax.runtime.limits import read_json, read_yaml
 
 State = Literal["complete", "running", "stopped"]
@@ -160,14 +159,7 @@ def open_run(run: str, *, live: bool | None = None) -> RunFiles:
 
     `live` is whether a process works on it, which is found out by default.
     """
-    path = Path(run).expanduser()
-    if (path / "config.yaml").is_file():
-        return RunFiles(path, live=live)
-    if not path.exists() and (Path("runs") / path / "config.yaml").is_file():
-        raise UserError(f"{run}: no such folder (did you mean {'runs' / path}?)")
-    if not path.exists():
-        raise no_run(path)
-    raise UserError(f"{run}: no run is there (no config.yaml); expected such as runs/latest")
+    return RunFiles(find_run(run, "report"), live=live)
 
 
 def in_use(path: Path) -> bool:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import yaml
 
-from fireopd_jax.config import UserError, nearest
+from fireopd_jax.config import UserError
 from fireopd_jax.recipe.run import RunConfig
 from fireopd_jax.runs.changes import Changes, by_keys
 from fireopd_jax.runtime.files import plain, write_atomically
@@ -174,17 +174,6 @@ def open_run(
         os.close(lock)
         raise
     return folder
-
-
-def no_run(run: Path) -> UserError:
-    """Return the error for a folder without a run's models, with the nearest one beside it."""
-    if not run.is_dir():
-        known = [path.name for path in run.parent.glob("*") if (path / "config.yaml").is_file()]
-        near = nearest(run.name, sorted(known))
-        return UserError(f"{run}: no such folder; expected that of a run{near}")
-    if any((run / name).is_file() for name in ("model.json", "config.json")):
-        return UserError(f"{run}: a model; expected the folder of a run")
-    return UserError(f"{run}: no finished model; expected the folder of a run that has trained")
 
 
 def state_of(

@@ -21,7 +21,7 @@ from fireopd_jax.models.language_model import Params
 from fireopd_jax.models.placement import Placement
 from fireopd_jax.recipe.models import ModelConfig, TeacherConfig
 from fireopd_jax.recipe.schema import Config, load_config
-from fireopd_jax.runs.folder import no_run
+from fireopd_jax.runs.finding import no_run
 from fireopd_jax.runtime.compilation import compile_cache
 from fireopd_jax.session.fits import check_cache, check_divisible
 from fireopd_jax.session.identity import (

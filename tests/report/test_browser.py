@@ -4,10 +4,7 @@
 screenshots of the documentation are made anew, from those runs.
 """
 
-import base64
-import json
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -22,87 +19,18 @@ from fireopd_jax.runs.tracking import Tracker
 from tests.report.made import make_case, make_run
 
 pytestmark = pytest.mark.browser
-selenium = pytest.importorskip("selenium", reason="make test-browser installs Selenium")
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+chromium = pytest.importorskip(
+    "tests.report.chromium", reason="make test-browser installs Selenium"
+)
 FIGURES = Path(__file__).parents[2] / "docs" / "figures" / "report"
-SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
-
-
-class Page:
-    """A page in the browser; errors and requests are collected."""
-
-    def __init__(self, driver):
-        self.driver = driver
-
-    def open(self, file, size="desktop", scheme="light"):
-        width, height = SIZES[size]
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.driver.get(file.as_uri())
-        return self
-
-    def script(self, text, *arguments):
-        return self.driver.execute_script(text, *arguments)
-
-    def all(self, selector):
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-    def one(self, selector):
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
-
-    def text(self, selector):
-        return self.one(selector).get_attribute("textContent")
-
-    def see(self, element):
-        self.script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
-        return element
-
-    def errors(self):
-        return [entry["message"] for entry in self.driver.get_log("browser")]
-
-    def requests(self):
-        logged = (json.loads(entry["message"]) for entry in self.driver.get_log("performance"))
-        sent = [each["message"] for each in logged]
-        return [
-            each["params"]["request"]["url"]
-            for each in sent
-            if each["method"] == "Network.requestWillBeSent"
-        ]
-
-    def picture(self, file, section=None):
-        """Write what is seen, from the top of a section on, as a WebP file."""
-        if section is not None:
-            self.script(
-                "scrollTo({top: document.getElementById(arguments[0]).offsetTop - 60, "
-                "behavior: 'instant'})",
-                section,
-            )
-        taken = self.driver.execute_cdp_cmd(
-            "Page.captureScreenshot", {"format": "webp", "quality": 82}
-        )
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(base64.b64decode(taken["data"]))
+SIZES = chromium.SIZES
 
 
 @pytest.fixture(scope="module")
 def driver():
-    if CHROMIUM is None or DRIVER is None:
+    started = chromium.start()
+    if started is None:
         pytest.skip("make test-browser installs Chromium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                 "--hide-scrollbars", "--window-size=1280,900"):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options=options, service=Service(DRIVER))
     yield started
     started.quit()
 
@@ -132,7 +60,7 @@ def pages(folder, made):
 
 @pytest.fixture
 def page(driver):
-    opened = Page(driver)
+    opened = chromium.Page(driver)
     opened.driver.get("about:blank")
     opened.errors()
     opened.requests()
@@ -155,12 +83,12 @@ def test_every_control_works(page, pages):
     before = page.script("return document.querySelectorAll('*').length")
     for count in range(len(page.all("select"))):
         for at in (-1, 0):
-            chosen = Select(page.see(page.all("select")[count]))
+            chosen = chromium.Select(page.see(page.all("select")[count]))
             if not (count == 0 and at == 0):  # that is a heading, no metric
                 chosen.select_by_index(len(chosen.options) - 1 if at else 0)
     for count in range(len(page.all("input[type=range]"))):
         slider = page.see(page.all("input[type=range]")[count])
-        slider.send_keys(Keys.HOME, Keys.ARROW_RIGHT, Keys.END)
+        slider.send_keys(chromium.Keys.HOME, chromium.Keys.ARROW_RIGHT, chromium.Keys.END)
     for count in range(len(page.all("input[type=radio]"))):
         radio = page.all("input[type=radio]")[count]
         if radio.is_enabled():
@@ -174,7 +102,7 @@ def test_every_control_works(page, pages):
         page.script("arguments[0].open = true", details)
     for chart in page.all("svg[role=slider]"):
         page.script("arguments[0].focus()", chart)
-        chart.send_keys(Keys.HOME, Keys.ARROW_RIGHT)
+        chart.send_keys(chromium.Keys.HOME, chromium.Keys.ARROW_RIGHT)
     assert page.errors() == []
     assert page.script("return document.querySelectorAll('*').length") > before
     tables = page.script(
@@ -209,14 +137,14 @@ def test_the_slider_drops_what_the_filter_drops(page, pages):
         now = np.asarray(TeacherQuantile()(scores, context)[0])[real]
         changed = int((now != expected).sum())
         assert ("as in the run" if fraction == 0.2 else f"{changed} change sides") in said
-        rows = page.all("#filter table")[0].find_elements(By.CSS_SELECTOR, "tbody tr")
+        rows = page.all("#filter table")[0].find_elements(chromium.By.CSS_SELECTOR, "tbody tr")
         assert changed == 0 or len(rows) == min(changed, 40)
 
 
 def test_a_token_shows_its_numbers_words_and_formula(page, pages):
     page.open(pages["one"])
     words = page.see(page.one(".map"))
-    words.send_keys(Keys.HOME, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    words.send_keys(chromium.Keys.HOME, chromium.Keys.ARROW_RIGHT, chromium.Keys.ARROW_RIGHT)
     page.driver.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 50))")
     chosen = page.one("[role=option][aria-selected=true]")
     assert chosen.get_attribute("data-i") == "2"
@@ -261,7 +189,7 @@ def test_a_watched_page_says_that_its_run_has_gone_on(page, folder):
         time.sleep(4)  # it has asked once
         with Tracker(run) as tracker:
             tracker.log(7, {"loss": 0.125})
-        wait = WebDriverWait(page.driver, 20)
+        wait = chromium.WebDriverWait(page.driver, 20)
         wait.until(lambda _: page.one("button.news").is_displayed())
         page.one("button.news").click()
         assert page.errors() == []
