@@ -16,11 +16,11 @@ def find_run(run: str, command: str) -> Path:
     folder = Path(run).expanduser()
     if (folder / "config.yaml").is_file():
         return folder
-    if folder.suffix in (".yaml", ".yml"):
-        raise UserError(f"{run}: a configuration; fireopd train {run} begins a run with it")
     above = next((each for each in folder.parents if (each / "config.yaml").is_file()), None)
     if above is not None:
         raise UserError(f"{run}: not the folder of a run, but in one: fireopd {command} {above}")
+    if folder.suffix in (".yaml", ".yml"):
+        raise UserError(f"{run}: a configuration; fireopd train {run} begins a run with it")
     if not folder.exists() and (Path("runs") / folder / "config.yaml").is_file():
         raise UserError(f"{run}: no such folder (did you mean {'runs' / folder}?)")
     if not folder.exists():

@@ -149,7 +149,8 @@ def test_another_path_is_one_line(run, tmp_path):
     for path, message in {
         near: "no such folder.*did you mean 'made'",
         tmp_path: "no run is there",
-        run / "config.yaml": "no run is there",
+        run / "config.yaml": f"in one: fireopd report {run}",
+        tmp_path / "own.yaml": "a configuration; fireopd train",
     }.items():
         with pytest.raises(UserError, match=message) as error:
             write_report([str(path)])
