@@ -14,6 +14,7 @@ from fireopd_jax.evaluation.comparison import Problem, difference, numbered
 from fireopd_jax.evaluation.responses import Graded, read_responses, rectangle
 from fireopd_jax.report.curves import shorter
 from fireopd_jax.report.reading import MAIN, RunFiles, Series
+from fireopd_jax.runs.summary import models
 
 Rows = dict[Problem, list[Graded]]
 """The responses to each problem."""
@@ -29,8 +30,8 @@ def results(run: RunFiles) -> list[dict[str, Any]]:
             sets.append((str(name), f".{name}", figures))
     found = []
     for name, suffix, summary in sets:
-        known = dict(figures_of(run, summary))
-        rows = [row for model, figures in known.items() if (row := _row(model, figures))]
+        known = sorted(models(summary), key=lambda each: not each[0].startswith(MAIN))
+        rows = [row for model, figures in known if (row := _row(model, figures))]
         if rows:
             pairs = list(_pairs(run, suffix, [row["model"] for row in rows]))
             found.append({"set": name, "rows": rows, "pairs": pairs})
@@ -52,22 +53,6 @@ def labels(run: RunFiles) -> dict[str, str]:
 def is_final(file: Path) -> bool:
     """Return whether a file of eval/ is of the held-out problems, at the start or the end."""
     return "." not in file.stem and "_step_" not in file.stem
-
-
-def figures_of(run: RunFiles, summary: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield name and figures of each model of a set, in the order of the tables."""
-    for when in ("before", "after"):
-        if (own := summary.get(f"student_{when}")) is not None:
-            yield f"student {when}", own
-    teacher = summary.get("teacher")
-    if isinstance(teacher, Mapping):
-        if any(str(key).startswith("avg@") for key in teacher):
-            yield "teacher", teacher
-        else:
-            yield from ((f"teacher {name}", own) for name, own in teacher.items())
-    controls = summary.get("controls")
-    if isinstance(controls, Mapping):
-        yield from ((f"control {name}", own) for name, own in controls.items())
 
 
 def so_far(run: RunFiles) -> dict[str, Any]:

@@ -2,30 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from fireopd_jax.recipe.schema import Config
 from fireopd_jax.runs.folder import RunFolder
+from fireopd_jax.runs.summary import Figures, models
 from fireopd_jax.runs.tracking import Tracker
 from fireopd_jax.runtime.files import write_atomically
 from fireopd_jax.terminal.curves import curve
 from fireopd_jax.terminal.tables import table
-
-Figures = Mapping[str, Any]
-
-
-def models(config: Config, summary: Figures) -> Iterator[tuple[str, Figures]]:
-    """Yield name and figures of each evaluated model of a summary, in the order of the run."""
-    if "teacher" in summary:
-        several = len(config.teachers) > 1
-        named = summary["teacher"] if several else {"": summary["teacher"]}
-        for name, figures in named.items():
-            yield f"teacher {name}".strip(), figures
-    for key in ("student_before", "student_after"):
-        if key in summary:
-            yield key.replace("_", " "), summary[key]
-    for name, figures in summary.get("controls", {}).items():
-        yield f"control {name}", figures
 
 
 def sets(config: Config, summary: Figures) -> Iterator[tuple[str, int, Figures]]:
@@ -36,7 +20,7 @@ def sets(config: Config, summary: Figures) -> Iterator[tuple[str, int, Figures]]
         yield name, config.eval.sets[name].samples, figures
 
 
-def results_rows(config: Config, samples: int, summary: Figures) -> list[tuple[str, ...]]:
+def results_rows(samples: int, summary: Figures) -> list[tuple[str, ...]]:
     """Return the cells of the results table of one set, one row per model."""
     key = f"avg@{samples}"
     return [
@@ -47,7 +31,7 @@ def results_rows(config: Config, samples: int, summary: Figures) -> list[tuple[s
             f"{figures['mean_length']:.1f}",
             f"{figures['finished']:.2f}",
         )
-        for name, figures in models(config, summary)
+        for name, figures in models(summary)
     ]
 
 
@@ -60,7 +44,7 @@ def columns(samples: int) -> tuple[str, ...]:
 def print_results(folder: Path, config: Config, summary: Figures) -> None:
     """Print the results table of each set that was evaluated."""
     for name, samples, figures in sets(config, summary):
-        rows = results_rows(config, samples, figures)
+        rows = results_rows(samples, figures)
         if rows:
             table(rows, columns(samples), title=f"{folder}: {name}")
 
@@ -108,7 +92,7 @@ def write_card(folder: RunFolder, config: Config, summary: Figures) -> None:
     """Write the run's README: method, steps and results."""
     tables = []
     for name, samples, figures in sets(config, summary):
-        rows = [columns(samples), ("---",) * 5, *results_rows(config, samples, figures)]
+        rows = [columns(samples), ("---",) * 5, *results_rows(samples, figures)]
         tables += [f"On {name}:", "", *("| " + " | ".join(row) + " |" for row in rows), ""]
     lines = [
         f"# {folder.path.name}",
